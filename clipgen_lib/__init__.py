@@ -1,0 +1,16 @@
+"""CLIP-GEN workbench: language-free text-to-image training, sampling and evaluation (arXiv 2203.00386).
+
+The heavy names are loaded on first use, so that `import clipgen_lib` stays light.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+_LAZY = {"TextToImage": "sample", "Workbench": "workbench"}
+__all__ = ["TextToImage", "Workbench", "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

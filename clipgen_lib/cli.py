@@ -1,0 +1,245 @@
+"""The command line: all notebooks by papermill, or one stage at a time without a notebook.
+
+Heavy modules are imported inside the commands: `clipgen --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import click
+
+from .config import PRESETS
+from .runs import ROOT, ClipgenError, open_run
+
+NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
+
+
+class _Commands(click.Group):
+    """Our own errors end a command with their sentence and exit status 1; anything else is a bug and shows."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except ClipgenError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=_Commands)
+@click.version_option(package_name="clipgen_lib")
+def main() -> None:
+    """CLIP-GEN workbench: text-to-image from pictures without captions."""
+
+
+def _run_options(command):
+    """What every stage takes: the notebooks' PRESET, RUN, DATA, SEED and DEVICE."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--data", default="shapes", show_default=True, help="'shapes', a COCO root, or a folder of pictures"),
+        click.option("--run", "run", default="demo", show_default=True, help="name of the folder under results/"),
+        click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+def _open(preset: str, run: str, data: str, seed: int, device: str):
+    from .workbench import Workbench
+
+    return Workbench.open(preset, run, data, seed, device)
+
+
+@main.command("train-vqgan")
+@_run_options
+@click.option("--steps", default=0, help="training steps  [default: the preset's]")
+def train_vqgan(steps: int, **run_options) -> None:
+    """Stage 1: train the VQGAN on pictures."""
+    bench = _open(**run_options)
+    bench.train_vqgan(steps)
+    click.echo(bench.run.summary()["vqgan"])
+
+
+@main.command("extract")
+@_run_options
+def extract(**run_options) -> None:
+    """Encode every picture once into tokens and an embedding."""
+    bench = _open(**run_options)
+    store = bench.extract()
+    click.echo(f"{len(store)} rows of {store.meta['L']} tokens in {store.folder}")
+
+
+@main.command("train-transformer")
+@_run_options
+@click.option("--steps", default=0, help="training steps  [default: the preset's]")
+def train_transformer(steps: int, **run_options) -> None:
+    """Stage 2: train the transformer on the token store."""
+    bench = _open(**run_options)
+    bench.train_transformer(steps)
+    click.echo(bench.run.summary()["transformer"])
+
+
+@main.command("evaluate")
+@_run_options
+@click.option("--guidance", default=0.0, help="guidance scale  [default: the preset's]")
+def evaluate(guidance: float, **run_options) -> None:
+    """FID-k, rFID, CapS, R-precision and, on shapes, the oracle."""
+    from .evaluate import table
+
+    bench = _open(**run_options)
+    bench.evaluate(guidance)
+    click.echo(table(bench.run.summary()))
+
+
+@main.command("generate")
+@click.argument("prompt")
+@click.option("--run", "run", default="demo", show_default=True, help="a trained run under results/")
+@click.option("-n", default=8, show_default=True, help="pictures")
+@click.option("--seed", default=0, show_default=True, help="picture j uses seed + j")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True)
+@click.option("--guidance", type=float, help="guidance scale  [default: the preset's]")
+@click.option("--temperature", type=float)
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--candidates", type=int, help="draw that many and keep the n that CLIP ranks highest")
+@click.option("--device", default="auto", show_default=True)
+def generate(prompt, run, n, seed, output, candidates, device, **settings) -> None:
+    """Draw pictures for PROMPT with a trained run."""
+    from PIL import Image
+
+    from .images import grid
+    from .workbench import Workbench
+
+    generator = Workbench.reopen(run, device).generator()
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    images = generator(prompt, n=n, seed=seed, candidates=candidates, show_progress=True, **chosen)[0]
+    Image.fromarray(grid(images, columns=min(n, 8))).save(output)
+    click.echo(f"{n} pictures of {prompt!r} in {output}")
+
+
+@main.command("train-clip")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True)
+@click.option("--run", default="shapes-clip", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+def train_clip(preset: str, run: str, seed: int, device: str) -> None:
+    """Train the embedded CLIP of the Shapes world (the only step that sees captions)."""
+    from .config import load_preset
+    from .train_clip import train_clip as train
+    from .workbench import pick_device
+
+    folder = train(open_run(run), load_preset(preset).clip_train, seed, pick_device(device))
+    click.echo(f"CLIP in {folder}; use it by copying the folder to data/shapes_clip")
+
+
+@main.command("preset")
+@click.argument("name", type=click.Choice(list(PRESETS)))
+@click.option("--step/--no-step", default=True, show_default=True, help="take one optimiser step of each stage")
+@click.option("--clip-dim", default=512, show_default=True, help="dimensions of the conditioning CLIP")
+def preset(name: str, step: bool, clip_dim: int) -> None:
+    """Build a preset, take one optimiser step of each stage, and print its parameter counts and memory."""
+    from .config import load_preset
+    from .workbench import count_and_step
+
+    for key, value in count_and_step(load_preset(name), clip_dim, optimise=step).items():
+        click.echo(f"{key:24}{value:,.4g}" if isinstance(value, float) else f"{key:24}{value:,}")
+
+
+# ---------------------------------------------------------------------------------------------- notebooks
+
+
+@main.command("run")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True)
+@click.option("--run", "run", default=None, help="name of the folder under results/  [default: the preset's name]")
+@click.option("--notebook", "only", multiple=True, help="run only these: a name or its beginning, such as 04")
+@click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a notebook parameter, such as DATA=/my/photos")
+def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameters: tuple[str, ...]) -> None:
+    """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
+    values = dict(_parse(text) for text in parameters) | {"PRESET": preset, "RUN": run or preset}
+    chosen = _choose(only)
+    known = {name: _parameters_of(name) for name in chosen}
+    for key in values:
+        if not any(key in names for names in known.values()):
+            everything = sorted(set().union(*known.values()))
+            raise ClipgenError(f"no notebook has a parameter {key!r}: choose from {', '.join(everything)}")
+    if "DATA" in values and values["DATA"] != "shapes":
+        values["DATA"] = str(Path(values["DATA"]).expanduser().resolve())  # notebooks run in their own folder
+    opened = open_run(values["RUN"])
+    for index, name in enumerate(chosen):
+        click.echo(f"{name}.ipynb ({index + 1} of {len(chosen)})", err=True)
+        _execute(name, {k: v for k, v in values.items() if k in known[name]}, opened.file("notebooks", f"{name}.ipynb"))
+    summary = opened.summary()
+    if "evaluation" in summary:
+        from .evaluate import table
+
+        click.echo(table(summary))
+    click.echo(f"pictures: {_short(opened.path / 'figures')}   numbers: {_short(opened.path / 'summary.json')}")
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _parse(text: str) -> tuple[str, object]:
+    """KEY=VALUE as papermill reads it: numbers and booleans by their looks, everything else a string."""
+    from papermill.cli import _resolve_type
+
+    key, sign, value = text.partition("=")
+    if not sign or not key.isidentifier():
+        raise ClipgenError(f"parameter {text!r} is not KEY=VALUE: write for example -p SEED=1")
+    return key, _resolve_type(value)
+
+
+def _choose(only: tuple[str, ...]) -> list[str]:
+    available = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    if not only:
+        return list(NOTEBOOKS)
+    chosen = []
+    for wanted in only:
+        matches = [name for name in available if name == wanted or name.startswith(wanted) or name.endswith(f"_{wanted}")]
+        if len(matches) != 1:
+            raise ClipgenError(f"{len(matches)} notebooks match {wanted!r}: name one of {', '.join(available)}")
+        chosen += matches
+    return chosen
+
+
+def _parameters_of(name: str) -> set[str]:
+    import papermill
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return set(papermill.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb")))
+
+
+def _execute(name: str, values: dict, output: Path) -> None:
+    """Run one notebook, its bars on this terminal; a ClipgenError inside becomes the command's own error."""
+    import nbformat
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    source = ROOT / "notebooks" / f"{name}.ipynb"
+    try:
+        papermill.execute_notebook(str(source), str(output), values, cwd=str(source.parent), progress_bar=False,
+                                   stderr_file=sys.stderr, kernel_name="python3")  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "ClipgenError":
+            raise ClipgenError(f"{name}: {error.evalue}") from None
+        raise
+    finally:
+        if output.exists():
+            notebook = nbformat.read(output, as_version=4)
+            nbformat.write(without_bars(notebook), output)
+
+
+def without_bars(notebook):
+    """Drop what progress bars left in a notebook's outputs, and papermill's notes on paths of this machine."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr" and "\r" in o.text)]
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+    notebook.metadata.pop("papermill", None)
+    return notebook

@@ -1,0 +1,121 @@
+"""Frozen CLIP: pictures and texts into one space of unit vectors.
+
+In: pictures (B, 3, H, W) float in [-1, 1] of any size, or a list of texts. Out: (B, D) float32 of unit norm.
+The only place that knows CLIP's input size, resize, mean and standard deviation. Any open_clip model will do; the
+embedded one under data/shapes_clip knows the Shapes world and nothing else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .runs import DATA, ClipgenError, file_hash
+
+EMBEDDED = "shapes"
+
+
+class ClipEmbedder(nn.Module):
+    """An open_clip model behind two methods; its weights never change and never collect gradients."""
+
+    def __init__(self, model: nn.Module, tokenizer, name: str, weights_hash: str):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.weights_hash = weights_hash
+        preprocess = model.visual.preprocess_cfg
+        if preprocess["resize_mode"] not in ("shortest", "squash"):
+            raise ClipgenError(f"CLIP {name} wants resize mode {preprocess['resize_mode']!r}: use a model of 'shortest' or 'squash'")  # fmt: skip
+        self.squash = preprocess["resize_mode"] == "squash"
+        self.interpolation = preprocess["interpolation"]
+        size = preprocess["size"]
+        self.size = size if isinstance(size, int) else size[0]
+        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess["std"]).view(1, 3, 1, 1), persistent=False)
+        with torch.inference_mode():
+            self.dim = self.texts(["a picture"]).shape[1]
+
+    @classmethod
+    def load(cls, name: str = EMBEDDED, pretrained: str | None = None, device: str | torch.device = "cpu") -> ClipEmbedder:
+        """Load a CLIP.
+
+        Args:
+            name: `shapes` (the embedded one), a folder in open_clip's layout (open_clip_config.json and weights), or
+                an open_clip model name such as `ViT-B-32-quickgelu`.
+            pretrained: for a model name, open_clip's tag (`openai`) or a local checkpoint file.
+
+        Raises:
+            ClipgenError: unknown name, weights missing or unreadable, or an activation (QuickGELU) that does not
+                match the weights, which open_clip itself only warns of.
+        """
+        import open_clip
+
+        folder = DATA / "shapes_clip" if name == EMBEDDED else Path(name)
+        arguments = {}
+        if name == EMBEDDED or folder.is_dir():
+            weights = folder / "open_clip_model.safetensors"
+            if not weights.exists():
+                raise ClipgenError(f"{weights} is missing: restore data/shapes_clip from the repository, or train it with notebooks/appendix_train_clip.ipynb")  # fmt: skip
+            merges = folder / "bpe_merges.txt.gz"
+            arguments = {"bpe_path": str(merges)} if merges.exists() else {}
+            source, pretrained, digest = f"local-dir:{folder}", None, file_hash(weights)
+        elif pretrained is None:
+            raise ClipgenError(f"CLIP {name!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file")  # fmt: skip
+        else:
+            source, digest = name, file_hash(Path(pretrained)) if Path(pretrained).is_file() else f"{name}/{pretrained}"
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*QuickGELU.*")
+                model = open_clip.create_model(source, pretrained=pretrained, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(source, **arguments)
+        except UserWarning as warning:
+            raise ClipgenError(f"CLIP {name}/{pretrained}: {warning} Use the '-quickgelu' model name for these weights.") from None  # fmt: skip
+        except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
+            raise ClipgenError(f"CLIP {name}/{pretrained or folder} cannot be loaded ({error}): check the name against open_clip.list_pretrained(), or give a local checkpoint file as `pretrained`") from error  # fmt: skip
+        return cls(model, tokenizer, name if pretrained is None else f"{name}/{pretrained}", digest).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> what the image encoder takes: antialiased resize, centre crop, mean and std."""
+        height, width = images.shape[-2:]
+        if self.squash:
+            target = (self.size, self.size)
+        else:
+            short = min(height, width)
+            target = (round(height * self.size / short), round(width * self.size / short))
+        if target != (height, width):
+            images = F.interpolate(images, target, mode=self.interpolation, antialias=True, align_corners=False)
+            images = images.clamp(-1, 1)  # bicubic overshoots; 8-bit pictures cannot
+        top, left = round((target[0] - self.size) / 2), round((target[1] - self.size) / 2)
+        images = images[..., top : top + self.size, left : left + self.size]
+        return ((images + 1) / 2 - self.mean) / self.std
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, D) image features before normalisation; what CLIP-FID is computed on."""
+        return self.model.encode_image(self.preprocess(images)).float()
+
+    def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> the image encoder's intermediate maps, each (B, channels, h, w)."""
+        inside = self.model.visual.forward_intermediates(self.preprocess(images), intermediates_only=True)
+        return inside["image_intermediates"]
+
+    def images(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, D) float32 of unit norm; gradients reach the pictures."""
+        return F.normalize(self.features(images), dim=-1)
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """B texts -> (B, D) float32 of unit norm."""
+        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
+
+    def is_truncated(self, text: str) -> bool:
+        """Whether a text is longer than the context, so that CLIP sees its beginning only."""
+        row = self.tokenizer([text], context_length=4 * self.tokenizer.context_length)[0]
+        return int((row != 0).sum()) > self.tokenizer.context_length

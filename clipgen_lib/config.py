@@ -1,0 +1,292 @@
+"""Every number that shapes a run: frozen dataclasses and the presets made of them.
+
+In: a preset's name. Out: a `Preset`. The same code serves a laptop and a cluster; nothing differs but the preset.
+No field is read by nobody: a test walks them all. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import get_type_hints
+
+from .runs import ClipgenError
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """Size of the embedded Shapes world."""
+
+    n_train: int = 20_000
+    n_val: int = 1_000
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Which CLIP conditions, and which one judges CapS and R-precision (None: the same one, and the result says so)."""
+
+    name: str = "shapes"
+    pretrained: str | None = None
+    judge_name: str | None = None
+    judge_pretrained: str | None = None
+
+
+@dataclass(frozen=True)
+class ClipTrainConfig:
+    """Training of the embedded CLIP (notebooks/appendix_train_clip.ipynb)."""
+
+    scenes: int = 160_000
+    steps: int = 2_000
+    batch_size: int = 512
+    lr: float = 1.5e-3
+    warmup: int = 150
+    weight_decay: float = 0.1
+    bfloat16: bool = True
+    log_every: int = 20
+    save_every: int = 200
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Architecture of stage 1; the downsampling factor is patch * 2^(levels - 1)."""
+
+    image_size: int = 64
+    patch: int = 1  # side of the pixel square folded into channels before the first convolution
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16_384
+    code_dim: int = 8
+    l2_norm: bool = True  # nearest code by cosine (else euclidean)
+    codebook_update: str = "gradient"  # or "ema"
+    codebook_decay: float = 0.99  # of the EMA codebook
+    restart_after: int = 200  # training steps without use before a code is restarted; 0 never
+
+    def __post_init__(self):
+        if self.codebook_update not in ("gradient", "ema"):
+            raise ClipgenError(f"codebook_update is {self.codebook_update!r}: choose 'gradient' or 'ema'")
+        if self.image_size % self.factor:
+            raise ClipgenError(f"image_size {self.image_size} does not divide by the downsampling factor {self.factor}: change one of them")  # fmt: skip
+        if self.codebook_size > 65_536:
+            raise ClipgenError(f"codebook_size {self.codebook_size} does not fit the token store's 16 bits: use at most 65536")
+
+    @property
+    def factor(self) -> int:
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def side(self) -> int:
+        """Tokens along one side."""
+        return self.image_size // self.factor
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """What both stages share. AdamW, linear warm-up then cosine, gradient clipping, EMA of the weights."""
+
+    steps: int = 100_000
+    batch_size: int = 32  # over all processes
+    accumulate: int = 1  # backward passes to an optimiser step
+    lr: float = 1e-4
+    warmup: int = 1_000
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "bf16"  # autocast: bf16, fp16 or no
+    compile: bool = False
+    log_every: int = 100
+    save_every: int = 5_000
+    workers: int = 8  # processes that decode pictures; 0 decodes in the loop and keeps what fits in memory
+
+
+@dataclass(frozen=True)
+class VQGANTrainConfig(OptimConfig):
+    beta: float = 0.25  # of the commitment loss
+    perceptual: str = "lpips"  # or "clip" or "none"
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 0.1
+    adversarial_ramp: tuple[float, float] = (0.2, 0.4)  # shares of the training: 0 before the first, full after the second
+    adaptive_max: float = 10.0  # clamp of the adaptive weight
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+    discriminator_lr: float = 1e-4
+    flip: bool = True
+    random_crop: bool = True
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Architecture of stage 2; codebook, token count and CLIP dimension come from the store."""
+
+    layers: int = 24
+    width: int = 1_024
+    heads: int = 16
+    condition_tokens: int = 1
+    dropout: float = 0.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ClipgenError(f"width {self.width} does not divide by {self.heads} heads: change one of them")
+
+
+@dataclass(frozen=True)
+class TransformerTrainConfig(OptimConfig):
+    condition_dropout: float = 0.1  # share of rows trained without condition, for guidance
+    noise_cos: float = 1.0  # lowest target cosine of the noised and the clean embedding; 1 adds no noise
+    embedding_weight: float = 0.1  # of the CLIP embedding reconstruction loss
+    embedding_share: float = 0.125  # of the batch that it is computed on
+    flip: bool = True  # horizontally flipped pictures as extra rows of the store
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    temperature: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    guidance: float = 3.0  # 1 is no guidance
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    n: int = 30_000  # captions
+    n_oracle: int = 512  # prompts of each kind (Shapes world only)
+    blur: tuple[int, ...] = (0, 1, 2, 4, 8)  # k of FID-k, pixels
+    protocol: str = "inception"  # feature network of FID: inception or clip
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str = "custom"
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    clip_train: ClipTrainConfig = field(default_factory=ClipTrainConfig)
+    vqgan: VQGANConfig = field(default_factory=VQGANConfig)
+    vqgan_train: VQGANTrainConfig = field(default_factory=VQGANTrainConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    transformer_train: TransformerTrainConfig = field(default_factory=TransformerTrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def _laptop() -> Preset:
+    return Preset(
+        shapes=ShapesConfig(n_train=20_000, n_val=1_000),
+        vqgan=VQGANConfig(
+            image_size=64, patch=2, channels=32, channel_mult=(1, 2, 4), res_blocks=1, z_channels=64,
+            codebook_size=512, code_dim=8, restart_after=100,
+        ),
+        vqgan_train=VQGANTrainConfig(
+            steps=1_500, batch_size=32, lr=1e-3, warmup=100, weight_decay=0.01, ema_decay=0.99, log_every=25,
+            save_every=250, workers=0, perceptual="clip", perceptual_weight=0.5, adversarial_weight=0.05,
+            adversarial_ramp=(0.5, 0.7), discriminator_channels=16, discriminator_lr=4e-4, flip=False,
+        ),
+        transformer=TransformerConfig(layers=6, width=192, heads=3, condition_tokens=4),
+        transformer_train=TransformerTrainConfig(
+            steps=2_500, batch_size=64, lr=2e-3, warmup=150, ema_decay=0.995, log_every=25, save_every=250, workers=0,
+            noise_cos=0.6, embedding_weight=0.1, embedding_share=0.0625, flip=False,
+        ),
+        sample=SampleConfig(guidance=2.0, top_p=0.98, batch_size=128),
+        evaluate=EvaluateConfig(n=1_000, n_oracle=512, protocol="clip", batch_size=125),
+    )  # fmt: skip
+
+
+def _smoke() -> Preset:
+    """Everything of `laptop`, so small that each notebook takes seconds; its pictures are not worth looking at."""
+    laptop = _laptop()
+    return replace(
+        laptop,
+        shapes=ShapesConfig(n_train=256, n_val=64),
+        clip_train=replace(laptop.clip_train, scenes=512, steps=6, batch_size=64, warmup=2, log_every=2, save_every=3),
+        vqgan=replace(laptop.vqgan, channels=16, codebook_size=128, restart_after=10),
+        vqgan_train=replace(laptop.vqgan_train, steps=40, batch_size=16, warmup=10, ema_decay=0.9, log_every=5, save_every=20),
+        transformer=replace(laptop.transformer, layers=2, width=64, heads=2),
+        transformer_train=replace(
+            laptop.transformer_train, steps=40, batch_size=32, warmup=10, ema_decay=0.9, log_every=5, save_every=20
+        ),
+        evaluate=replace(laptop.evaluate, n=64, n_oracle=16, batch_size=32),
+    )
+
+
+def _gpu64() -> Preset:
+    """64x64 photos on one GPU: 256 tokens of 4,096 codes and an 85M transformer."""
+    return Preset(
+        clip=ClipConfig("ViT-B-32-quickgelu", "openai"),
+        vqgan=VQGANConfig(image_size=64, channels=128, channel_mult=(1, 2, 2), codebook_size=4_096),
+        vqgan_train=VQGANTrainConfig(steps=60_000, batch_size=128, lr=2e-4, compile=True),
+        transformer=TransformerConfig(layers=12, width=768, heads=12, condition_tokens=4, dropout=0.1),
+        transformer_train=TransformerTrainConfig(
+            steps=60_000, batch_size=256, lr=4e-4, noise_cos=0.32, compile=True
+        ),
+        sample=SampleConfig(guidance=3.0, batch_size=256),
+        evaluate=EvaluateConfig(n=10_000),
+    )  # fmt: skip
+
+
+def _coco() -> Preset:
+    """The paper's scale on MS-COCO: 256x256, f16, 16,384 codes, ViT-B/32, 24 blocks of width 1,024."""
+    return Preset(
+        clip=ClipConfig("ViT-B-32-quickgelu", "openai"),
+        vqgan=VQGANConfig(image_size=256),
+        vqgan_train=VQGANTrainConfig(steps=250_000, batch_size=64),
+        transformer=TransformerConfig(gradient_checkpointing=True),
+        transformer_train=TransformerTrainConfig(steps=200_000, batch_size=256, lr=2e-4, noise_cos=0.32, accumulate=4),
+        sample=SampleConfig(guidance=3.0, top_k=4_096, batch_size=32),
+        evaluate=EvaluateConfig(n=30_000),
+    )
+
+
+def _imagenet() -> Preset:
+    """The coco preset with the longer training that a million pictures ask for."""
+    coco = _coco()
+    return replace(
+        coco,
+        vqgan_train=replace(coco.vqgan_train, steps=500_000, batch_size=128),
+        transformer_train=replace(coco.transformer_train, steps=500_000, batch_size=512, accumulate=8),
+        evaluate=replace(coco.evaluate, n=50_000),
+    )
+
+
+PRESETS = {"smoke": _smoke, "laptop": _laptop, "gpu64": _gpu64, "coco": _coco, "imagenet": _imagenet}
+
+
+def load_preset(name: str, **overrides: dict) -> Preset:
+    """A preset by name, with fields of its parts replaced: `load_preset("laptop", vqgan_train={"steps": 100})`.
+
+    Raises:
+        ClipgenError: unknown preset, part or field.
+    """
+    if name not in PRESETS:
+        raise ClipgenError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    preset = replace(PRESETS[name](), name=name)
+    for part, values in overrides.items():
+        if part not in {f.name for f in fields(preset)} or not is_dataclass(getattr(preset, part)):
+            raise ClipgenError(f"preset {name!r} has no part {part!r}: choose one of {', '.join(f.name for f in fields(preset)[1:])}")  # fmt: skip
+        preset = replace(preset, **{part: replace_fields(getattr(preset, part), values)})
+    return preset
+
+
+def replace_fields(config: object, values: dict) -> object:
+    """A copy of a config with some fields replaced; an unknown one is refused by name."""
+    known = {f.name for f in fields(config)}
+    for key in values:
+        if key not in known:
+            raise ClipgenError(f"{type(config).__name__} has no field {key!r}: choose one of {', '.join(sorted(known))}")
+    return replace(config, **values)
+
+
+def from_dict(kind: type, values: dict) -> object:
+    """Rebuild a config from its JSON form, lists to tuples; an unknown field is refused, a missing one too."""
+    hints = get_type_hints(kind)
+    if missing := [f.name for f in fields(kind) if f.name not in values]:
+        raise ClipgenError(f"{kind.__name__} lacks {', '.join(missing)}: the file was written by another version")
+    if unknown := [key for key in values if key not in hints]:
+        raise ClipgenError(f"{kind.__name__} has no field {', '.join(unknown)}: the file was written by another version")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def as_dict(config: object) -> dict:
+    return asdict(config)

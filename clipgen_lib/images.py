@@ -1,0 +1,123 @@
+"""The pixel contract: pictures inside the library are (B, 3, H, W) float in [-1, 1], RGB.
+
+Only this module converts between files, uint8 and that range. In: files or tensors. Out: tensors, uint8 arrays, grids.
+It knows nothing of CLIP's mean and standard deviation: that is `ClipEmbedder`'s alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .runs import ClipgenError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+MAX_PIXELS = 100_000_000  # a larger header is a decompression bomb or not meant for training
+
+
+def load_image(path: Path, size: int) -> torch.Tensor:
+    """Read a picture, upright and in RGB, its short side resized to `size` pixels.
+
+    Grey, palette, CMYK, 16-bit and alpha pictures become 8-bit RGB (alpha over white); EXIF rotation is applied.
+
+    Returns:
+        (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`.
+
+    Raises:
+        ClipgenError: the file is not a picture, is cut short, or is larger than 100 megapixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ClipgenError(f"{path} has {image.width}x{image.height} pixels: shrink it below 100 megapixels")
+                if image.format == "JPEG":
+                    image.draft("RGB", (2 * size, 2 * size))  # decodes at a coarser scale where that is enough
+                image = to_rgb(ImageOps.exif_transpose(image))
+                short = min(image.size)
+                target = [max(size, round(side * size / short)) for side in image.size]
+                if target != list(image.size):
+                    image = image.resize(target, Image.Resampling.LANCZOS)
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    except ClipgenError:
+        raise
+    except UnidentifiedImageError:
+        raise ClipgenError(f"{path} is not a picture that Pillow can read: remove it or save it again") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ClipgenError(f"{path} is damaged ({error}): remove it or restore it from its source") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of a picture of any mode."""
+    if image.mode.startswith(("I;16", "I", "F")):  # Pillow clips these to 8 bits; scale the range instead
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if values.max() > 255 else 255.0
+        return Image.fromarray(np.clip(values * 255 / top, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def crop(image: torch.Tensor, size: int, at: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+    """A (3, size, size) square of a (3, H, W) picture; `at` places it, (0.5, 0.5) is the centre."""
+    top = round(at[0] * (image.shape[1] - size))
+    left = round(at[1] * (image.shape[2] - size))
+    return image[:, top : top + size, left : left + size]
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1], clamped -> uint8 in [0, 255], rounded to nearest."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_arrays(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) float in [-1, 1] -> (B, H, W, 3) uint8 array."""
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_arrays(arrays: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 array -> (B, 3, H, W) float in [-1, 1]."""
+    return to_float(torch.from_numpy(np.ascontiguousarray(arrays)).permute(0, 3, 1, 2))
+
+
+def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur with a standard deviation of `sigma` pixels; 0 returns the input.
+
+    The blur of FID-k (DALL-E, arXiv 2102.12092, section 3.1 "varying radius"): no published code fixes kernel size or
+    border, so here the kernel reaches 4 sigma and the border is reflected (repeated where the picture is smaller
+    than the kernel). Applied separably, at the resolution of the input.
+    """
+    if sigma == 0:
+        return images
+    radius = int(np.ceil(4 * sigma))
+    offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1)
+    mode = "reflect" if radius < min(images.shape[-2:]) else "replicate"
+    padded = F.pad(images, (radius, radius, radius, radius), mode=mode)
+    rows = F.conv2d(padded, kernel[..., None, :], groups=images.shape[1])
+    return F.conv2d(rows, kernel[..., :, None], groups=images.shape[1])
+
+
+def grid(images: torch.Tensor, columns: int, gap: int = 2) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> one uint8 picture, row by row on white, `gap` pixels apart."""
+    arrays = to_arrays(images)
+    count, height, width, _ = arrays.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, array in enumerate(arrays):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = array
+    return sheet

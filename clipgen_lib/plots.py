@@ -1,0 +1,138 @@
+"""Figures: each function takes data and returns a matplotlib Figure; nothing is shown or saved here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .images import grid, to_arrays
+
+plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
+
+
+def picture(sheet: np.ndarray, title: str, scale: float = 1.6) -> Figure:
+    """One uint8 picture, as large as its pixels, under a title."""
+    figure, axis = plt.subplots(figsize=(sheet.shape[1] * scale / 100, sheet.shape[0] * scale / 100 + 0.3))
+    axis.imshow(sheet, interpolation="nearest")
+    axis.set_title(title)
+    axis.axis("off")
+    return figure
+
+
+def reconstructions(originals: torch.Tensor, decoded: torch.Tensor, title: str) -> Figure:
+    """Originals in the upper row, what the tokens kept of them in the lower; (B, 3, H, W) in [-1, 1]."""
+    return picture(grid(torch.cat([originals, decoded]), columns=len(originals)), f"{title}\nabove: originals, below: decoded from tokens")  # fmt: skip
+
+
+def curves(metrics: list[dict], panels: dict[str, tuple[str, ...]], title: str) -> Figure:
+    """One panel for each entry: panel title -> the logged scalars drawn in it."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.6), squeeze=False)
+    for axis, (label, keys) in zip(axes[0], panels.items(), strict=True):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key)
+        axis.set_title(label)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    return figure
+
+
+def frequencies(tokens: torch.Tensor, codebook_size: int, title: str) -> Figure:
+    """How often each code is used, most frequent first, against the uniform share."""
+    counts = np.sort(np.bincount(tokens.flatten().numpy(), minlength=codebook_size))[::-1] / tokens.numel()
+    figure, axis = plt.subplots(figsize=(5, 2.6))
+    axis.bar(np.arange(codebook_size), counts, width=1.0)
+    axis.axhline(1 / codebook_size, color="black", linewidth=0.8, label="every code alike")
+    axis.set(xlabel="codes, most frequent first", ylabel="share of tokens", yscale="log", title=title)
+    axis.legend()
+    return figure
+
+
+def token_grid(image: torch.Tensor, tokens: torch.Tensor, title: str) -> Figure:
+    """A picture (3, H, W) in [-1, 1] beside its tokens (h, w), each number on its patch."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4))
+    axes[0].imshow(to_arrays(image[None])[0], interpolation="nearest")
+    axes[1].imshow(tokens.numpy(), cmap="twilight")
+    for (y, x), token in np.ndenumerate(tokens.numpy()):
+        axes[1].text(x, y, token, ha="center", va="center", fontsize=6, color="white")
+    for axis in axes:
+        axis.axis("off")
+    figure.suptitle(title)
+    return figure
+
+
+def neighbours(rows: list[torch.Tensor], title: str) -> Figure:
+    """Each row: a picture, then those nearest to it; list of (1 + k, 3, H, W) in [-1, 1]."""
+    return picture(grid(torch.cat(rows), columns=len(rows[0])), f"{title}\nfirst column: the query")
+
+
+def previews(folder: Path, title: str, most: int = 6) -> Figure:
+    """The sheets drawn during training, one line each, from the first step to the last."""
+    paths = sorted(Path(folder).glob("*.png"))
+    paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int))]
+    figure, axes = plt.subplots(len(paths), 1, figsize=(9, 0.95 * len(paths) + 0.4), squeeze=False)
+    for axis, path in zip(axes[:, 0], paths, strict=True):
+        axis.imshow(np.asarray(Image.open(path)), interpolation="nearest")
+        axis.set_ylabel(f"step\n{int(path.stem)}", rotation=0, labelpad=16, va="center")
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle(title)
+    return figure
+
+
+def contact_sheet(images: torch.Tensor, prompts: list[str], title: str, columns: int = 8) -> Figure:
+    """Pictures (N, 3, H, W) in [-1, 1], each over its prompt."""
+    rows = -(-len(prompts) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.45 * columns, 1.75 * rows + 0.4), squeeze=False)
+    arrays = to_arrays(images)
+    for axis, index in zip(axes.flat, range(rows * columns), strict=True):
+        axis.axis("off")
+        if index < len(prompts):
+            axis.imshow(arrays[index], interpolation="nearest")
+            axis.set_title("\n".join(_wrap(prompts[index], 24)), fontsize=6)
+    figure.suptitle(title)
+    return figure
+
+
+def _wrap(text: str, width: int, most: int = 3) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width, max_lines=most, placeholder=" ...")
+
+
+def distances(evaluation: dict, title: str) -> Figure:
+    """FID-k of generator, tokenizer and real halves side by side; what the tokenizer costs is not the generator's."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=(3, 2))
+    radii = list(evaluation["fid"])
+    for i, (label, key) in enumerate((("generator", "fid"), ("tokenizer (rFID)", "rfid"), ("real halves", "floor"))):
+        axes[0].bar(np.arange(len(radii)) + 0.27 * (i - 1), [evaluation[key][k] for k in radii], 0.25, label=label)
+    axes[0].set(xticks=range(len(radii)), xlabel="blur radius k (pixels)", ylabel="Frechet distance", yscale="log")
+    axes[0].set_xticklabels(radii)
+    axes[0].set_title(f"{evaluation['protocol']}, N = {evaluation['n']}")
+    axes[0].legend(fontsize=7)
+    bars = {"others'\ncaptions": "caps_floor", "generated": "caps", "own\ncaptions": "caps_ceiling"}
+    axes[1].bar(list(bars), [evaluation[key] for key in bars.values()], color=["grey", "tab:blue", "grey"])
+    axes[1].set(title="CapS (cosine under the judge CLIP)")
+    figure.suptitle(title)
+    return figure
+
+
+def oracle(scores: dict, title: str) -> Figure:
+    """Shares that the oracle finds right, one group of bars for each kind of prompt."""
+    groups = [(f"{modality}, {kind}", values) for modality, kinds in scores.items() for kind, values in kinds.items()]
+    figure, axes = plt.subplots(1, len(groups), figsize=(2.5 * len(groups), 2.6), sharey=True, squeeze=False)
+    for axis, (label, values) in zip(axes[0], groups, strict=True):
+        shares = {key: value for key, value in values.items() if key != "n"}
+        bars = axis.bar(list(shares), list(shares.values()))
+        axis.bar_label(bars, [f"{100 * value:.0f}" for value in shares.values()], fontsize=7)
+        axis.set(title=f"{label} (n = {values['n']})", ylim=(0, 1.1))
+        axis.tick_params(axis="x", rotation=45)
+    figure.suptitle(title)
+    return figure

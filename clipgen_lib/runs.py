@@ -1,0 +1,299 @@
+"""Where things live and how they are kept: runs, checkpoints, logs, seeds, progress.
+
+A run is a folder `results/<run>/` with config.json, metrics.jsonl, summary.json, figures/ and notebooks/. Everything
+here is written beside its place and renamed, so that an interruption leaves the previous version whole. Nothing here
+knows what a model is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(os.environ.get("CLIPGEN_HOME", Path(__file__).resolve().parents[1]))
+DATA = ROOT / "data"
+RESULTS = Path(os.environ.get("CLIPGEN_RESULTS", ROOT / "results"))
+
+
+class ClipgenError(Exception):
+    """A mistake the user can mend: one sentence that says what is wrong, where, and the cure."""
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file so that it is either the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    beside.replace(path)
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; a missing or broken file is one sentence."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ClipgenError(f"{path} is missing: run the step that writes it first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ClipgenError(f"{path} is not valid JSON ({error}): restore it or delete it and run its step again") from None
+    if not isinstance(content, dict):
+        raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: restore the original file")
+    return content
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """Names of the entries in which two nested dicts differ, tuples and lists alike."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += differences(x, y, f"{prefix}{key}.")
+        elif (list(x) if isinstance(x, tuple) else x) != (list(y) if isinstance(y, tuple) else y):
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def file_hash(*paths: Path) -> str:
+    """The first 16 hex digits of the SHA-256 of the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("clipgen_lib", "torch", "torchvision", "open_clip_torch", "accelerate", "torchmetrics", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- progress
+
+
+def progress(total: int, label: str, show: bool = True, initial: int = 0) -> tqdm:
+    """A text progress bar with an ETA on stderr; `show=False` or CLIPGEN_PROGRESS=0 turns it off."""
+    hidden = not show or os.environ.get("CLIPGEN_PROGRESS") == "0"
+    return tqdm(total=total, desc=label, initial=initial, leave=False, disable=hidden, mininterval=0.5, dynamic_ncols=True)
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder under results/ and the few files every step shares."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def file(self, *parts: str) -> Path:
+        """A path inside the run, its folder made."""
+        path = self.path.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log(self, stage: str, step: int, **scalars: float) -> None:
+        """Append one line to metrics.jsonl."""
+        line = {"stage": stage, "step": step} | {k: _finite(v) for k, v in scalars.items()}
+        with open(self.file("metrics.jsonl"), "a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop what a stage logged after `step`: a resumed run writes those lines again."""
+        if not self.file("metrics.jsonl").exists():
+            return
+        kept = [line for line in self._lines() if line["stage"] != stage or line["step"] <= step]
+        write_atomic(self.file("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in kept))
+
+    def metrics(self, stage: str) -> list[dict]:
+        """The logged lines of one stage in order of their steps."""
+        if not self.file("metrics.jsonl").exists():
+            return []
+        return sorted((line for line in self._lines() if line["stage"] == stage), key=lambda line: line["step"])
+
+    def _lines(self) -> Iterator[dict]:
+        for text in self.file("metrics.jsonl").read_text().splitlines():
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError:  # a line cut short by a kill; its step is logged again on resuming
+                continue
+
+    def keep(self, figure: Figure, name: str) -> Figure:
+        """Save a figure as figures/<name>.png and return it for display."""
+        import matplotlib.pyplot as plt
+
+        figure.savefig(self.file("figures", f"{name}.png"), dpi=100)
+        plt.close(figure)
+        return figure
+
+    def summary(self) -> dict:
+        path = self.file("summary.json")
+        return read_json(path) if path.exists() else {"run": self.name}
+
+    def add_to_summary(self, **entries: object) -> dict:
+        """Merge entries into summary.json, dictionaries one level deep, and return the whole."""
+        summary = self.summary()
+        for key, value in entries.items():
+            both_dicts = isinstance(value, dict) and isinstance(summary.get(key), dict)
+            summary[key] = {**summary[key], **value} if both_dicts else value
+        write_json(self.file("summary.json"), summary)
+        return summary
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a value that is not finite is logged as null."""
+    return float(value) if math.isfinite(value) else None
+
+
+def open_run(name: str, results: Path | None = None) -> Run:
+    """The run of that name, its folder made; the name is a plain folder name."""
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ClipgenError(f"run name {name!r} is not a plain folder name: use letters, digits, '-' and '_'")
+    path = (results or RESULTS) / name
+    (path / "figures").mkdir(parents=True, exist_ok=True)
+    return Run(path)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
+    """Write a nested state (tensors, numbers, strings, lists, dicts) as one safetensors file, atomically.
+
+    Everything that is not a tensor travels as JSON in the file's metadata, so that loading runs no code.
+    """
+    from safetensors.torch import save
+
+    tensors: dict = {}
+    skeleton = _take_tensors(state, tensors)
+    header = {"state": json.dumps(skeleton), "meta": json.dumps(meta)}
+    write_atomic(path, save({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, header))
+
+
+def load_checkpoint(path: Path) -> tuple[dict, dict]:
+    """Read what `save_checkpoint` wrote, on the CPU: (state, meta)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            header = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
+        return _put_tensors(json.loads(header["state"]), tensors), json.loads(header["meta"])
+    except FileNotFoundError:
+        raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ClipgenError(f"checkpoint {path} is damaged or not one of ours ({error}): delete it and run its step again") from None  # fmt: skip
+
+
+def _take_tensors(node: object, tensors: dict) -> object:
+    """Replace every tensor by a reference into `tensors`; dicts become pairs, since JSON turns integer keys to text."""
+    import torch
+
+    if isinstance(node, torch.Tensor):
+        key = f"{len(tensors):06d}"
+        tensors[key] = node
+        return {"tensor": key}
+    if isinstance(node, dict):
+        return {"pairs": [[k, _take_tensors(v, tensors)] for k, v in node.items()]}
+    if isinstance(node, (list, tuple)):
+        return [_take_tensors(v, tensors) for v in node]
+    return node
+
+
+def _put_tensors(node: object, tensors: dict) -> object:
+    if isinstance(node, list):
+        return [_put_tensors(v, tensors) for v in node]
+    if isinstance(node, dict):
+        return tensors[node["tensor"]] if "tensor" in node else {k: _put_tensors(v, tensors) for k, v in node["pairs"]}
+    return node
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+def save_weights(folder: Path, module: object, **facts: object) -> None:
+    """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
+    from safetensors.torch import save_file
+
+    with fresh_folder(folder) as fresh:
+        save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, fresh / "model.safetensors")
+        write_json(fresh / "config.json", {**module.describe(), **facts})
+
+
+def read_weights(folder: Path) -> dict:
+    """The tensors of `folder/model.safetensors`; missing or damaged is one sentence."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ClipgenError(f"{path} is missing: run the step that trains it first, or choose the run that has it")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ClipgenError(f"{path} is damaged ({error}): delete it and run its step again") from None
+
+
+def load_strictly(module: object, tensors: dict, source: Path) -> None:
+    """Load weights into a module; any name or shape that differs is an error that names the first ones."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ClipgenError(f"{source} does not fit the {type(module).__name__} of its config ({detail}): use weights and config of one run") from None  # fmt: skip
+
+
+def module_hash(module: object) -> str:
+    """16 hex digits of the SHA-256 over names and bytes of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,229 @@
+"""Sampling: from an embedding to a picture.
+
+In: embeddings (B, D) of unit norm and a seed for each row. Out: tokens (B, L), or pictures (B, 3, H, W) in [-1, 1].
+Filters are pure functions of logits. `TextToImage` is the whole inference path in one object and one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+from .clip_embed import EMBEDDED, ClipEmbedder
+from .config import SampleConfig, VQGANConfig, from_dict, replace_fields
+from .runs import ClipgenError, progress, read_json
+from .transformer import ImageTransformer, KVCache
+from .vqgan import VQGAN
+
+
+def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """Divide by the temperature, then keep the k likeliest tokens, then the smallest set of probability >= p.
+
+    Args:
+        logits: (B, K). Not changed in place.
+        top_k: 0 keeps all.
+        top_p: 1 keeps all (nucleus sampling, arXiv 1904.09751).
+
+    Returns:
+        (B, K) with -inf where a token is dropped; the likeliest token always stays.
+    """
+    if temperature <= 0:
+        raise ClipgenError(f"temperature is {temperature}: use a value above 0 (top_k=1 takes the likeliest token)")
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise ClipgenError(f"top_p is {top_p} and top_k {top_k}: use 0 < top_p <= 1 and top_k >= 0")
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # probability of all likelier tokens
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance on logits: u + scale * (c - u); scale 1 is the conditional model."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def pick(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Sample a token for each row by inverting the cumulative distribution at one uniform number.
+
+    Args:
+        logits: (B, K), -inf where dropped.
+        uniform: (B,) in [0, 1).
+
+    Returns:
+        (B,) int64.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    position = torch.searchsorted(cumulative, (uniform[:, None] * cumulative[:, -1:]), right=True)
+    return position.squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+def row_noise(seeds: list[int], length: int, device: torch.device) -> torch.Tensor:
+    """(B, length) float64 uniforms, each row a function of its own seed."""
+    rows = [np.random.default_rng(seed).random(length) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)).to(device)
+
+
+@torch.inference_mode()
+def generate(
+    transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[int], settings: SampleConfig, show_progress: bool = False
+) -> torch.Tensor:
+    """Sample tokens for each embedding.
+
+    Args:
+        embeds: (B, D) of unit norm.
+        seeds: one for each row; the same embedding and seed give the same tokens in a batch of any size.
+
+    Returns:
+        (B, L) int64.
+    """
+    if len(seeds) != len(embeds):
+        raise ClipgenError(f"{len(seeds)} seeds for {len(embeds)} embeddings: give one for each")
+    if transformer.training:
+        raise ClipgenError("the transformer is in training mode: call .eval() before sampling")
+    parts = []
+    with progress(len(embeds) * transformer.n_tokens, "sampling", show_progress) as bar:
+        for first in range(0, len(embeds), settings.batch_size):
+            part = slice(first, first + settings.batch_size)
+            parts.append(_generate_batch(transformer, embeds[part], seeds[part], settings, bar))
+    return torch.cat(parts)
+
+
+def _generate_batch(transformer, embeds, seeds, settings, bar) -> torch.Tensor:
+    batch, guided = len(embeds), settings.guidance != 1
+    if guided:  # both halves in one forward pass
+        embeds = torch.cat([embeds, torch.zeros_like(embeds)])
+    noise = row_noise(seeds, transformer.n_tokens, embeds.device)
+    tokens = torch.zeros(len(embeds), transformer.n_tokens, dtype=torch.long, device=embeds.device)
+    cache = KVCache(transformer, len(embeds))
+    for i in range(transformer.n_tokens):
+        logits = transformer(embeds, tokens[:, : i + 1], cache)[:, -1]
+        if guided:
+            logits = guide(*logits.chunk(2), settings.guidance)
+        choice = pick(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p), noise[:, i])
+        tokens[:, i] = choice.repeat(2) if guided else choice
+        bar.update(batch)
+    return tokens[:batch]
+
+
+def rerank(clip: ClipEmbedder, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    """Order n candidates of each text by CLIP similarity, best first.
+
+    Args:
+        images: (P, n, 3, H, W) in [-1, 1], n candidates of each of P texts.
+
+    Returns:
+        (P, n) int64 indices into the candidates.
+    """
+    embeds = clip.images(images.flatten(0, 1)).view(*images.shape[:2], -1)
+    return torch.einsum("pnd,pd->pn", embeds, clip.texts(texts)).argsort(dim=1, descending=True)
+
+
+class TextToImage(
+    nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", tags=["text-to-image", "clip-gen"],
+    repo_url="https://arxiv.org/abs/2203.00386",
+):  # fmt: skip
+    """Text or picture in, pictures out.
+
+    `save_pretrained(folder)` writes config.json and model.safetensors (VQGAN and transformer); CLIP is named in the
+    config and loaded by name. `from_pretrained(folder_or_hub_id)` is the way back.
+    """
+
+    def __init__(self, vqgan: dict, transformer: dict, clip: dict, sample: dict):
+        super().__init__()
+        self.vqgan = VQGAN(from_dict(VQGANConfig, vqgan)).eval().requires_grad_(False)
+        self.transformer = ImageTransformer.from_description(transformer).eval().requires_grad_(False)
+        self.settings: SampleConfig = from_dict(SampleConfig, sample)
+        self.clip_source = clip
+        self._clip: list[ClipEmbedder] = []  # in a list, so that its weights are not among ours
+
+    @classmethod
+    def from_parts(cls, vqgan: VQGAN, transformer: ImageTransformer, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig) -> TextToImage:  # fmt: skip
+        """Put trained parts together; `clip_source` is how to load this CLIP again: its `name` and `pretrained`."""
+        if transformer.codebook_size != vqgan.config.codebook_size or transformer.n_tokens != vqgan.config.side**2:
+            raise ClipgenError("VQGAN and transformer differ in codebook or token count: use both from one run")
+        if transformer.clip_dim != clip.dim:
+            raise ClipgenError(f"the transformer expects CLIP embeddings of {transformer.clip_dim} dimensions, {clip.name} gives {clip.dim}: use the CLIP of its training")  # fmt: skip
+        whole = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings))
+        whole.vqgan.load_state_dict(vqgan.state_dict())
+        whole.transformer.load_state_dict(transformer.state_dict())
+        whole._clip.append(clip)
+        return whole.to(clip.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.head.weight.device
+
+    @property
+    def clip(self) -> ClipEmbedder:
+        if not self._clip:
+            self._clip.append(ClipEmbedder.load(**self.clip_source, device=self.device))
+        return self._clip[0]
+
+    @torch.inference_mode()
+    def __call__(
+        self, prompts: str | list[str] | torch.Tensor, n: int = 1, seed: int = 0, candidates: int | None = None,
+        show_progress: bool = False, **settings: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """Draw n pictures for each prompt.
+
+        Args:
+            prompts: texts, or embeddings (P, D) of unit norm.
+            seed: picture j of every prompt uses seed + j, whatever else is in the batch.
+            candidates: draw that many and keep the n that CLIP ranks highest (texts only).
+            settings: fields of SampleConfig for this call: guidance, temperature, top_k, top_p, batch_size.
+
+        Returns:
+            (P, n, 3, H, W) float in [-1, 1].
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        is_text = not isinstance(prompts, torch.Tensor)
+        if len(prompts) == 0 or n < 1:
+            raise ClipgenError("nothing to draw: give at least one prompt and n >= 1")
+        if candidates is not None and (not is_text or candidates < n):
+            raise ClipgenError(f"candidates={candidates} needs texts and at least n={n}: raise it or leave it out")
+        drawn = candidates or n
+        embeds = self.clip.texts(list(prompts)) if is_text else prompts.to(self.device)
+        seeds = [seed + j for _ in range(len(embeds)) for j in range(drawn)]
+        images = self.draw(embeds.repeat_interleave(drawn, 0), seeds, show_progress=show_progress, **settings)
+        images = images.unflatten(0, (len(embeds), drawn))
+        if candidates is None:
+            return images
+        best = rerank(self.clip, images, list(prompts))[:, :n]
+        return images[torch.arange(len(embeds), device=images.device)[:, None], best]
+
+    @torch.inference_mode()
+    def draw(self, embeds: torch.Tensor, seeds: list[int], show_progress: bool = False, **settings: float) -> torch.Tensor:
+        """One picture for each embedding (B, D) and seed: (B, 3, H, W) float in [-1, 1]."""
+        chosen = replace_fields(self.settings, settings)
+        tokens = generate(self.transformer, embeds, seeds, chosen, show_progress)
+        side = self.vqgan.config.side
+        return torch.cat([self.vqgan.decode(t.view(-1, side, side)) for t in tokens.split(chosen.batch_size)])
+
+
+def load_run(path: Path, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig) -> TextToImage:
+    """The generator of a run: its VQGAN, its transformer, and the CLIP they were trained with.
+
+    Raises:
+        ClipgenError: a part is missing, or the transformer was trained with another VQGAN or CLIP.
+    """
+    from .runs import module_hash
+
+    vqgan = VQGAN.load(path / "vqgan", clip.device)
+    transformer = ImageTransformer.load(path / "transformer", clip.device)
+    trained_with = read_json(path / "transformer" / "config.json").get("trained_with")
+    now = {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}
+    if trained_with != now:
+        raise ClipgenError(f"the transformer in {path} was trained with other weights ({trained_with}) than those there now ({now}): train it again")  # fmt: skip
+    return TextToImage.from_parts(vqgan, transformer, clip, clip_source, settings)

@@ -1,0 +1,179 @@
+"""Train the embedded CLIP of the Shapes world: the only step of the project that sees captions.
+
+In: scenes and captions drawn from a seed. Out: a folder in open_clip's own layout (config, safetensors in float16,
+BPE merges) that `ClipEmbedder.load` reads like any other. Loss, model and tokenizer are open_clip's.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import shapes
+from .clip_embed import ClipEmbedder
+from .config import ClipTrainConfig
+from .images import from_arrays
+from .runs import ClipgenError, Run, fresh_folder, load_checkpoint, progress, save_checkpoint
+from .schedule import learning_rate
+
+CONTEXT = 32
+# A small ResNet rather than a ViT: three times the pictures per second on a CPU at this size.
+MODEL = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": shapes.CANVAS, "layers": [2, 2, 2, 2], "width": 24, "patch_size": None},
+    "text_cfg": {"context_length": CONTEXT, "width": 192, "heads": 3, "layers": 4},
+}
+PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def pool_scene(seed: int, index: int) -> shapes.Scene:
+    """The index-th scene of the training pool.
+
+    One scene in eight shows a held-out pair: CLIP knows every pair, the generator does not. After a scene of two
+    things comes its twin with the places exchanged, so that each batch holds "a left of b" beside "b left of a".
+    """
+    even = index - index % 2
+    scene = shapes.scene_at(seed, 50_000_000 + even, held_out=even % 16 == 0)
+    if index == even:
+        return scene
+    if len(scene.things) != 2:
+        return shapes.scene_at(seed, 50_000_000 + index)
+    a, b = scene.things
+    if a.size != b.size:  # a large thing may not fit where the small one was
+        b, a = replace(b, size=a.size, radius=a.radius), replace(a, size=b.size, radius=b.radius)
+        return replace(scene, things=(replace(a, x=scene.things[1].x, y=scene.things[1].y),
+                                      replace(b, x=scene.things[0].x, y=scene.things[0].y)))  # fmt: skip
+    return replace(scene, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+
+
+def train_tokenizer(texts: list[str], path: Path) -> int:
+    """Learn BPE merges on texts and write them as open_clip's SimpleTokenizer reads them; returns its vocabulary size."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
+    merges = [" ".join(m) if isinstance(m, list) else m for m in json.loads(bpe.to_str())["model"]["merges"]]
+    with gzip.GzipFile(path, "wb", mtime=0) as stream:  # no time stamp: the same texts give the same file
+        stream.write("\n".join(["#version: 0.2", *merges]).encode())
+    return SimpleTokenizer(bpe_path=str(path), context_length=CONTEXT).vocab_size
+
+
+def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu", show_progress: bool = True) -> Path:
+    """Train from scratch, or go on from the run's checkpoint, and write `<run>/clip/`; returns that folder.
+
+    The loss is open_clip's `ClipLoss` (the symmetric cross-entropy of Radford et al. 2021, section 2.3).
+    """
+    import open_clip
+    from open_clip.model import CLIP
+
+    torch.manual_seed(seed)
+    pool = [pool_scene(seed, index) for index in range(config.scenes)]
+    with progress(len(pool), "drawing", show_progress) as bar:
+        pictures = np.empty((len(pool), shapes.CANVAS, shapes.CANVAS, 3), np.uint8)
+        for index, scene in enumerate(pool):
+            pictures[index] = shapes.render(scene)
+            bar.update()
+    merges = run.file("clip_bpe_merges.txt.gz")
+    vocabulary = train_tokenizer([t for scene in pool[:4000] for t in shapes.captions(scene)], merges)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT, bpe_path=str(merges))
+    text_config = {**MODEL["text_cfg"], "vocab_size": vocabulary}
+    model = CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], text_config).to(device)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
+         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], betas=(0.9, 0.98))  # fmt: skip
+    loss_of = open_clip.ClipLoss()
+    mean, std = (torch.tensor(PREPROCESS[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
+    checkpoint, step = run.file("checkpoints", "clip.safetensors"), 0
+    if checkpoint.exists():
+        state, meta = load_checkpoint(checkpoint)
+        if meta != {"config": _as_meta(config), "seed": seed}:
+            raise ClipgenError(f"{checkpoint} belongs to another training ({meta}): delete it or choose another run name")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    run.rewind("clip", step)
+
+    with progress(config.steps, "training CLIP", show_progress, initial=step) as bar:
+        model.train()
+        while step < config.steps:
+            pairs = _batch_pairs(config, seed, step)
+            chooser = np.random.default_rng([seed, step])
+            images = from_arrays(pictures[pairs]).to(device)
+            texts = [shapes.caption(pool[i], chooser)[0] for i in pairs]
+            rate = learning_rate(step, config.steps, config.lr, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
+                image_features, text_features, scale = model(((images + 1) / 2 - mean) / std, tokenizer(texts).to(device))[:3]
+            loss = loss_of(image_features.float(), text_features.float(), scale.float())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            step += 1
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                run.log("clip", step, loss=loss.item(), lr=rate, scale=scale.item())
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            if step % config.save_every == 0 or step == config.steps:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                save_checkpoint(checkpoint, state, {"config": _as_meta(config), "seed": seed})
+    return _export(model, text_config, merges, run.path / "clip")
+
+
+def _as_meta(config: ClipTrainConfig) -> dict:
+    from dataclasses import asdict
+
+    return asdict(config)
+
+
+def _batch_pairs(config: ClipTrainConfig, seed: int, step: int) -> np.ndarray:
+    """Indices of a batch, whole (2j, 2j+1) pairs together: a function of seed and step, so that resuming is exact."""
+    half, per_epoch = config.batch_size // 2, config.scenes // config.batch_size
+    order = np.random.default_rng([seed, 7, step // per_epoch]).permutation(config.scenes // 2)
+    start = (step % per_epoch) * half
+    return np.stack([2 * order[start : start + half], 2 * order[start : start + half] + 1], 1).ravel()
+
+
+def _export(model: torch.nn.Module, text_config: dict, merges: Path, target: Path) -> Path:
+    from safetensors.torch import save_file
+
+    with fresh_folder(target) as folder:
+        halves = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        save_file(halves, folder / "open_clip_model.safetensors")
+        content = {"model_cfg": {**MODEL, "text_cfg": text_config}, "preprocess_cfg": PREPROCESS}
+        (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
+        (folder / "bpe_merges.txt.gz").write_bytes(merges.read_bytes())
+    return target
+
+
+@torch.inference_mode()
+def retrieval(clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_things: int | None = None) -> dict[str, float]:
+    """Share of held-out scenes whose best caption, out of one caption for each scene, is true of the scene.
+
+    Args:
+        n_things: 1, 2 or 3 for scenes of that many things; None mixes them as the world does.
+
+    Returns:
+        `n`, `true_at_1` (whatever caption ranks first is true of the scene: several wordings are) and `own_at_1` (it
+        is the scene's own caption to the letter).
+    """
+    scenes = [shapes.scene_at(seed, 70_000_000 + i, held_out=i % 8 == 0, n_things=n_things) for i in range(n_scenes)]
+    said = [shapes.caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
+    pictures = from_arrays(np.stack([shapes.render(scene) for scene in scenes])).to(clip.device)
+    images = torch.cat([clip.images(part) for part in pictures.split(250)])
+    texts = torch.cat([clip.texts([t for t, _ in said[i : i + 250]]) for i in range(0, n_scenes, 250)])
+    best = (images @ texts.T).argmax(1).tolist()
+    true = [shapes.holds(said[j][1], scene) for j, scene in zip(best, scenes, strict=True)]
+    own = [said[j][0] == said[i][0] for i, j in enumerate(best)]
+    return {"n": n_scenes, "true_at_1": float(np.mean(true)), "own_at_1": float(np.mean(own))}

@@ -1,0 +1,142 @@
+"""The conditional transformer: p(tokens | embedding), one token after the other.
+
+In: embeddings (B, D) of unit norm, tokens (B, T) int64. Out: logits (B, T, K), position i predicts token i.
+Axes: B batch, L tokens of a picture, T <= L of them, K codebook size, D CLIP dimension, E width, N condition tokens.
+
+One concrete sequence, N = 1: the transformer reads [c, t0, t1, ..., t(L-2)] and predicts [t0, t1, ..., t(L-1)], so
+token t(L-1) is predicted and never read. The unconditional case is the zero vector in place of an embedding.
+Blocks are pre-norm with learned positions, fused q/k/v, exact GELU and biases, the GPT of the released CLIP-GEN model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import TransformerConfig, from_dict
+from .runs import ClipgenError, load_strictly, read_json, read_weights
+
+
+class KVCache:
+    """Keys and values of all blocks, allocated once: two tensors (layers, B, heads, N + L - 1, E / heads)."""
+
+    def __init__(self, transformer: ImageTransformer, batch: int):
+        weight = transformer.head.weight
+        config, length = transformer.config, transformer.positions.shape[1]
+        shape = (config.layers, batch, config.heads, length, config.width // config.heads)
+        self.keys, self.values = (torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2))
+        self.length = 0  # positions held so far
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values behind those held and return all of them."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.qkv, self.proj = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
+        self.fc1, self.fc2 = nn.Linear(config.width, 4 * config.width), nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            if length > 1 and cache.length > 0:  # several new positions behind old ones
+                mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        causal = length > 1 and mask is None
+        dropout = self.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+        h = self.proj(h.transpose(1, 2).reshape(batch, length, width))
+        x = x + F.dropout(h, self.dropout, self.training)
+        h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + F.dropout(h, self.dropout, self.training)
+
+
+class ImageTransformer(nn.Module):
+    """Decoder-only transformer over picture tokens with the CLIP embedding as its first N inputs."""
+
+    def __init__(self, config: TransformerConfig, codebook_size: int, n_tokens: int, clip_dim: int):
+        super().__init__()
+        self.config, self.codebook_size, self.n_tokens, self.clip_dim = config, codebook_size, n_tokens, clip_dim
+        width = config.width
+        self.condition = nn.Linear(clip_dim, config.condition_tokens * width)
+        self.token_embedding = nn.Embedding(codebook_size, width)
+        self.positions = nn.Parameter(torch.zeros(1, config.condition_tokens + n_tokens - 1, width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, codebook_size)
+        self.apply(self._initialise)
+        nn.init.normal_(self.positions, std=0.02)
+        for block in self.blocks:  # residual branches start smaller the deeper the stack (GPT-2)
+            for layer in (block.proj, block.fc2):
+                nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
+        # unit-norm inputs have entries of about D^-0.5: this keeps the condition as loud as a token embedding
+        nn.init.normal_(self.condition.weight, std=0.5)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, embeds: torch.Tensor, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits of each token given the embedding and the tokens before it.
+
+        Args:
+            embeds: (B, D) of unit norm, or zero rows for the unconditional case.
+            tokens: (B, T) int64, 1 <= T <= L; the last one is predicted, never read.
+            cache: with one, only positions that it does not hold are computed and returned, and it then holds them.
+
+        Returns:
+            (B, T, K) float logits, or the last (B, T - already held, K) of them with a cache.
+        """
+        first = self.config.condition_tokens
+        if tokens.shape[1] > self.n_tokens:
+            raise ClipgenError(f"{tokens.shape[1]} tokens given to a transformer of {self.n_tokens}: use the VQGAN it was trained with")  # fmt: skip
+        held = cache.length if cache is not None else 0
+        x = self.token_embedding(tokens[:, max(held - first, 0) : -1])  # (B, new tokens, E)
+        if held == 0:
+            condition = self.condition(embeds).view(len(embeds), first, -1)  # (B, N, E)
+            x = torch.cat([condition.to(x.dtype), x], dim=1)
+        x = x + self.positions[:, held : held + x.shape[1]]
+        for layer, block in enumerate(self.blocks):
+            if self.config.gradient_checkpointing and self.training and cache is None:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache, layer)
+        if cache is not None:
+            cache.length += x.shape[1]
+        if held == 0:
+            x = x[:, first - 1 :]  # the last condition token predicts t0
+        return self.head(self.norm(x)).float()
+
+    def describe(self) -> dict:
+        return asdict(self.config) | {"codebook_size": self.codebook_size, "n_tokens": self.n_tokens, "clip_dim": self.clip_dim}
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTransformer:
+        """Read what `train_transformer` wrote to a folder, in eval mode."""
+        sizes = read_json(Path(folder) / "config.json")
+        model = cls.from_description({k: v for k, v in sizes.items() if k != "trained_with"})
+        load_strictly(model, read_weights(Path(folder)), Path(folder))
+        return model.to(device).eval()
+
+    @classmethod
+    def from_description(cls, sizes: dict) -> ImageTransformer:
+        """Build from what `describe` returns."""
+        own = {key: sizes[key] for key in ("codebook_size", "n_tokens", "clip_dim")}
+        return cls(from_dict(TransformerConfig, {k: v for k, v in sizes.items() if k not in own}), **own)

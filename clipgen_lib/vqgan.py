@@ -1,0 +1,282 @@
+"""VQGAN: pictures to discrete tokens and back.
+
+In: pictures (B, 3, H, W) float in [-1, 1]. Out: tokens (B, h, w) int64 below K, and pictures again.
+Axes: B batch, H W pixels, h w token grid, K codebook size, C code dimension, Z channels before and after the code.
+
+The encoder and decoder are those of taming-transformers (Esser et al. 2021, arXiv 2012.09841): residual blocks with
+GroupNorm (epsilon 1e-6) and swish, one attention block in the middle and at the coarsest level, stride-2
+convolutions padded on the right and below. `patch` folds pixels into channels first (1: not at all, as there).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from .config import VQGANConfig, from_dict
+from .runs import ClipgenError, load_strictly, read_json, read_weights
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2, self.conv2 = _norm(channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over positions, projections as 1x1 convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (B, h*w, channels)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: residual blocks, each followed by attention where asked, then a resampling."""
+
+    def __init__(self, channels_in: int, channels_out: int, n_blocks: int, attention: bool, resample: nn.Module | None):
+        super().__init__()
+        widths = [channels_in] + [channels_out] * n_blocks
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(n_blocks if attention else 0))
+        self.resample = resample or nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return self.resample(x)
+
+
+class Middle(nn.Sequential):
+    def __init__(self, channels: int):
+        super().__init__(ResBlock(channels, channels), AttentionBlock(channels), ResBlock(channels, channels))
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, Z, h, w)."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_mult]
+        last = len(widths) - 1
+        self.unfold = nn.PixelUnshuffle(config.patch)
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(before, width, config.res_blocks, i == last, Downsample(width) if i < last else None)
+            for i, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False))
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(self.unfold(images))
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """(B, Z, h, w) -> (B, 3, H, W), not clamped."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.channel_mult)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = Middle(widths[0])
+        self.up = nn.ModuleList(
+            Level(before, width, config.res_blocks + 1, i == 0, Upsample(width) if i < last else None)
+            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
+        )
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
+        self.fold = nn.PixelShuffle(config.patch)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in self.up:
+            h = level(h)
+        return self.fold(self.conv_out(F.silu(self.norm_out(h))))
+
+
+class Quantized(NamedTuple):
+    codes: torch.Tensor  # (B, C, h, w), straight-through: the value of the code, the gradient of the encoder's output
+    tokens: torch.Tensor  # (B, h, w) int64
+    vectors: torch.Tensor  # (B, h, w, C), detached: what the encoder gave, for `update_codebook`
+    codebook_loss: torch.Tensor  # scalar; moves codes towards encoder outputs (zero where codes move by EMA)
+    commitment_loss: torch.Tensor  # scalar; moves encoder outputs towards codes
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest code, by cosine on unit vectors (`l2_norm`; ViT-VQGAN, arXiv 2110.04627) or by euclidean distance.
+
+    The two losses are those of VQ-VAE (arXiv 1711.00937, equation 3): ||sg[z] - e||^2 and ||z - sg[e]||^2, and beta
+    belongs to the second. With `codebook_update="ema"` codes follow the mean of their vectors instead of the first
+    loss (same paper, appendix A.1). A code unused for `restart_after` training steps takes the place of a random
+    encoder output (Jukebox, arXiv 2005.00341, section 3.1).
+    """
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.l2_norm, self.ema = config.l2_norm, config.codebook_update == "ema"
+        self.decay, self.restart_after = config.codebook_decay, config.restart_after
+        size, dim = config.codebook_size, config.code_dim
+        # unit vectors in every direction, or (euclidean) the small uniform box of taming
+        codes = F.normalize(torch.randn(size, dim), dim=-1) if self.l2_norm else (torch.rand(size, dim) * 2 - 1) / size
+        self.codebook = nn.Parameter(codes, requires_grad=not self.ema)
+        self.register_buffer("idle", torch.zeros(size, dtype=torch.long))  # training steps since a code was last used
+        if self.ema:
+            self.register_buffer("counts", torch.ones(size))
+            self.register_buffer("sums", codes.clone())
+
+    def codes(self) -> torch.Tensor:
+        """The codebook (K, C) as it is looked up: of unit norm where `l2_norm`."""
+        return F.normalize(self.codebook, dim=-1) if self.l2_norm else self.codebook
+
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, h, w) int64 -> (B, C, h, w)."""
+        return F.embedding(tokens, self.codes()).permute(0, 3, 1, 2)
+
+    def forward(self, z: torch.Tensor) -> Quantized:
+        z = z.float().permute(0, 2, 3, 1)  # (B, h, w, C)
+        z = F.normalize(z, dim=-1) if self.l2_norm else z
+        flat, codes = z.reshape(-1, z.shape[-1]), self.codes()
+        with torch.no_grad():
+            distance = codes.pow(2).sum(1) - 2 * flat @ codes.T  # |z|^2 is the same for every code
+            tokens = distance.argmin(1).view(z.shape[:-1])
+        chosen = F.embedding(tokens, codes)
+        codebook_loss = chosen.new_zeros(()) if self.ema else F.mse_loss(chosen, z.detach())
+        commitment_loss = F.mse_loss(z, chosen.detach())
+        straight_through = (z + (chosen - z).detach()).permute(0, 3, 1, 2)
+        return Quantized(straight_through, tokens, z.detach(), codebook_loss, commitment_loss)
+
+    @torch.no_grad()
+    def update_codebook(self, vectors: torch.Tensor, tokens: torch.Tensor) -> None:
+        """After an optimiser step: move codes by EMA, count idle steps, restart dead codes; the same on every process."""
+        flat, tokens = vectors.reshape(-1, vectors.shape[-1]), tokens.flatten()
+        used = torch.bincount(tokens, minlength=len(self.codebook)).float()
+        sums = torch.zeros_like(self.codebook).index_add_(0, tokens, flat)
+        fresh = flat[torch.randint(len(flat), (len(self.codebook),), device=flat.device)]
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(used)
+            dist.all_reduce(sums)
+            dist.broadcast(fresh, 0)
+        if self.ema:
+            self.counts.mul_(self.decay).add_(used, alpha=1 - self.decay)
+            self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+            means = self.sums / self.counts.clamp_min(1e-3)[:, None]
+            self.codebook.copy_(F.normalize(means, dim=-1) if self.l2_norm else means)
+        self.idle.add_(1).masked_fill_(used > 0, 0)
+        if self.restart_after:
+            dead = (self.idle >= self.restart_after)[:, None]
+            self.codebook.copy_(torch.where(dead, fresh, self.codebook))
+            if self.ema:
+                self.sums.copy_(torch.where(dead, fresh, self.sums))
+                self.counts.masked_fill_(dead[:, 0], 1.0)
+            self.idle.masked_fill_(dead[:, 0], 0)
+
+
+class VQGAN(nn.Module):
+    """Encoder, quantiser and decoder; `encode` and `decode` are each other's inverse up to what tokens can hold."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
+        self.quantizer = VectorQuantizer(config)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, Quantized]:
+        """(B, 3, H, W) in [-1, 1] -> reconstructions of the same shape (not clamped), and the quantiser's output."""
+        quantized = self.quantizer(self.quant_conv(self.encoder(images)))
+        return self.decode_codes(quantized.codes), quantized
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> tokens (B, h, w) int64.
+
+        Raises:
+            ClipgenError: H or W is not a multiple of the downsampling factor.
+        """
+        factor = self.config.factor
+        if images.shape[-2] % factor or images.shape[-1] % factor:
+            raise ClipgenError(f"pictures of {images.shape[-2]}x{images.shape[-1]} pixels do not divide by {factor}: resize them to multiples of {factor}")  # fmt: skip
+        return self.quantizer(self.quant_conv(self.encoder(images))).tokens
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, h, w) int64 -> pictures (B, 3, H, W), clamped to [-1, 1]."""
+        return self.decode_codes(self.quantizer.lookup(tokens)).clamp(-1, 1)
+
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (B, C, h, w), perhaps soft, -> pictures, not clamped; differentiable in the codes."""
+        return self.decoder(self.post_quant_conv(codes)).float()
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight at which the adaptive adversarial weight compares gradients."""
+        return self.decoder.conv_out.weight
+
+    def describe(self) -> dict:
+        return asdict(self.config)
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> VQGAN:
+        """Read what `train_vqgan` wrote to a folder, in eval mode."""
+        config = read_json(Path(folder) / "config.json")
+        model = cls(from_dict(VQGANConfig, config))
+        load_strictly(model, read_weights(Path(folder)), Path(folder))
+        return model.to(device).eval()
+
+
+def codebook_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, float]:
+    """Share of codes used at all, and perplexity exp(entropy) of their frequencies, over tokens of any shape."""
+    frequencies = torch.bincount(tokens.flatten(), minlength=codebook_size).double()
+    frequencies /= frequencies.sum()
+    entropy = -(frequencies * frequencies.clamp_min(1e-12).log()).sum()
+    return {"codebook_usage": float((frequencies > 0).double().mean()), "perplexity": float(entropy.exp())}

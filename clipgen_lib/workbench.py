@@ -1,0 +1,235 @@
+"""One run from pixels to numbers: what the notebooks and the command line call, step by step.
+
+In: preset, run name, data, seed, device. Out: the run's folder under results/. Each step reads what the step before it
+wrote, so that any of them can be run alone, again, or in another process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from . import evaluate, train
+from .clip_embed import ClipEmbedder
+from .config import Preset, as_dict, load_preset
+from .data import ImageSet, open_images
+from .images import grid, to_float
+from .losses import PatchDiscriminator, adversarial_loss
+from .runs import RESULTS, ClipgenError, Run, differences, open_run, read_json, versions, write_json
+from .sample import TextToImage, load_run
+from .store import TokenStore, extract
+from .transformer import ImageTransformer
+from .vqgan import VQGAN
+
+PREVIEW_PROMPTS = (
+    "a large red circle", "a small blue star", "a large green heart", "a small yellow cross",
+    "a pink ring left of a blue square", "a purple triangle above an orange diamond",
+)  # fmt: skip
+
+
+def pick_device(device: str = "auto") -> str:
+    """`auto` is a GPU where torch sees one; a name that torch does not know or have is one sentence."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ClipgenError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): use 'auto' or 'cpu'") from None
+    return device
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A run, opened: its preset and data, and the steps of the method as methods."""
+
+    run: Run
+    preset: Preset
+    data: str
+    seed: int
+    device: str
+
+    @classmethod
+    def open(cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto") -> Workbench:
+        """Open or begin a run; one begun with another preset, data or seed is refused."""
+        chosen, opened = load_preset(preset), open_run(run)
+        config = {"preset": as_dict(chosen), "data": _portable(data), "seed": seed}
+        path = opened.file("config.json")
+        if path.exists():
+            before = read_json(path)
+            differing = differences(before, config)
+            if differing:
+                raise ClipgenError(f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}")  # fmt: skip
+        else:
+            write_json(path, config)
+        bench = cls(opened, chosen, data, seed, pick_device(device))
+        if not opened.summary().get("versions"):
+            opened.add_to_summary(run=run, preset=preset, seed=seed, versions=versions())
+        return bench
+
+    @classmethod
+    def reopen(cls, run: str, device: str = "auto") -> Workbench:
+        """Open a run that exists with the preset, data and seed it was begun with."""
+        if not (RESULTS / run / "config.json").is_file():
+            raise ClipgenError(f"there is no run {run!r} under {RESULTS.name}/: begin it with 'clipgen run --run {run}'")
+        config = read_json(RESULTS / run / "config.json")
+        return cls.open(config["preset"]["name"], run, config["data"], config["seed"], device)
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def images(self, split: str = "train") -> ImageSet:
+        return open_images(self.data, split, self.preset.vqgan.image_size, self.preset.shapes, self.seed)
+
+    @property
+    def has_oracle(self) -> bool:
+        return self.data == "shapes"
+
+    @property
+    def clip_source(self) -> dict:
+        return {"name": self.preset.clip.name, "pretrained": self.preset.clip.pretrained}
+
+    @cached_property
+    def clip(self) -> ClipEmbedder:
+        return ClipEmbedder.load(**self.clip_source, device=self.device)
+
+    @cached_property
+    def judge(self) -> ClipEmbedder:
+        """The CLIP that scores; the conditioning one where the preset names no other, and the result says so."""
+        if self.preset.clip.judge_name is None:
+            return self.clip
+        return ClipEmbedder.load(self.preset.clip.judge_name, self.preset.clip.judge_pretrained, self.device)
+
+    def vqgan(self) -> VQGAN:
+        return VQGAN.load(self.run.path / "vqgan", self.device)
+
+    def store(self, split: str = "train") -> TokenStore:
+        return TokenStore.open(self.run.path / "store" / split, self.vqgan(), self.clip)
+
+    def generator(self) -> TextToImage:
+        return load_run(self.run.path, self.clip, self.clip_source, self.preset.sample)
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    def train_vqgan(self, steps: int = 0) -> VQGAN:
+        """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's."""
+        config = replace(self.preset.vqgan_train, **({"steps": steps} if steps else {}))
+        images, held_out = self.images(), self.images("val")
+        with self._timed("vqgan"):
+            vqgan = train.train_vqgan(self.run, images, self.preset.vqgan, config, self.clip, self.seed, self.device)
+        data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(held_out)}
+        scores = evaluate.evaluate_vqgan(vqgan.to(self.device), held_out)
+        self.run.add_to_summary(data=data, vqgan=scores)
+        return vqgan
+
+    def extract(self) -> TokenStore:
+        """Both splits through the frozen encoders; returns the train store."""
+        vqgan, settings = self.vqgan(), self.preset.transformer_train
+        with self._timed("extract"):
+            for split, flip in (("val", False), ("train", settings.flip)):
+                images = self.images(split)
+                store = extract(images, vqgan, self.clip, self.run.path / "store" / split, flip, workers=settings.workers)
+                if images.skipped:
+                    self.run.add_to_summary(skipped=images.skipped)
+        return store
+
+    def train_transformer(self, steps: int = 0) -> None:
+        """Stage 2, with previews from the same prompts and seeds at every checkpoint."""
+        config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
+        vqgan, store, held_out = self.vqgan(), self.store(), self.store("val")
+        embeds = torch.cat([self.clip.texts(self.preview_prompts()), held_out.embeds(slice(0, 6)).to(self.device)])
+        seeds = list(range(len(embeds)))
+
+        def preview(transformer, step):
+            drawn = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample)
+            sheet = grid(drawn.draw(embeds, seeds), columns=len(embeds))
+            Image.fromarray(sheet).save(self.run.file("previews", f"{step:06d}.png"))
+
+        with self._timed("transformer"):
+            transformer = train.train_transformer(self.run, store, held_out, self.preset.transformer, config, vqgan,
+                                                  self.clip, self.seed, self.device, preview=preview)  # fmt: skip
+        scores = train.held_out_losses(transformer.to(self.device), held_out, vqgan, self.clip)
+        clip_size = sum(p.numel() for p in self.clip.parameters())
+        self.run.add_to_summary(transformer=scores, parameters={"clip": clip_size})
+
+    def preview_prompts(self, n: int = 6) -> list[str]:
+        """Prompts for pictures on the way: fixed ones for shapes, else captions of the val split."""
+        if self.has_oracle:
+            return list(PREVIEW_PROMPTS[:n])
+        images = self.images("val")
+        chosen = evaluate.choose_captions(images, n, self.seed) if images.has_captions else []
+        return [text for _, text in chosen] or ["a photo"] * n
+
+    def evaluate(self, guidance: float = 0.0) -> dict:
+        """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown."""
+        generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
+        with self._timed("evaluate"):
+            numbers, shown = evaluate.evaluate_generator(
+                generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, **settings)  # fmt: skip
+            oracle = evaluate.evaluate_oracle(generator, self.preset.evaluate.n_oracle, self.seed, **settings) if self.has_oracle else None  # fmt: skip
+        sample = {**as_dict(self.preset.sample), **settings}
+        start = time.perf_counter()
+        generator.draw(shown_embeds := generator.clip.texts(shown["prompts"][:16]), list(range(len(shown_embeds))), **settings)
+        per_image = (time.perf_counter() - start) / len(shown_embeds)
+        entries = {"evaluation": numbers, "sample": sample} | ({"oracle": oracle} if oracle else {})
+        seconds = {**self.run.summary().get("seconds", {}), "per_image": per_image}
+        seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
+        self.run.add_to_summary(**entries, seconds=seconds)
+        return shown
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        """Wall seconds of a step into summary.json; those of an interrupted and resumed step are of its last part."""
+        start = time.perf_counter()
+        yield
+        self.run.add_to_summary(seconds={step: time.perf_counter() - start})
+
+
+def _portable(data: str) -> str:
+    """The name of a data folder rather than where it lies on this machine."""
+    return data if data == "shapes" else Path(data).expanduser().resolve().name
+
+
+def count_and_step(preset: Preset, clip_dim: int, optimise: bool = True) -> dict[str, float]:
+    """Build both stages of a preset and take one optimiser step of each on one random picture, on the CPU.
+
+    Shows that a large preset is sound before a cluster is asked for it.
+
+    Returns:
+        Parameters of each stage, its loss where `optimise`, and `state_gigabytes`: weights, gradients, two AdamW
+        moments and the EMA in float32 of the larger stage. Activations come on top and grow with the batch.
+    """
+    torch.manual_seed(0)
+    config = preset.vqgan
+    vqgan = VQGAN(config)
+    images = to_float(torch.randint(0, 256, (1, 3, config.image_size, config.image_size)))
+    found: dict[str, float] = {"vqgan": sum(p.numel() for p in vqgan.parameters())}
+    if optimise:
+        critic = PatchDiscriminator(preset.vqgan_train.discriminator_channels, preset.vqgan_train.discriminator_layers)
+        with torch.autocast("cpu", torch.bfloat16):
+            fake, quantized = vqgan(images)
+            loss = F.l1_loss(fake, images) + quantized.codebook_loss + quantized.commitment_loss + adversarial_loss(critic(fake))
+        found["vqgan_loss"] = _one_step(loss, vqgan)
+    tokens = vqgan.encode(images).flatten(1)
+    del vqgan
+    transformer = ImageTransformer(preset.transformer, config.codebook_size, config.side**2, clip_dim)
+    found["transformer"] = sum(p.numel() for p in transformer.parameters())
+    if optimise:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = transformer(F.normalize(torch.randn(1, clip_dim), dim=-1), tokens)
+        found["transformer_nll"] = _one_step(F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), transformer)
+    found["state_gigabytes"] = 5 * 4 * max(found["vqgan"], found["transformer"]) / 1e9
+    return found
+
+
+def _one_step(loss: torch.Tensor, module: torch.nn.Module) -> float:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    loss.backward()
+    optimizer.step()
+    return float(loss)

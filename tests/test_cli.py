@@ -1,0 +1,92 @@
+"""The command line, run as a user runs it, in results of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def clipgen(*arguments, results, timeout=400):
+    environment = {**os.environ, "CLIPGEN_RESULTS": str(results), "CLIPGEN_PROGRESS": "1"}
+    return subprocess.run([sys.executable, "-m", "clipgen_lib", *map(str, arguments)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=timeout)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """All four notebooks by papermill at preset smoke."""
+    results = tmp_path_factory.mktemp("results")
+    done = clipgen("run", "--preset", "smoke", "--run", "whole", "-p", "SEED=1", results=results)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return results, done
+
+
+def test_all_notebooks_run_and_measure(smoke):
+    results, done = smoke
+    summary = json.loads((results / "whole" / "summary.json").read_text())
+    assert {"run", "preset", "seed", "versions", "data", "parameters", "vqgan", "transformer", "evaluation", "oracle",
+            "seconds"} <= summary.keys()  # fmt: skip
+    assert summary["seed"] == 1 and summary["data"]["n_train"] == 256 and summary["evaluation"]["n"] == 64
+    assert {"vqgan", "extract", "transformer", "evaluate", "per_image", "total"} <= summary["seconds"].keys()
+    assert summary["oracle"]["text"]["two"].keys() == {"n", "both", "relation"}
+    assert {"vqgan", "transformer", "clip"} == summary["parameters"].keys()
+    figures = {p.stem for p in (results / "whole" / "figures").glob("*.png")}
+    assert {"reconstructions", "vqgan_curves", "codebook", "token_grid", "neighbours", "previews", "contact_sheet"} <= figures
+    assert "FID-k, generator" in done.stdout and "figures" in done.stdout
+    assert "training VQGAN" in done.stderr and "training transformer" in done.stderr  # bars reach the terminal
+
+
+def test_executed_copies_are_whole_and_clean(smoke):
+    for path in sorted((smoke[0] / "whole" / "notebooks").glob("*.ipynb")):
+        text = path.read_text()
+        notebook = nbformat.reads(text, as_version=4)
+        code = [c for c in notebook.cells if c.cell_type == "code"]
+        assert all(c.execution_count for c in code) and "image/png" in text and "it/s" not in text
+        assert str(smoke[0]) not in text and str(ROOT) not in text
+
+
+def test_generate_from_the_run(smoke, tmp_path):
+    out = tmp_path / "out.png"
+    done = clipgen("generate", "a red circle", "--run", "whole", "-n", "3", "--seed", "5", "-o", out, results=smoke[0])
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out).size == (3 * 64 + 4, 64)
+
+
+def test_stages_go_on_from_what_is_there(smoke):
+    done = clipgen("evaluate", "--preset", "smoke", "--run", "whole", "--seed", "1", "--guidance", "1.5", results=smoke[0])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((smoke[0] / "whole" / "summary.json").read_text())["sample"]["guidance"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("run", "--preset", "smoke", "-p", "STEPS=3"), "no notebook has a parameter 'STEPS'"),
+        (("run", "--preset", "smoke", "-p", "STEPS"), "not KEY=VALUE"),
+        (("run", "--preset", "smoke", "--notebook", "09"), "0 notebooks match '09'"),
+        (("run", "--preset", "smoke", "--run", "x", "-p", "DATA=/nowhere/at/all"), "is not a folder of pictures"),
+        (("generate", "a prompt", "--run", "none"), "there is no run 'none'"),
+        (("extract", "--preset", "smoke", "--run", "fresh"), "is missing"),
+        (("train-vqgan", "--preset", "smoke", "--run", "whole", "--seed", "2"), "begun with another seed"),
+        (("train-vqgan", "--preset", "smoke", "--run", "y", "--device", "cuda:7"), "cannot be used here"),
+    ],
+)
+def test_mistakes_are_one_sentence(smoke, arguments, sentence):
+    done = clipgen(*arguments, results=smoke[0])
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_real_photos_by_the_same_command(shared, tmp_path):
+    done = clipgen("run", "--preset", "smoke", "--run", "photos", "-p", f"DATA={shared / 'coco-mini'}",
+                   "-p", "VQGAN_STEPS=6", "-p", "TRANSFORMER_STEPS=6", results=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "photos" / "summary.json").read_text())
+    assert summary["data"]["name"] == "coco-mini" and summary["data"]["n_train"] == 80 and "oracle" not in summary
+    assert summary["evaluation"]["r_precision"] < 0.3  # a CLIP that knows shapes is near chance on photos

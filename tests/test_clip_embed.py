@@ -1,0 +1,112 @@
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from clipgen_lib import shapes
+from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.images import from_arrays
+from clipgen_lib.runs import DATA, ClipgenError
+from clipgen_lib.train_clip import pool_scene, retrieval
+
+EMBEDDED = DATA / "shapes_clip"
+
+
+def test_unit_norm_and_shape(clip):
+    images, texts = clip.images(torch.rand(3, 3, 64, 64) * 2 - 1), clip.texts(["a red circle", "a star"])
+    assert images.shape == (3, clip.dim) and texts.shape == (2, clip.dim) and images.dtype == texts.dtype == torch.float32
+    for embeds in (images, texts):
+        assert torch.allclose(embeds.norm(dim=1), torch.ones(len(embeds)), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (150, 100), (40, 90), (301, 203)])
+def test_preprocessing_is_that_of_open_clip(clip, size):
+    """Against the model's own transform, which works on 8-bit PIL pictures: equal up to its rounding."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+    wanted = image_transform_v2(PreprocessCfg(**clip.model.visual.preprocess_cfg), is_train=False)(picture)
+    ours = clip.preprocess(from_arrays(np.asarray(picture)[None]))[0]
+    assert ours.shape == wanted.shape == (3, 64, 64)
+    assert (ours - wanted).abs().max() * clip.std.min() < 2.1 / 255  # bicubic in 8 bits rounds twice
+
+
+def test_same_embedding_as_open_clip_itself(clip):
+    model = open_clip.create_model(f"local-dir:{EMBEDDED}").eval()
+    images = from_arrays(np.stack([shapes.render(shapes.scene_at(5, i)) for i in range(4)]))
+    with torch.no_grad():
+        wanted = model.encode_image(((images + 1) / 2 - clip.mean) / clip.std, normalize=True)
+    assert torch.allclose(clip.images(images), wanted, atol=1e-5)
+
+
+def test_gradients_reach_pictures_and_not_weights(clip):
+    images = torch.zeros(1, 3, 80, 64, requires_grad=True)
+    clip.images(images)[0, 0].backward()
+    assert images.grad.abs().sum() > 0 and all(p.grad is None for p in clip.parameters())
+
+
+def test_it_knows_shapes(clip):
+    """Far under what it was trained to, far over chance: a broken file, tokenizer or resize would fail here."""
+    assert retrieval(clip, 200, n_things=1)["true_at_1"] > 0.6
+
+
+def test_embedded_weights_are_small_and_half():
+    assert (EMBEDDED / "open_clip_model.safetensors").stat().st_size < 12.5e6
+
+
+def test_long_texts_are_noticed(clip):
+    assert not clip.is_truncated("a small red circle left of a large blue star")
+    assert clip.is_truncated("a small red circle " * 20)
+    assert clip.texts(["a small red circle " * 20]).shape == (1, clip.dim)
+
+
+def test_missing_and_wrong_models(tmp_path, monkeypatch):
+    with pytest.raises(ClipgenError, match="needs `pretrained`"):
+        ClipEmbedder.load("ViT-B-32")
+    with pytest.raises(ClipgenError, match="cannot be loaded"):
+        ClipEmbedder.load("no-such-model", "openai")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ClipgenError, match="open_clip_model.safetensors is missing"):
+        ClipEmbedder.load(str(tmp_path / "empty"))
+    cut = tmp_path / "cut"
+    shutil.copytree(EMBEDDED, cut)
+    (cut / "open_clip_model.safetensors").write_bytes((EMBEDDED / "open_clip_model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ClipgenError, match="cannot be loaded"):
+        ClipEmbedder.load(str(cut))
+
+
+def test_a_quickgelu_mismatch_is_an_error(tmp_path, monkeypatch):
+    """open_clip only warns when OpenAI's weights meet the model without QuickGELU."""
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *a, **k: str(tmp_path / "none.pt"))
+    with pytest.raises(ClipgenError, match="quickgelu"):
+        ClipEmbedder.load("ViT-B-32", "openai")
+
+
+def test_local_checkpoint_file_of_a_known_architecture(tmp_path):
+    """An open_clip name with a checkpoint file, the way real weights are used offline."""
+    config = json.loads((EMBEDDED / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-shapes.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    embedder = ClipEmbedder.load("tiny-shapes", str(EMBEDDED / "open_clip_model.safetensors"))
+    images = torch.rand(2, 3, 64, 64)
+    weights = {k: v for k, v in ClipEmbedder.load("shapes").model.state_dict().items() if k == "visual.attnpool.q_proj.weight"}
+    assert all(torch.equal(embedder.model.state_dict()[k], v) for k, v in weights.items())
+    assert embedder.images(images).shape == (2, 256) and embedder.name.startswith("tiny-shapes/")
+
+
+def test_twins_exchange_places():
+    twins = 0
+    for index in range(0, 200, 2):
+        a, b = pool_scene(0, index), pool_scene(0, index + 1)
+        if len(a.things) == 2:
+            twins += 1
+            said = {(t.shape, t.colour): (t.x, t.y) for t in a.things}
+            swapped = {(t.shape, t.colour): (t.x, t.y) for t in b.things}
+            assert said.keys() == swapped.keys() and all(said[k] != swapped[k] for k in said)
+            assert shapes.relation(*a.things) != shapes.relation(*b.things) or a.things[0].shape != b.things[0].shape
+            read = shapes.read_scene(shapes.render(b))
+            assert {(t.shape, t.colour) for t in read} == said.keys()
+    assert twins > 20

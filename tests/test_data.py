@@ -1,0 +1,152 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from clipgen_lib.data import open_images, ordered_batches, training_batches
+from clipgen_lib.runs import ClipgenError
+
+
+def save(path, colour="red", size=(20, 16)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def coco_root(root, files, images=None, annotations=None, split="val2017"):
+    for name in files:
+        save(root / split / name)
+    images = [{"id": i, "file_name": name} for i, name in enumerate(files)] if images is None else images
+    annotations = annotations if annotations is not None else [{"image_id": 0, "id": 1, "caption": " a red field\n"}]
+    (root / "annotations").mkdir(exist_ok=True, parents=True)
+    (root / "annotations" / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return root
+
+
+def test_shapes_are_read_as_coco(world):
+    images = open_images(world, "val")
+    assert len(images) == 12 and images.has_captions and all(len(c) == 5 for c in images.captions)
+    assert images[0].shape == (3, 64, 64)
+
+
+def test_real_coco(shared):
+    images = open_images(shared / "coco-mini", "val", 64)
+    assert images.split == "val2017" and len(images) == 79 and len(images.captions[0]) >= 5
+    rows, batch = next(ordered_batches(images, range(8), 8))
+    assert batch.shape == (8, 3, 64, 64) and rows == list(range(8))
+
+
+def test_coco_years_and_missing_pictures(tmp_path):
+    root = coco_root(tmp_path, ["a.png", "b.png"])
+    (root / "val2017" / "b.png").unlink()
+    images = open_images(root, "val")
+    assert len(images) == 1 and images.captions == [("a red field",)]
+    assert images.skipped == {"b.png": "named in the annotations, but the file is missing"}
+    coco_root(tmp_path, ["c.png"], split="val2014")
+    with pytest.raises(ClipgenError, match="val2014, val2017"):
+        open_images(root, "val")
+    assert open_images(root, "val2014").split == "val2014"
+
+
+def test_coco_captions_without_pictures(tmp_path):
+    root = coco_root(tmp_path, ["a.png"], annotations=[{"image_id": 7, "id": 1, "caption": "lost"}])
+    assert open_images(root, "val").skipped == {"image_id 7": "captions without an entry among the images"}
+    with pytest.raises(ClipgenError, match="none of the 1 pictures"):
+        open_images(coco_root(tmp_path / "x", [], images=[{"id": 0, "file_name": "gone.png"}]), "val")
+
+
+def test_coco_broken_annotations(tmp_path):
+    root = coco_root(tmp_path, ["a.png"])
+    path = root / "annotations" / "captions_val2017.json"
+    for text in ('{"images": [', "[]", '{"images": [{"id": 0}], "annotations": []}', '{"images": 3, "annotations": []}'):
+        path.write_text(text)
+        with pytest.raises(ClipgenError, match="captions_val2017.json"):
+            open_images(root, "val")
+
+
+def test_coco_file_names_stay_inside(tmp_path):
+    save(tmp_path / "outside.png")
+    root = coco_root(tmp_path / "coco", ["a.png"], images=[{"id": 0, "file_name": "a.png"}, {"id": 1, "file_name": "../../outside.png"}])
+    images = open_images(root, "val")
+    assert len(images) == 1 and "outside the image folder" in images.skipped["../../outside.png"]
+
+
+def test_folder_with_captions_and_automatic_split(tmp_path):
+    for i in range(60):
+        save(tmp_path / "deep" / f"{i}.png")
+    (tmp_path / "deep" / "3.txt").write_text("first\n\nsecond\n")
+    train, val = open_images(tmp_path, "train"), open_images(tmp_path, "val")
+    assert len(train) + len(val) == 60 and len(val) >= 1 and not set(train.paths) & set(val.paths)
+    both = dict(zip(train.paths + val.paths, train.captions + val.captions, strict=False)) if val.has_captions else dict(zip(train.paths, train.captions, strict=True))  # fmt: skip
+    assert both[tmp_path / "deep" / "3.png"] == ("first", "second")
+
+
+def test_class_folders_give_prompts(tmp_path):
+    for split in ("train", "val"):
+        for name in ("golden_retriever", "bus"):
+            save(tmp_path / split / name / "x.png")
+    images = open_images(tmp_path, "val")
+    assert images.classes == ["bus", "golden retriever"]
+    assert images.captions == [("a photo of a bus",), ("a photo of a golden retriever",)]
+
+
+def test_no_pictures_and_no_captions(tmp_path):
+    with pytest.raises(ClipgenError, match="holds no pictures"):
+        open_images(tmp_path)
+    with pytest.raises(ClipgenError, match="is not a folder"):
+        open_images(tmp_path / "nowhere")
+    save(tmp_path / "a.png")
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(ClipgenError, match="unpack"):
+        open_images(tmp_path / "x.zip")
+    with pytest.raises(ClipgenError, match="no captions"):
+        _ = open_images(tmp_path, "train" if not _is_val(tmp_path) else "val").captions
+    with pytest.raises(ClipgenError, match="splits train and val"):
+        open_images(tmp_path, "test")
+
+
+def _is_val(root):
+    try:
+        return len(open_images(root, "val")) == 1
+    except ClipgenError:
+        return False
+
+
+def test_damaged_files_are_counted_and_replaced(tmp_path):
+    for i in range(4):
+        save(tmp_path / "train" / f"{i}.png")
+        save(tmp_path / "val" / f"{i}.png")
+    (tmp_path / "train" / "2.png").write_bytes((tmp_path / "train" / "1.png").read_bytes()[:40])
+    images = open_images(tmp_path, "train", 16)
+    batch = next(training_batches(images, 4, seed=0, start=0, stop=1))
+    assert batch.shape == (4, 3, 16, 16)
+    assert list(images.skipped) == ["train/2.png"] and "damaged" in images.skipped["train/2.png"]
+    rows, batch = next(ordered_batches(images, range(4), 4))
+    assert rows == [0, 1, 3] and len(batch) == 3
+    for i in range(4):
+        (tmp_path / "train" / f"{i}.png").write_text("x")
+    with pytest.raises(ClipgenError, match="none of 4 pictures"):
+        next(training_batches(open_images(tmp_path, "train", 16), 4, seed=0, start=0, stop=1))
+
+
+def test_batches_are_a_function_of_seed_and_step(images):
+    def batches(start, stop, **kw):
+        return torch.stack(list(training_batches(images, 8, 5, start, stop, flip=True, random_crop=True, **kw)))
+
+    whole = batches(0, 7)
+    assert torch.equal(whole[4:], batches(4, 7))
+    assert torch.equal(whole[:2], batches(0, 2, workers=2))
+    ranks = [batches(0, 2, rank=r, world=2) for r in range(2)]
+    assert torch.equal(whole[:2, 0::2], ranks[0]) and torch.equal(whole[:2, 1::2], ranks[1])
+    assert not torch.equal(whole[0], next(training_batches(images, 8, 6, 0, 1, flip=True, random_crop=True)))
+    with pytest.raises(ClipgenError, match="3 processes"):
+        next(training_batches(images, 8, 0, 0, 1, world=3))
+
+
+def test_hash_follows_the_files(tmp_path):
+    for name in ("train/a.png", "val/b.png"):
+        save(tmp_path / name)
+    before = open_images(tmp_path, "train").hash
+    assert before == open_images(tmp_path, "train").hash
+    save(tmp_path / "train" / "c.png")
+    assert before != open_images(tmp_path, "train").hash

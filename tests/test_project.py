@@ -1,0 +1,70 @@
+"""The project's own promises: packages in step, light import, notebooks as they should be saved."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_environment_and_pyproject_are_in_step():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [p for extra in project["optional-dependencies"].values() for p in extra]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert next(d["pip"] for d in conda if isinstance(d, dict)) == wanted
+    assert f"python{project['requires-python']}" in conda
+    assert all(re.fullmatch(r"[\w-]+>=[\d.]+", p) for p in wanted), "lower bounds only"
+
+
+def test_import_is_light():
+    code = "import sys, clipgen_lib; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    code = "import sys, clipgen_lib.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_notebooks_are_those_of_the_command():
+    from clipgen_lib.cli import NOTEBOOKS as ordered
+
+    assert [p.stem for p in NOTEBOOKS] == [*ordered, "appendix_train_clip"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "run once, top to bottom, in a fresh kernel"
+    assert not any(o.output_type == "error" for c in code for o in c.outputs)
+    assert "widgets" not in notebook.metadata and path.stat().st_size < 500_000
+    assert code[1].metadata.tags == ["parameters"]
+    for line in code[1].source.splitlines():
+        assert re.fullmatch(r'[A-Z_]+ = ("[^"=]*"|[\d.]+)(  # [^=]*)?', line), line
+    assert re.match(r"# .+\n\n> \*\*In:\*\*", notebook.cells[0].source)
+    assert sum(len(c.source.splitlines()) for c in code) <= 120
+    text = "\n".join(c.source for c in code)
+    assert not re.search(r"^\s*(class |!|%)|import \*|cuda|\.backward\(", text.replace('# auto, cpu, cuda, cuda:1', ''), re.M)
+    assert text.count("assert ") >= 2 and not re.search(r"[\"'](/|[A-Z]:\\)", text)
+    assert not any(o.get("name") == "stderr" for c in code for o in c.outputs), "warnings or bars among the outputs"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_pictures_of_reference_runs_exist(path):
+    for target in re.findall(r"!\[\]\((.+?)\)", path.read_text()):
+        assert (path.parent / target).is_file(), target
+
+
+def test_readme_numbers_come_from_results():
+    """The result table of the README is what the command prints for the committed run."""
+    from clipgen_lib.evaluate import table
+
+    summary = json.loads((ROOT / "results" / "laptop" / "summary.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert table(summary) in readme

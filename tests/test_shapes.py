@@ -1,0 +1,82 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from clipgen_lib import shapes
+from clipgen_lib.shapes import HELD_OUT, Claim, Scene, Thing
+
+
+def test_oracle_reads_scenes_it_has_not_seen():
+    things = right = 0
+    for index in range(300):
+        scene = shapes.scene_at(seed=99, index=index, held_out=index % 4 == 0)
+        read = shapes.read_scene(shapes.render(scene))
+        assert len(read) <= 3
+        for thing in scene.things:
+            things += 1
+            near = min(read, key=lambda r: (r.x - thing.x) ** 2 + (r.y - thing.y) ** 2)
+            right += (near.shape, near.colour, near.size) == (thing.shape, thing.colour, thing.size)
+    assert right / things >= 0.98
+
+
+def test_oracle_sees_what_is_wrong():
+    asked = shapes.prompts("one", 40)
+    pictures = np.stack([shapes.render(p.scene) for p in asked])
+    assert shapes.score(pictures, asked)["both"] == 1.0
+    shifted = shapes.score(np.roll(pictures, 1, axis=0), asked)
+    assert shifted["colour"] < 0.5 and shifted["shape"] < 0.5
+    assert shapes.score(np.full_like(pictures, 128), asked)["colour"] == 0.0
+    two = shapes.prompts("two", 40)
+    pictures = np.stack([shapes.render(p.scene) for p in two])
+    assert shapes.score(pictures, two) == {"n": 40, "both": 1.0, "relation": 1.0}
+    mirrored = shapes.score(pictures[:, ::-1, ::-1], two)  # every relation turns into its opposite
+    assert mirrored["relation"] <= 0.05
+
+
+def test_held_out_pairs_are_held_out():
+    assert len(HELD_OUT) == 8 and {s for s, _ in HELD_OUT} == set(shapes.SHAPES) and {c for _, c in HELD_OUT} == set(shapes.COLOURS)
+    for index in range(200):
+        assert not any((t.shape, t.colour) in HELD_OUT for t in shapes.scene_at(0, index).things)
+        first = shapes.scene_at(0, index, held_out=True).things[0]
+        assert (first.shape, first.colour) in HELD_OUT
+    assert all((p.claim.things[0].shape, p.claim.things[0].colour) in HELD_OUT for p in shapes.prompts("held_out", 30))
+
+
+def test_captions_are_varied_and_true():
+    wordings = Counter()
+    for index in range(100):
+        scene = shapes.scene_at(1, index)
+        rng = np.random.default_rng(index)
+        text, claim = shapes.caption(scene, rng)
+        wordings[text.split()[0]] += 1
+        assert shapes.holds(claim, scene)
+        assert len(set(shapes.captions(scene))) == 5 and shapes.captions(scene) == shapes.captions(scene)
+    assert len(wordings) >= 5
+
+
+def test_claims_can_be_false():
+    red, blue = Thing("circle", "red", "small", 16, 32, 9), Thing("star", "blue", "small", 48, 32, 9)
+    scene = Scene((red, blue), shapes.scene_at(0, 0).background)
+    said = (Thing("circle", "red"), Thing("star", "blue"))
+    assert shapes.holds(Claim(said, "left of"), scene) and shapes.holds(Claim(said[::-1], "right of"), scene)
+    assert not shapes.holds(Claim(said, "right of"), scene)
+    assert not shapes.holds(Claim((Thing("circle", "blue"),)), scene)
+    assert not shapes.holds(Claim((Thing("circle", "red"), Thing("circle", "red"))), scene)
+
+
+def test_a_world_is_a_function_of_its_seed(tmp_path):
+    a = shapes.make_world(tmp_path / "a", 4, 2, seed=1, show_progress=False)
+    b = shapes.make_world(tmp_path / "b", 4, 2, seed=1, show_progress=False)
+    c = shapes.make_world(tmp_path / "c", 4, 2, seed=2, show_progress=False)
+    name = "train/000000000003.png"
+    assert (a / name).read_bytes() == (b / name).read_bytes() != (c / name).read_bytes()
+    content = json.loads((a / "annotations/captions_train.json").read_text())
+    assert len(content["images"]) == 4 and len(content["annotations"]) == 20
+
+
+@pytest.mark.parametrize("bad", [np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 3), np.float32)])
+def test_oracle_refuses_other_pictures(bad):
+    with pytest.raises(ValueError, match="64x64x3 uint8"):
+        shapes.read_scene(bad)

@@ -1,0 +1,200 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clipgen_lib import train
+from clipgen_lib.data import ImageSet
+from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.runs import ClipgenError, load_checkpoint, open_run
+from clipgen_lib.schedule import batch_rows, learning_rate
+from clipgen_lib.store import extract
+
+
+def test_learning_rate_by_hand():
+    assert learning_rate(0, 100, 1.0, 10) == pytest.approx(0.1)
+    assert learning_rate(9, 100, 1.0, 10) == pytest.approx(1.0)
+    assert learning_rate(55, 100, 1.0, 10, floor=0.0) == pytest.approx(0.5)
+    assert learning_rate(100, 100, 1.0, 10, floor=0.02) == pytest.approx(0.02)
+
+
+def test_every_row_once_an_epoch():
+    rows = [int(r) for step in range(10) for r in batch_rows(20, 4, seed=1, step=step)]
+    assert sorted(rows[:20]) == sorted(rows[20:]) == list(range(20)) and rows[:20] != rows[20:]
+
+
+@pytest.fixture
+def store(images, vqgan, clip, tmp_path):
+    return extract(images, vqgan, clip, tmp_path / "store", batch_size=16)
+
+
+class Killed(BaseException):
+    """Stands for a kill signal: nothing of ours catches it."""
+
+
+def stage_one(run, images, preset, clip, **changes):
+    return train.train_vqgan(run, images, preset.vqgan, replace(preset.vqgan_train, **changes), clip, seed=1)
+
+
+def stage_two(run, store, preset, vqgan, clip, **changes):
+    return train.train_transformer(run, store, store, preset.transformer, replace(preset.transformer_train, **changes), vqgan, clip, seed=1)
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def kill_after(monkeypatch, steps):
+    """Let the training log `steps` times, then kill it."""
+    real, count = train._Log.add, []
+
+    def add(self, *args):
+        if len(count) == steps:
+            raise Killed
+        count.append(1)
+        real(self, *args)
+
+    monkeypatch.setattr(train._Log, "add", add)
+
+
+def test_stage_one_resumed_is_uninterrupted(images, preset, clip, tmp_path, monkeypatch):
+    whole = stage_one(open_run("whole", tmp_path), images, preset, clip)
+    run = open_run("parts", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 4)
+        stage_one(run, images, preset, clip)
+    assert load_checkpoint(run.path / "checkpoints" / "vqgan.safetensors")[0]["step"] == 3
+    assert same_weights(whole, stage_one(run, images, preset, clip))
+    assert [line["step"] for line in run.metrics("vqgan")] == [2, 4, 6]
+
+
+def test_stage_two_resumed_is_uninterrupted(store, preset, vqgan, clip, tmp_path, monkeypatch):
+    whole = stage_two(open_run("whole", tmp_path), store, preset, vqgan, clip)
+    run = open_run("parts", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 5)
+        stage_two(run, store, preset, vqgan, clip)
+    assert same_weights(whole, stage_two(run, store, preset, vqgan, clip))
+    assert [line["step"] for line in run.metrics("transformer")] == [2, 4, 6]
+
+
+def test_another_configuration_is_refused(images, preset, clip, tmp_path):
+    run = open_run("r", tmp_path)
+    stage_one(run, images, preset, clip)
+    with pytest.raises(ClipgenError, match=r"differs in train\.lr"):
+        stage_one(run, images, preset, clip, lr=0.5)
+    stage_one(run, images, preset, clip, log_every=1)  # how it is logged may change
+
+
+def test_training_is_language_free(images, preset, clip, vqgan, store, tmp_path, monkeypatch):
+    """Captions and the text encoder are taken away; every step of training still runs."""
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a caption was asked for")
+
+    monkeypatch.setattr(ImageSet, "captions", property(forbidden))
+    monkeypatch.setattr(ClipEmbedder, "texts", forbidden)
+    monkeypatch.setattr(clip.model, "encode_text", forbidden)
+    trained = stage_one(open_run("a", tmp_path), images, preset, clip)
+    fresh = extract(images, trained, clip, tmp_path / "fresh")
+    stage_two(open_run("b", tmp_path), fresh, preset, trained, clip)
+
+
+def test_stage_one_learns_and_logs_its_health(images, preset, clip, tmp_path):
+    run = open_run("r", tmp_path)
+    stage_one(run, images, preset, clip, steps=40, batch_size=8, lr=2e-3, adversarial_ramp=(0.3, 0.6))
+    lines = run.metrics("vqgan")
+    assert lines[-1]["l1"] < 0.7 * lines[0]["l1"]
+    wanted = {"perceptual", "codebook_loss", "commitment_loss", "psnr", "perplexity", "codebook_usage",
+              "generator_gradient", "discriminator_gradient", "discriminator", "lr"}  # fmt: skip
+    assert wanted <= lines[0].keys() and "adversarial" not in lines[0] and "adaptive_weight" in lines[-1]
+
+
+@pytest.mark.parametrize("field, value", [("perceptual_weight", 5.0), ("beta", 3.0), ("accumulate", 2), ("flip", True),
+                                          ("clip_norm", 1e-3), ("weight_decay", 5.0), ("ema_decay", 0.0), ("precision", "no"),
+                                          ("random_crop", False), ("discriminator_lr", 0.1), ("adaptive_max", 0.0)])  # fmt: skip
+def test_each_knob_of_stage_one_matters(images, preset, clip, tmp_path, field, value):
+    images.size = 48  # smaller than the pictures, so that crops differ
+    small = replace(preset, vqgan=replace(preset.vqgan, image_size=48))
+    steps = {"steps": 3, "adversarial_ramp": (0.0, 0.1), "perceptual_weight": 0.5, "adversarial_weight": 1.0, "save_every": 9}
+    for path in images.paths:  # keep the loader from shrinking them
+        assert path.exists()
+    plain = stage_one(open_run("plain", tmp_path), images, small, clip, **steps)
+    changed = stage_one(open_run("changed", tmp_path), images, small, clip, **{**steps, field: value})
+    if field == "random_crop":  # square pictures of the right size have one crop only
+        assert same_weights(plain, changed)
+    else:
+        assert not same_weights(plain, changed)
+
+
+@pytest.mark.parametrize("field, value", [("condition_dropout", 0.9), ("noise_cos", 0.1), ("embedding_weight", 5.0),
+                                          ("embedding_share", 1.0), ("beta2", 0.5), ("accumulate", 2), ("warmup", 1)])  # fmt: skip
+def test_each_knob_of_stage_two_matters(store, preset, vqgan, clip, tmp_path, field, value):
+    plain = stage_two(open_run("plain", tmp_path), store, preset, vqgan, clip, steps=3)
+    assert not same_weights(plain, stage_two(open_run("changed", tmp_path), store, preset, vqgan, clip, steps=3, **{field: value}))
+
+
+def test_noise_meets_its_cosine():
+    draw = torch.Generator().manual_seed(0)
+    embeds = torch.nn.functional.normalize(torch.randn(4000, 64, generator=draw), dim=1)
+    noised = train.noise_embeds(embeds, 0.3, draw)
+    cosine = (noised * embeds).sum(1)
+    assert torch.allclose(noised.norm(dim=1), torch.ones(4000), atol=1e-5)
+    assert cosine.min() > 0.299 and cosine.max() < 1.001 and abs(cosine.mean().item() - 0.65) < 0.01
+    assert train.noise_embeds(embeds, 1.0, draw) is embeds
+
+
+def test_condition_dropout_zeroes_whole_rows():
+    kept = train.drop_condition(torch.ones(10_000, 4), 0.1, torch.Generator().manual_seed(0))
+    assert set(kept.sum(1).tolist()) == {0.0, 4.0} and abs((kept[:, 0] == 0).float().mean().item() - 0.1) < 0.01
+
+
+def test_embedding_loss_reaches_the_logits_only(vqgan, clip):
+    logits = torch.randn(2, 64, 32, requires_grad=True)
+    embeds = clip.texts(["a red circle", "a blue star"])
+    train.embedding_loss(logits, embeds, vqgan, clip).backward()
+    assert (logits.grad.abs().sum((1, 2)) > 0).all()
+    assert all(p.grad is None for p in [*vqgan.parameters(), *clip.parameters()])
+
+
+def test_embedding_loss_is_the_measured_distance(vqgan, clip):
+    """Its value is that of decoding the likeliest tokens and embedding the picture, done by hand."""
+    logits, embeds = torch.randn(3, 64, 32), clip.texts(["a red circle", "a blue star", "a cross"])
+    pictures = vqgan.decode_codes(vqgan.quantizer.lookup(logits.argmax(-1).view(3, 8, 8)))
+    wanted = 1 - (clip.images(pictures) * embeds).sum(1).mean()
+    assert train.embedding_loss(logits, embeds, vqgan, clip).item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_descending_the_embedding_loss_lowers_the_clip_distance(images, preset, clip, tmp_path):
+    """On a VQGAN that decodes something, following the gradient brings the decoded picture nearer to the prompt."""
+    vqgan = stage_one(open_run("v", tmp_path), images, preset, clip, steps=30, batch_size=8, lr=2e-3)
+    torch.manual_seed(0)
+    embeds, logits = clip.texts(["a large red circle", "a blue star"]), torch.zeros(2, 64, 32).normal_(std=0.1).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    distances = []
+    for _ in range(60):
+        loss = train.embedding_loss(logits, embeds, vqgan, clip)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        distances.append(loss.item())
+    assert min(distances[-10:]) < distances[0] - 0.05
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(store, preset, vqgan, clip, tmp_path, monkeypatch):
+    run, real, calls = open_run("r", tmp_path), train.F.cross_entropy, []
+
+    def turns_bad(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (float("nan") if len(calls) > 5 else 1.0)
+
+    monkeypatch.setattr(train.F, "cross_entropy", turns_bad)
+    with pytest.raises(ClipgenError, match="not finite"):
+        stage_two(run, store, preset, vqgan, clip)
+    state, _ = load_checkpoint(run.path / "checkpoints" / "transformer.safetensors")
+    assert state["step"] == 3 and all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_half_precision_without_a_gpu_is_one_sentence(images, preset, clip, tmp_path):
+    with pytest.raises(ClipgenError, match="fp16 needs a GPU"):
+        stage_one(open_run("r", tmp_path), images, preset, clip, precision="fp16")

@@ -1,0 +1,78 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clipgen_lib.config import TransformerConfig
+from clipgen_lib.runs import ClipgenError, save_weights
+from clipgen_lib.transformer import ImageTransformer, KVCache
+
+SMALL = TransformerConfig(layers=2, width=32, heads=2, condition_tokens=1)
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    model = ImageTransformer(replace(SMALL, **changes), codebook_size=20, n_tokens=9, clip_dim=8)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model.eval()
+
+
+def inputs(batch=3):
+    draw = torch.Generator().manual_seed(2)
+    return torch.nn.functional.normalize(torch.randn(batch, 8, generator=draw), dim=1), torch.randint(0, 20, (batch, 9), generator=draw)
+
+
+@pytest.mark.parametrize("condition_tokens", [1, 4])
+@pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 4], [9]])
+def test_cached_and_uncached_agree(condition_tokens, chunks):
+    model, (embeds, tokens) = build(condition_tokens=condition_tokens), inputs()
+    whole, cache, parts, known = model(embeds, tokens), KVCache(model, 3), [], 0
+    for chunk in chunks:
+        known += chunk
+        parts.append(model(embeds, tokens[:, :known], cache))
+    assert whole.shape == (3, 9, 20)
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+def test_position_i_sees_only_what_comes_before():
+    model, (embeds, tokens) = build(), inputs()
+    before = model(embeds, tokens)
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 20
+    after = model(embeds, changed)
+    assert torch.equal(before[:, :6], after[:, :6]) and not torch.allclose(before[:, 6:], after[:, 6:])
+    changed = tokens.clone()
+    changed[:, -1] = 0
+    assert torch.equal(model(embeds, changed), before)  # the last token is predicted, never read
+
+
+def test_every_position_sees_the_condition():
+    model, (embeds, tokens) = build(condition_tokens=2), inputs()
+    assert ((model(embeds, tokens) - model(embeds.flip(0), tokens)).abs().amax(-1)[0] > 1e-4).all()
+
+
+def test_mode_does_not_change_meaning():
+    model, (embeds, tokens) = build(), inputs()
+    assert torch.allclose(model.train()(embeds, tokens), model.eval()(embeds, tokens), atol=1e-6)
+    dropping = build(dropout=0.5)
+    assert not torch.allclose(dropping.train()(embeds, tokens), dropping.eval()(embeds, tokens))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model, (embeds, tokens) = build(gradient_checkpointing=checkpointing).train(), inputs()
+        model(embeds, tokens).pow(2).mean().backward()
+        gradients.append(model.blocks[0].qkv.weight.grad)
+    assert torch.allclose(*gradients, atol=1e-7)
+
+
+def test_too_many_tokens_is_one_sentence():
+    with pytest.raises(ClipgenError, match="12 tokens given to a transformer of 9"):
+        build()(inputs()[0], torch.zeros(3, 12, dtype=torch.long))
+
+
+def test_saved_and_loaded_is_bit_equal(tmp_path):
+    model, (embeds, tokens) = build(), inputs()
+    save_weights(tmp_path / "t", model, trained_with={"vqgan": "x"})
+    assert torch.equal(ImageTransformer.load(tmp_path / "t")(embeds, tokens), model(embeds, tokens))

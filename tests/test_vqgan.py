@@ -1,0 +1,130 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipgen_lib.runs import ClipgenError, save_weights
+from clipgen_lib.vqgan import VQGAN, VectorQuantizer, codebook_statistics
+
+
+@pytest.fixture(params=[True, False], ids=["cosine", "euclidean"])
+def quantizer(request, preset):
+    torch.manual_seed(0)
+    return VectorQuantizer(replace(preset.vqgan, l2_norm=request.param))
+
+
+def vectors(requires_grad=False):
+    return torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(requires_grad)
+
+
+def test_nearest_code_by_hand(quantizer):
+    z, codes = vectors(), quantizer.codes()
+    found = quantizer(z)
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 8)
+    flat = F.normalize(flat, dim=-1) if quantizer.l2_norm else flat
+    wanted = torch.cdist(flat, codes).argmin(1).view(2, 4, 4)
+    assert torch.equal(found.tokens, wanted)
+    assert torch.allclose(found.codes, quantizer.lookup(found.tokens), atol=1e-6)
+
+
+def test_commitment_moves_the_encoder_and_nothing_else(quantizer):
+    z = vectors(requires_grad=True)
+    quantizer(z).commitment_loss.backward()
+    assert z.grad.abs().sum() > 0 and quantizer.codebook.grad is None
+
+
+def test_codebook_loss_moves_the_codes_and_nothing_else(quantizer):
+    z = vectors(requires_grad=True)
+    found = quantizer(z)
+    found.codebook_loss.backward()
+    assert z.grad is None
+    moved = quantizer.codebook.grad.abs().sum(1) > 0
+    assert set(moved.nonzero().flatten().tolist()) <= set(found.tokens.flatten().tolist()) and moved.any()
+
+
+def test_the_two_losses_are_equal_in_value(quantizer):
+    found = quantizer(vectors())
+    assert found.codebook_loss.item() == pytest.approx(found.commitment_loss.item(), rel=1e-6)
+
+
+def test_gradient_passes_straight_through(preset):
+    quantizer = VectorQuantizer(replace(preset.vqgan, l2_norm=False))
+    z = vectors(requires_grad=True)
+    weight = torch.randn(2, 8, 4, 4)
+    (quantizer(z).codes * weight).sum().backward()
+    assert torch.allclose(z.grad, weight)
+
+
+def test_ema_codes_become_the_mean_of_their_vectors(preset):
+    quantizer = VectorQuantizer(replace(preset.vqgan, l2_norm=False, codebook_update="ema", codebook_decay=0.0, restart_after=0))
+    found = quantizer(vectors())
+    quantizer.update_codebook(found.vectors, found.tokens)
+    token = int(found.tokens.flatten()[0])
+    mean = found.vectors[found.tokens == token].mean(0)
+    assert torch.allclose(quantizer.codebook[token], mean, atol=1e-5)
+    assert found.codebook_loss.item() == 0 and not quantizer.codebook.requires_grad
+
+
+def test_dead_codes_restart_from_encoder_outputs(quantizer):
+    quantizer.restart_after = 2
+    found = quantizer(vectors())
+    before, used = quantizer.codebook.detach().clone(), torch.zeros(len(quantizer.codebook), dtype=torch.bool)
+    used[found.tokens.flatten()] = True
+    quantizer.update_codebook(found.vectors, found.tokens)
+    assert torch.equal(quantizer.codebook, before)
+    quantizer.update_codebook(found.vectors, found.tokens)
+    outputs = found.vectors.reshape(-1, 8)
+    assert torch.equal(quantizer.codebook[used], before[used])
+    assert all((outputs == code).all(1).any() for code in quantizer.codebook[~used])
+
+
+def test_restart_off_leaves_codes_alone(preset):
+    quantizer = VectorQuantizer(replace(preset.vqgan, restart_after=0))
+    before, found = quantizer.codebook.detach().clone(), quantizer(vectors())
+    for _ in range(5):
+        quantizer.update_codebook(found.vectors, found.tokens)
+    assert torch.equal(quantizer.codebook, before)
+
+
+def test_encode_and_decode_meet_their_contract(vqgan):
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    tokens = vqgan.encode(images)
+    assert tokens.shape == (2, 8, 8) and tokens.dtype == torch.int64 and tokens.max() < 32
+    decoded, quantized = vqgan(images)
+    assert torch.equal(quantized.tokens, tokens)
+    assert torch.allclose(vqgan.decode(tokens), decoded.clamp(-1, 1), atol=1e-5)
+    with pytest.raises(ClipgenError, match="do not divide by 8"):
+        vqgan.encode(torch.zeros(1, 3, 60, 64))
+
+
+@pytest.mark.parametrize("mult, patch", [((1, 2, 2), 1), ((1, 1, 2, 2), 1), ((1, 1, 2, 2, 4), 1), ((1, 2), 4)])
+def test_downsampling_factors(preset, mult, patch):
+    config = replace(preset.vqgan, channel_mult=mult, patch=patch)
+    assert config.factor == patch * 2 ** (len(mult) - 1)
+    tokens = VQGAN(config).encode(torch.zeros(1, 3, 64, 64))
+    assert tokens.shape == (1, config.side, config.side)
+
+
+def test_saved_and_loaded_is_bit_equal(vqgan, tmp_path):
+    save_weights(tmp_path / "v", vqgan)
+    again = VQGAN.load(tmp_path / "v")
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(again(images)[0], vqgan(images)[0])
+    (tmp_path / "v" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ClipgenError, match="damaged"):
+        VQGAN.load(tmp_path / "v")
+    with pytest.raises(ClipgenError, match="missing"):
+        VQGAN.load(tmp_path / "w")
+
+
+def test_weights_of_another_size_are_refused(vqgan, preset, tmp_path):
+    save_weights(tmp_path / "v", vqgan, codebook_size=64)
+    with pytest.raises(ClipgenError, match="does not fit"):
+        VQGAN.load(tmp_path / "v")
+
+
+def test_codebook_statistics_by_hand():
+    found = codebook_statistics(torch.tensor([[0, 0], [1, 1]]), 8)
+    assert found == pytest.approx({"codebook_usage": 0.25, "perplexity": 2.0})
+    assert codebook_statistics(torch.arange(8), 8)["perplexity"] == pytest.approx(8)
