@@ -90,7 +90,7 @@ class ClipEmbedder(nn.Module):
             target = (self.size, self.size)
         else:
             short = min(height, width)
-            target = (round(height * self.size / short), round(width * self.size / short))
+            target = (height * self.size // short, width * self.size // short)  # rounded down, as torchvision does
         if target != (height, width):
             images = F.interpolate(images, target, mode=self.interpolation, antialias=True, align_corners=False)
             images = images.clamp(-1, 1)  # bicubic overshoots; 8-bit pictures cannot

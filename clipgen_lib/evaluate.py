@@ -6,7 +6,6 @@ network and the blur are part of a metric's name; weights that are not there are
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from . import shapes
 from .clip_embed import ClipEmbedder
 from .config import EvaluateConfig
 from .data import ImageSet, ordered_batches
-from .images import blur, from_arrays, to_arrays, to_float, to_uint8
+from .images import blur, crop, from_arrays, to_arrays, to_float, to_uint8
 from .runs import ClipgenError, progress
 from .sample import TextToImage
 from .vqgan import VQGAN, codebook_statistics
@@ -110,13 +109,13 @@ class BlurredStatistics:
         return {str(k): frechet_distance(*s.moments(), *other.by_radius[k].moments()) for k, s in self.by_radius.items()}
 
 
-def warn_if_few(n: int, dim: int, what: str) -> list[str]:
-    """A sentence where a covariance of `dim` dimensions is estimated from fewer than that many pictures."""
-    if n >= dim:
-        return []
-    sentence = f"{what}: {n} pictures for {dim} feature dimensions, so this FID is biased upwards and compares only with itself"
-    warnings.warn(sentence, stacklevel=2)
-    return [sentence]
+def few_pictures(counts: dict[str, int], dim: int) -> list[str]:
+    """A sentence for each set whose covariance of `dim` dimensions is estimated from fewer than that many pictures."""
+    return [
+        f"{what} has {n} pictures for {dim} feature dimensions: its distances are biased upwards and compare with themselves only"
+        for what, n in counts.items()
+        if n < dim
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- stage 1
@@ -188,9 +187,7 @@ def evaluate_generator(
     """
     network = feature_network(config.protocol, judge)
     sets = {name: BlurredStatistics(network, config.blur) for name in ("real", "first", "second", "decoded", "drawn")}
-    chosen = choose_captions(images, config.n, seed)
-    image_embeds = torch.zeros(len(images), judge.dim)
-    position = 0
+    image_embeds, position = torch.zeros(len(images), judge.dim), 0
     for rows, batch in _with_bar(images, config.batch_size, show_progress):
         x = to_float(batch).to(judge.device)
         sets["real"].add(x)
@@ -200,46 +197,67 @@ def evaluate_generator(
         sets["decoded"].add(generator.vqgan.decode(generator.vqgan.encode(x)))
         image_embeds[rows] = judge.images(x).cpu()
         position += len(rows)
-    unreadable = {row for row in range(len(images)) if not image_embeds[row].any()}
-    chosen = [(row, text) for row, text in chosen if row not in unreadable]
-    texts = [text for _, text in chosen]
-    text_embeds = torch.cat([judge.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)])
 
+    prompts = choose_captions(images, config.n, seed) if images.has_captions else [(row, None) for row in range(len(images))]
+    prompts = [(row, text) for row, text in prompts[: config.n] if image_embeds[row].any()]  # only of readable pictures
     drawn_embeds, shown = [], []
-    with progress(len(texts), "drawing for captions", show_progress) as bar:
-        for i in range(0, len(texts), config.batch_size):
-            part = texts[i : i + config.batch_size]
-            x = generator.draw(generator.clip.texts(part), [seed + i + j for j in range(len(part))], **settings)
+    with progress(len(prompts), "drawing for captions", show_progress) as bar:
+        for i in range(0, len(prompts), config.batch_size):
+            part = prompts[i : i + config.batch_size]
+            x = generator.draw(_condition(generator, images, part), [seed + i + j for j in range(len(part))], **settings)
             sets["drawn"].add(x)
             drawn_embeds.append(judge.images(to_float(to_uint8(x))).cpu())
             shown.append(x[: max(0, 64 - i)].cpu())
             bar.update(len(part))
-    own = image_embeds[[row for row, _ in chosen]]
-    shift = np.random.default_rng([seed, 19]).integers(1, len(texts)) if len(texts) > 1 else 0
+    n_drawn, n_real = (sets[name].by_radius[config.blur[0]].n for name in ("drawn", "real"))
     dim = len(sets["real"].by_radius[config.blur[0]].total)
-    n_real, n_drawn = (sets[name].by_radius[config.blur[0]].n for name in ("real", "drawn"))
-    floor = sets["first"].distance(sets["second"])
-    drawn = torch.cat(drawn_embeds)
     numbers = {
         "protocol": f"{config.protocol}-FID" + (f" with {judge.name}" if config.protocol == "clip" else ""),
         "blur": BLUR_DEFINITION,
         "resolution": images.size,
         "reference": f"{images.name}/{images.split}",
+        "condition": "captions" if images.has_captions else "embeddings of the reference pictures, which have no captions",
         "n": n_drawn,
         "n_reference": n_real,
-        "warnings": warn_if_few(min(n_real // 2, n_drawn), dim, "evaluation"),
+        "warnings": few_pictures({"the drawn set": n_drawn, "the reference": n_real, "a real half": n_real // 2}, dim),
         "judge": judge.name + (" (also the conditioning CLIP)" if judge.weights_hash == generator.clip.weights_hash else ""),
-        "truncated_captions": sum(judge.is_truncated(text) for text in texts),
         "fid": sets["drawn"].distance(sets["real"]),
         "rfid": sets["decoded"].distance(sets["real"]),
-        "floor": floor,
-        "caps": float((drawn * text_embeds).sum(1).mean()),
-        "caps_ceiling": float((own * text_embeds).sum(1).mean()),
-        "caps_floor": float((own * text_embeds.roll(int(shift), 0)).sum(1).mean()),
-        "r_precision": r_precision(drawn, text_embeds, texts),
-        "r_precision_real": r_precision(own, text_embeds, texts),
+        "floor": sets["first"].distance(sets["second"]),
     }
-    return numbers, {"prompts": texts[:64], "images": torch.cat(shown)[:64]}
+    if images.has_captions:
+        own = image_embeds[[row for row, _ in prompts]]
+        numbers |= caption_scores(torch.cat(drawn_embeds), own, [text for _, text in prompts], judge, seed)
+    names = [text or f"row {row}" for row, text in prompts]
+    return numbers, {"prompts": names[:64], "images": torch.cat(shown)[:64]}
+
+
+def _condition(generator: TextToImage, images: ImageSet, prompts: list[tuple[int, str | None]]) -> torch.Tensor:
+    """Embeddings (B, D) of the captions, or of the pictures themselves where there are none."""
+    if prompts[0][1] is not None:
+        return generator.clip.texts([text for _, text in prompts])
+    pictures = torch.stack([crop(images[row], images.size) for row, _ in prompts])
+    return generator.clip.images(to_float(pictures).to(generator.device))
+
+
+@torch.inference_mode()
+def caption_scores(drawn: torch.Tensor, real: torch.Tensor, texts: list[str], judge: ClipEmbedder, seed: int = 0) -> dict:
+    """CapS with its ceiling and floor, and R-precision.
+
+    Args:
+        drawn, real: (N, D) unit-norm judge embeddings of the pictures drawn for N texts, and of the real pictures that
+            the texts describe.
+    """
+    embeds = torch.cat([judge.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)])
+    shift = int(np.random.default_rng([seed, 19]).integers(1, max(len(texts), 2)))
+    return {
+        "caps": float((drawn * embeds).sum(1).mean()),
+        "caps_ceiling": float((real * embeds).sum(1).mean()),
+        "caps_floor": float((real * embeds.roll(shift, 0)).sum(1).mean()),
+        "r_precision": r_precision(drawn, embeds, texts),
+        "r_precision_real": r_precision(real, embeds, texts),
+        "truncated_captions": sum(judge.is_truncated(text) for text in texts),
+    }
 
 
 def _with_bar(images: ImageSet, batch_size: int, show: bool) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -283,11 +301,12 @@ def table(summary: dict) -> str:
     ]
     for label, key in (("FID-k, generator", "fid"), ("rFID-k, tokenizer", "rfid"), ("FID-k, real halves", "floor")):
         lines.append(f"{label:24}" + "".join(f"{value:<12.4g}" for value in e[key].values()))
-    lines += [
-        f"{'CapS':24}{e['caps']:.3f}   (real with own captions {e['caps_ceiling']:.3f}, with others' {e['caps_floor']:.3f})",
-        f"{'R-precision':24}{e['r_precision']:.3f}   (real pictures {e['r_precision_real']:.3f}, chance about 0.01)",
-        f"{'judge':24}{e['judge']}",
-    ]
+    if "caps" in e:
+        lines += [
+            f"{'CapS':24}{e['caps']:.3f}   (real with own captions {e['caps_ceiling']:.3f}, with others' {e['caps_floor']:.3f})",
+            f"{'R-precision':24}{e['r_precision']:.3f}   (real pictures {e['r_precision_real']:.3f}, chance about 0.01)",
+            f"{'judge':24}{e['judge']}",
+        ]
     for modality, kinds in summary.get("oracle", {}).items():
         for kind, scores in kinds.items():
             shares = "   ".join(f"{key} {100 * value:.1f}%" for key, value in scores.items() if key != "n")

@@ -89,7 +89,7 @@ def to_arrays(images: torch.Tensor) -> np.ndarray:
 
 def from_arrays(arrays: np.ndarray) -> torch.Tensor:
     """(B, H, W, 3) uint8 array -> (B, 3, H, W) float in [-1, 1]."""
-    return to_float(torch.from_numpy(np.ascontiguousarray(arrays)).permute(0, 3, 1, 2))
+    return to_float(torch.from_numpy(np.array(arrays)).permute(0, 3, 1, 2))
 
 
 def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ Filters are pure functions of logits. `TextToImage` is the whole inference path 
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from .clip_embed import EMBEDDED, ClipEmbedder
+from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict, replace_fields
 from .runs import ClipgenError, progress, read_json
 from .transformer import ImageTransformer, KVCache

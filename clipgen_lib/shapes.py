@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +145,7 @@ def scene_at(seed: int, index: int, held_out: bool = False, n_things: int | None
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     """Corners of a shape within the unit circle."""
     def ring_of(n, radii, start=-math.pi / 2):

@@ -251,7 +251,7 @@ def _adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     decayed = [p for name, p in module.named_parameters() if p.ndim >= 2 and "codebook" not in name and "positions" not in name]
     others = [p for p in module.parameters() if not any(p is d for d in decayed) and p.requires_grad]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
 def _lasting(config: OptimConfig) -> dict:

@@ -9,12 +9,12 @@ import torch
 
 os.environ["CLIPGEN_PROGRESS"] = "0"
 
-from clipgen_lib.clip_embed import ClipEmbedder  # noqa: E402
-from clipgen_lib.config import ShapesConfig, load_preset  # noqa: E402
-from clipgen_lib.data import open_images  # noqa: E402
-from clipgen_lib.shapes import make_world  # noqa: E402
-from clipgen_lib.transformer import ImageTransformer  # noqa: E402
-from clipgen_lib.vqgan import VQGAN  # noqa: E402
+from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.config import ShapesConfig, load_preset
+from clipgen_lib.data import open_images
+from clipgen_lib.shapes import make_world
+from clipgen_lib.transformer import ImageTransformer
+from clipgen_lib.vqgan import VQGAN
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from clipgen_lib import train
-from clipgen_lib.data import ImageSet
 from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.data import ImageSet
 from clipgen_lib.runs import ClipgenError, load_checkpoint, open_run
 from clipgen_lib.schedule import batch_rows, learning_rate
 from clipgen_lib.store import extract
