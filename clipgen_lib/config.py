@@ -180,13 +180,13 @@ def _laptop() -> Preset:
             codebook_size=512, code_dim=8, restart_after=100,
         ),
         vqgan_train=VQGANTrainConfig(
-            steps=1_500, batch_size=32, lr=1e-3, warmup=100, weight_decay=0.01, ema_decay=0.99, log_every=25,
+            steps=1_300, batch_size=32, lr=1e-3, warmup=100, weight_decay=0.01, ema_decay=0.99, log_every=25,
             save_every=250, workers=0, perceptual="clip", perceptual_weight=0.5, adversarial_weight=0.05,
             adversarial_ramp=(0.5, 0.7), discriminator_channels=16, discriminator_lr=4e-4, flip=False,
         ),
-        transformer=TransformerConfig(layers=6, width=192, heads=3, condition_tokens=4),
+        transformer=TransformerConfig(layers=6, width=256, heads=4, condition_tokens=4),
         transformer_train=TransformerTrainConfig(
-            steps=2_500, batch_size=64, lr=2e-3, warmup=150, ema_decay=0.995, log_every=25, save_every=250, workers=0,
+            steps=1_700, batch_size=32, lr=1.2e-3, warmup=100, ema_decay=0.99, log_every=25, save_every=250, workers=0,
             noise_cos=0.6, embedding_weight=0.1, embedding_share=0.0625, flip=False,
         ),
         sample=SampleConfig(guidance=2.0, top_p=0.98, batch_size=128),
