@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands: `clipgen --help` answers at once
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -63,10 +64,17 @@ def train_vqgan(steps: int, **run_options) -> None:
     click.echo(bench.run.summary()["vqgan"])
 
 
+def _is_first_process() -> bool:
+    """Under `accelerate launch`, steps that are not trainings are the first process's alone."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @main.command("extract")
 @_run_options
 def extract(**run_options) -> None:
     """Encode every picture once into tokens and an embedding."""
+    if not _is_first_process():
+        return
     bench = _open(**run_options)
     store = bench.extract()
     click.echo(f"{len(store)} rows of {store.meta['L']} tokens in {store.folder}")
@@ -87,6 +95,8 @@ def train_transformer(steps: int, **run_options) -> None:
 @click.option("--guidance", default=0.0, help="guidance scale  [default: the preset's]")
 def evaluate(guidance: float, **run_options) -> None:
     """FID-k, rFID, CapS, R-precision and, on shapes, the oracle."""
+    if not _is_first_process():
+        return
     from .evaluate import table
 
     bench = _open(**run_options)

@@ -103,6 +103,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class VQGANTrainConfig(OptimConfig):
     beta: float = 0.25  # of the commitment loss
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0  # of the mean squared error beside it; small coloured things are learnt sooner with it
     perceptual: str = "lpips"  # or "clip" or "none"
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.1
@@ -176,17 +178,17 @@ def _laptop() -> Preset:
     return Preset(
         shapes=ShapesConfig(n_train=20_000, n_val=1_000),
         vqgan=VQGANConfig(
-            image_size=64, patch=2, channels=32, channel_mult=(1, 2, 4), res_blocks=1, z_channels=64,
-            codebook_size=512, code_dim=8, restart_after=100,
+            image_size=64, patch=4, channels=64, channel_mult=(1, 2), res_blocks=1, z_channels=64, codebook_size=512,
+            code_dim=16, l2_norm=False, codebook_update="ema", codebook_decay=0.95, restart_after=10,
         ),
         vqgan_train=VQGANTrainConfig(
-            steps=1_300, batch_size=32, lr=1e-3, warmup=100, weight_decay=0.01, ema_decay=0.99, log_every=25,
-            save_every=250, workers=0, perceptual="clip", perceptual_weight=0.5, adversarial_weight=0.05,
-            adversarial_ramp=(0.5, 0.7), discriminator_channels=16, discriminator_lr=4e-4, flip=False,
+            steps=2_000, batch_size=32, lr=5e-4, warmup=50, weight_decay=0.01, ema_decay=0.99, log_every=25,
+            save_every=250, workers=0, l1_weight=0.3, l2_weight=1.0, perceptual="none", adversarial_weight=0.05,
+            adversarial_ramp=(0.6, 0.8), discriminator_channels=16, discriminator_lr=2e-4, flip=False, random_crop=False,
         ),
         transformer=TransformerConfig(layers=6, width=256, heads=4, condition_tokens=4),
         transformer_train=TransformerTrainConfig(
-            steps=1_700, batch_size=32, lr=1.2e-3, warmup=100, ema_decay=0.99, log_every=25, save_every=250, workers=0,
+            steps=1_700, batch_size=32, lr=1e-3, warmup=100, ema_decay=0.99, log_every=25, save_every=250, workers=0,
             noise_cos=0.6, embedding_weight=0.1, embedding_share=0.0625, flip=False,
         ),
         sample=SampleConfig(guidance=2.0, top_p=0.98, batch_size=128),
@@ -201,8 +203,8 @@ def _smoke() -> Preset:
         laptop,
         shapes=ShapesConfig(n_train=256, n_val=64),
         clip_train=replace(laptop.clip_train, scenes=512, steps=6, batch_size=64, warmup=2, log_every=2, save_every=3),
-        vqgan=replace(laptop.vqgan, channels=16, codebook_size=128, restart_after=10),
-        vqgan_train=replace(laptop.vqgan_train, steps=40, batch_size=16, warmup=10, ema_decay=0.9, log_every=5, save_every=20),
+        vqgan=replace(laptop.vqgan, channels=16, codebook_size=128),
+        vqgan_train=replace(laptop.vqgan_train, perceptual="clip", perceptual_weight=0.1, steps=40, batch_size=16, warmup=10, ema_decay=0.9, log_every=5, save_every=20),
         transformer=replace(laptop.transformer, layers=2, width=64, heads=2),
         transformer_train=replace(
             laptop.transformer_train, steps=40, batch_size=32, warmup=10, ema_decay=0.9, log_every=5, save_every=20

@@ -45,7 +45,7 @@ def train_vqgan(
 ) -> VQGAN:  # fmt: skip
     """Train a VQGAN on pictures, or go on from the run's checkpoint, and write `<run>/vqgan/`.
 
-    Generator: L1 + perceptual + ramp * adaptive weight * adversarial + codebook + beta * commitment (VQGAN,
+    Generator: L1 and L2 + perceptual + ramp * adaptive weight * adversarial + codebook + beta * commitment (VQGAN,
     arXiv 2012.09841). The discriminator learns from step 0; only its say in the generator's loss is ramped.
 
     Returns:
@@ -79,9 +79,9 @@ def train_vqgan(
                 discriminator.requires_grad_(False)
                 with accelerator.autocast():
                     fake, quantized = forward(real)
-                    l1, lpips = F.l1_loss(fake, real), perceptual(real, fake)
-                    reconstruction = l1 + config.perceptual_weight * lpips
-                    scalars = {"l1": l1, "perceptual": lpips}
+                    l1, l2, feature_distance = F.l1_loss(fake, real), F.mse_loss(fake, real), perceptual(real, fake)
+                    reconstruction = config.l1_weight * l1 + config.l2_weight * l2 + config.perceptual_weight * feature_distance
+                    scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance}
                     loss = reconstruction + quantized.codebook_loss + config.beta * quantized.commitment_loss
                     if say > 0:
                         adversarial = adversarial_loss(discriminator(fake))
@@ -95,7 +95,7 @@ def train_vqgan(
                     critic_loss = discriminator_loss(*both.chunk(2))
                 accelerator.backward(critic_loss / config.accumulate)
             scalars |= {"loss": loss, "discriminator": critic_loss, "codebook_loss": quantized.codebook_loss,
-                        "commitment_loss": quantized.commitment_loss, "mse": F.mse_loss(fake, real),
+                        "commitment_loss": quantized.commitment_loss,
                         "real_logit": both[: len(real)].mean(), "fake_logit": both[len(real) :].mean()}  # fmt: skip
             scalars |= {f"{name}_gradient": accelerator.clip_grad_norm_(module.parameters(), config.clip_norm)
                         for name, module in (("generator", generator), ("discriminator", critic))}  # fmt: skip
@@ -330,7 +330,7 @@ class _Log:
         means = {key: float(torch.stack(values).mean()) for key, values in self.scalars.items()}
         if self.tokens:
             means |= codebook_statistics(torch.cat(self.tokens), self.codebook_size)
-            means["psnr"] = 10 * np.log10(4 / means.pop("mse"))  # peak to peak is 2 in [-1, 1]
+            means["psnr"] = 10 * np.log10(4 / means["l2"])  # peak to peak is 2 in [-1, 1]
         self.scalars, self.tokens = {}, []
         if self.accelerator.is_main_process:
             self.run.log(self.stage, step, **means, **extra)

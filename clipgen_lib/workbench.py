@@ -169,7 +169,7 @@ class Workbench:
     def evaluate(self, guidance: float = 0.0) -> dict:
         """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown."""
         generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
-        with self._timed("evaluate"):
+        with self._timed("evaluate", resumable=False):
             numbers, shown = evaluate.evaluate_generator(
                 generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, **settings)  # fmt: skip
             oracle = evaluate.evaluate_oracle(generator, self.preset.evaluate.n_oracle, self.seed, **settings) if self.has_oracle else None  # fmt: skip
@@ -184,11 +184,14 @@ class Workbench:
         return shown
 
     @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        """Wall seconds of a step into summary.json; those of an interrupted and resumed step are of its last part."""
+    def _timed(self, step: str, resumable: bool = True) -> Iterator[None]:
+        """Wall seconds of a step into summary.json; the parts of an interrupted and resumed step add up."""
         start = time.perf_counter()
-        yield
-        self.run.add_to_summary(seconds={step: time.perf_counter() - start})
+        try:
+            yield
+        finally:
+            before = self.run.summary().get("seconds", {}).get(step, 0.0) if resumable else 0.0
+            self.run.add_to_summary(seconds={step: before + time.perf_counter() - start})
 
 
 def _portable(data: str) -> str:
