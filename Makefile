@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
+RUN ?= demo
 INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test install
@@ -13,9 +14,9 @@ $(INSTALLED): pyproject.toml
 
 # Notebooks 01 to 04 on the Shapes world; an interrupted demo goes on where it stopped.
 demo: $(INSTALLED)
-	$(VENV)/bin/clipgen run --preset laptop --run demo
+	$(VENV)/bin/clipgen run --preset laptop --run $(RUN)
 
 test: $(INSTALLED)
-	rm -rf results/smoke results/smoke-clip
-	$(VENV)/bin/python -m pytest tests
-	$(VENV)/bin/python -m pytest -p no:cacheprovider --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300
+	rm -rf results/smoke results/smoke-clip  # notebooks run from the beginning
+	CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest tests
+	CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest -p no:cacheprovider --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300

@@ -240,11 +240,13 @@ def _execute(name: str, values: dict, output: Path) -> None:
         raise
     finally:
         if output.exists():
-            notebook = nbformat.read(output, as_version=4)
-            nbformat.write(without_bars(notebook), output)
+            text, data = output.read_text(encoding="utf-8"), Path(values.get("DATA", ""))
+            if data.is_absolute():  # a copy to share names the data, not where they lie on this machine
+                text = text.replace(str(data), data.name)
+            nbformat.write(tidied(nbformat.reads(text, as_version=4)), output)
 
 
-def without_bars(notebook):
+def tidied(notebook):
     """Drop what progress bars left in a notebook's outputs, and papermill's notes on paths of this machine."""
     for cell in notebook.cells:
         if cell.cell_type == "code":

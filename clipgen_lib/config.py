@@ -178,17 +178,17 @@ def _laptop() -> Preset:
     return Preset(
         shapes=ShapesConfig(n_train=20_000, n_val=1_000),
         vqgan=VQGANConfig(
-            image_size=64, patch=4, channels=64, channel_mult=(1, 2), res_blocks=1, z_channels=64, codebook_size=512,
-            code_dim=16, l2_norm=False, codebook_update="ema", codebook_decay=0.95, restart_after=10,
+            image_size=64, patch=4, channels=96, channel_mult=(1, 1), res_blocks=1, z_channels=64, codebook_size=512,
+            code_dim=16, l2_norm=False, codebook_update="ema", codebook_decay=0.97, restart_after=20,
         ),
         vqgan_train=VQGANTrainConfig(
-            steps=2_000, batch_size=32, lr=5e-4, warmup=50, weight_decay=0.01, ema_decay=0.99, log_every=25,
-            save_every=250, workers=0, l1_weight=0.3, l2_weight=1.0, perceptual="none", adversarial_weight=0.05,
-            adversarial_ramp=(0.6, 0.8), discriminator_channels=16, discriminator_lr=2e-4, flip=False, random_crop=False,
+            steps=3_400, batch_size=16, lr=5e-4, warmup=50, beta2=0.99, weight_decay=0.01, ema_decay=0.99, log_every=50,
+            save_every=500, workers=0, l1_weight=0.3, l2_weight=1.0, perceptual="none", adversarial_weight=0.05,
+            adversarial_ramp=(0.75, 0.9), discriminator_channels=16, discriminator_lr=2e-4, flip=False, random_crop=False,
         ),
         transformer=TransformerConfig(layers=6, width=256, heads=4, condition_tokens=4),
         transformer_train=TransformerTrainConfig(
-            steps=1_700, batch_size=32, lr=1e-3, warmup=100, ema_decay=0.99, log_every=25, save_every=250, workers=0,
+            steps=1_450, batch_size=32, lr=1e-3, warmup=100, ema_decay=0.99, log_every=25, save_every=250, workers=0,
             noise_cos=0.6, embedding_weight=0.1, embedding_share=0.0625, flip=False,
         ),
         sample=SampleConfig(guidance=2.0, top_p=0.98, batch_size=128),

@@ -276,4 +276,5 @@ def ordered_batches(
 def _record(images: ImageSet, items: list[tuple[int, torch.Tensor | str]]) -> None:
     for row, x in items:
         if isinstance(x, str):
-            images.skipped[images.paths[row].relative_to(images.root).as_posix()] = x
+            name = images.paths[row].relative_to(images.root).as_posix()
+            images.skipped[name] = x.replace(str(images.paths[row]), name)
