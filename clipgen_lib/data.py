@@ -210,7 +210,9 @@ class _Crops(Dataset):
 
 
 def _loader(crops: _Crops, batches: list | Iterator, workers: int) -> Iterator[list[tuple[int, torch.Tensor | str]]]:
-    return iter(DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=list))
+    # a generator of its own: a loader otherwise draws from the global one, and a resumed run would differ
+    own = torch.Generator().manual_seed(0)
+    return iter(DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own))
 
 
 def training_batches(

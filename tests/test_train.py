@@ -1,7 +1,9 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clipgen_lib import train
 from clipgen_lib.clip_embed import ClipEmbedder
