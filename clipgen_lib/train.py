@@ -58,7 +58,7 @@ def train_vqgan(
     accelerator = _accelerator(config, device)
     vqgan = VQGAN(model_config)
     discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
-    optimizers = {"generator": _adamw(vqgan, config), "discriminator": _adamw(discriminator, config)}
+    optimizers = {"generator_optimizer": _adamw(vqgan, config), "discriminator_optimizer": _adamw(discriminator, config)}
     ema = AveragedModel(vqgan, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     perceptual = perceptual_loss(config.perceptual, clip)
     state = _State(run, "vqgan", {"model": vqgan, "discriminator": discriminator, "ema": ema, **optimizers},
