@@ -3,7 +3,7 @@ VENV ?= .venv
 RUN ?= demo
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test install
+.PHONY: demo test notebooks install
 
 install: $(INSTALLED)
 
@@ -20,3 +20,9 @@ test: $(INSTALLED)
 	rm -rf results/smoke results/smoke-clip  # notebooks run from the beginning
 	CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest tests
 	CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest -p no:cacheprovider --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300
+
+# Execute the saved notebooks again, at preset smoke, and keep their outputs.
+notebooks: $(INSTALLED)
+	rm -rf results/smoke results/smoke-clip
+	CLIPGEN_PROGRESS=0 $(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(VENV)/bin/python -c "import nbformat, pathlib, clipgen_lib.cli as c; [nbformat.write(c.tidied(nbformat.read(p, 4)), p) for p in pathlib.Path('notebooks').glob('*.ipynb')]"

@@ -247,11 +247,11 @@ def _execute(name: str, values: dict, output: Path) -> None:
 
 
 def tidied(notebook):
-    """Drop what progress bars left in a notebook's outputs, and papermill's notes on paths of this machine."""
+    """Drop what bars and libraries left on stderr, and papermill's and nbclient's notes: they name this machine."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr" and "\r" in o.text)]
-        cell.metadata.pop("papermill", None)
-        cell.metadata.pop("execution", None)
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
     notebook.metadata.pop("papermill", None)
     return notebook
