@@ -78,7 +78,7 @@ def previews(folder: Path, title: str, most: int = 6) -> Figure:
     """The sheets drawn during training, one line each, from the first step to the last."""
     paths = sorted(Path(folder).glob("*.png"))
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int))]
-    figure, axes = plt.subplots(len(paths), 1, figsize=(9, 0.95 * len(paths) + 0.4), squeeze=False)
+    figure, axes = plt.subplots(len(paths), 1, figsize=(8, 0.85 * len(paths) + 0.4), squeeze=False)
     for axis, path in zip(axes[:, 0], paths, strict=True):
         axis.imshow(np.asarray(Image.open(path)), interpolation="nearest")
         axis.set_ylabel(f"step\n{int(path.stem)}", rotation=0, labelpad=16, va="center")
@@ -90,13 +90,13 @@ def previews(folder: Path, title: str, most: int = 6) -> Figure:
 def contact_sheet(images: torch.Tensor, prompts: list[str], title: str, columns: int = 8) -> Figure:
     """Pictures (N, 3, H, W) in [-1, 1], each over its prompt."""
     rows = -(-len(prompts) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.45 * columns, 1.75 * rows + 0.4), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.4 * rows + 0.4), squeeze=False)
     arrays = to_arrays(images)
     for axis, index in zip(axes.flat, range(rows * columns), strict=True):
         axis.axis("off")
         if index < len(prompts):
             axis.imshow(arrays[index], interpolation="nearest")
-            axis.set_title("\n".join(_wrap(prompts[index], 24)), fontsize=6)
+            axis.set_title("\n".join(_wrap(prompts[index], 24)), fontsize=5)
     figure.suptitle(title)
     return figure
 
