@@ -235,4 +235,4 @@ def _one_step(loss: torch.Tensor, module: torch.nn.Module) -> float:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())

@@ -88,6 +88,7 @@ def test_a_quickgelu_mismatch_is_an_error(tmp_path, monkeypatch):
 def test_local_checkpoint_file_of_a_known_architecture(tmp_path):
     """An open_clip name with a checkpoint file, the way real weights are used offline."""
     config = json.loads((EMBEDDED / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(EMBEDDED / "bpe_merges.txt.gz")}
     (tmp_path / "tiny-shapes.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path)
     embedder = ClipEmbedder.load("tiny-shapes", str(EMBEDDED / "open_clip_model.safetensors"))
