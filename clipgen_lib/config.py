@@ -204,7 +204,17 @@ def _smoke() -> Preset:
         shapes=ShapesConfig(n_train=256, n_val=64),
         clip_train=replace(laptop.clip_train, scenes=512, steps=6, batch_size=64, warmup=2, log_every=2, save_every=3),
         vqgan=replace(laptop.vqgan, channels=16, codebook_size=128),
-        vqgan_train=replace(laptop.vqgan_train, perceptual="clip", perceptual_weight=0.1, steps=40, batch_size=16, warmup=10, ema_decay=0.9, log_every=5, save_every=20),
+        vqgan_train=replace(
+            laptop.vqgan_train,
+            perceptual="clip",
+            perceptual_weight=0.1,
+            steps=40,
+            batch_size=16,
+            warmup=10,
+            ema_decay=0.9,
+            log_every=5,
+            save_every=20,
+        ),
         transformer=replace(laptop.transformer, layers=2, width=64, heads=2),
         transformer_train=replace(
             laptop.transformer_train, steps=40, batch_size=32, warmup=10, ema_decay=0.9, log_every=5, save_every=20

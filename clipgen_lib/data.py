@@ -145,7 +145,9 @@ def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
     for key in sorted(texts.keys() - names.keys()):
         skipped[f"image_id {key}"] = "captions without an entry among the images"
     if not paths:
-        raise ClipgenError(f"{folder} holds none of the {len(names)} pictures of {found[0].name}: unpack {folder.name}.zip there")
+        raise ClipgenError(
+            f"{folder} holds none of the {len(names)} pictures of {found[0].name}: unpack {folder.name}.zip there"
+        )
     return ImageSet(name, folder.name, root, paths, size, captions, skipped=skipped)
 
 

@@ -117,7 +117,11 @@ def distances(evaluation: dict, title: str) -> Figure:
     axes[0].set_xticklabels(radii)
     axes[0].set_title(f"{evaluation['protocol']}, N = {evaluation['n']}")
     axes[0].legend(fontsize=7)
-    bars = {} if "caps" not in evaluation else {"others'\ncaptions": "caps_floor", "generated": "caps", "own\ncaptions": "caps_ceiling"}
+    bars = (
+        {}
+        if "caps" not in evaluation
+        else {"others'\ncaptions": "caps_floor", "generated": "caps", "own\ncaptions": "caps_ceiling"}
+    )
     axes[1].bar(list(bars), [evaluation[key] for key in bars.values()], color=["grey", "tab:blue", "grey"][: len(bars)])
     axes[1].set_title("CapS (cosine under the judge CLIP)" if bars else "no captions, so no CapS")
     figure.suptitle(title)

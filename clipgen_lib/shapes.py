@@ -148,6 +148,7 @@ def scene_at(seed: int, index: int, held_out: bool = False, n_things: int | None
 @cache
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     """Corners of a shape within the unit circle."""
+
     def ring_of(n, radii, start=-math.pi / 2):
         angles = [start + 2 * math.pi * i / n for i in range(n)]
         return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
@@ -235,6 +236,7 @@ _OPENINGS = ("", "", "", "a picture of ", "an image showing ", "there is ", "a d
 
 def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
     """One true caption of a scene, with what it claims."""
+
     def say(word: str) -> str:
         return str(rng.choice(_SAID.get(word, (word,))))
 
@@ -341,9 +343,11 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
     """CIELAB (D65) of sRGB in [0, 255]; the standard formula, IEC 61966-2-1 and CIE 15."""
     linear = rgb.astype(np.float32) / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
-    xyz = linear @ np.array(
-        [[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]], np.float32
-    ) / np.array([0.9505, 1.0, 1.089], np.float32)
+    xyz = (
+        linear
+        @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]], np.float32)
+        / np.array([0.9505, 1.0, 1.089], np.float32)
+    )
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 

@@ -42,7 +42,9 @@ def pick_device(device: str = "auto") -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ClipgenError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): use 'auto' or 'cpu'") from None
+        raise ClipgenError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): use 'auto' or 'cpu'"
+        ) from None
     return device
 
 
@@ -217,7 +219,9 @@ def count_and_step(preset: Preset, clip_dim: int, optimise: bool = True) -> dict
         critic = PatchDiscriminator(preset.vqgan_train.discriminator_channels, preset.vqgan_train.discriminator_layers)
         with torch.autocast("cpu", torch.bfloat16):
             fake, quantized = vqgan(images)
-            loss = F.l1_loss(fake, images) + quantized.codebook_loss + quantized.commitment_loss + adversarial_loss(critic(fake))
+            loss = (
+                F.l1_loss(fake, images) + quantized.codebook_loss + quantized.commitment_loss + adversarial_loss(critic(fake))
+            )
         found["vqgan_loss"] = _one_step(loss, vqgan)
     tokens = vqgan.encode(images).flatten(1)
     del vqgan

@@ -49,7 +49,13 @@ def preset():
     return replace(
         smoke,
         vqgan=replace(
-            smoke.vqgan, channels=8, z_channels=16, codebook_size=32, code_dim=8, l2_norm=True, codebook_update="gradient",
+            smoke.vqgan,
+            channels=8,
+            z_channels=16,
+            codebook_size=32,
+            code_dim=8,
+            l2_norm=True,
+            codebook_update="gradient",
             restart_after=3,
         ),
         vqgan_train=replace(smoke.vqgan_train, steps=6, batch_size=4, warmup=2, log_every=2, save_every=3),

@@ -27,7 +27,9 @@ def test_unit_norm_and_shape(clip):
 @pytest.mark.parametrize("size", [(64, 64), (150, 100), (40, 90), (301, 203)])
 def test_preprocessing_is_that_of_open_clip(clip, size):
     """Against the model's own transform, which works on 8-bit PIL pictures: equal up to its rounding."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+        size, Image.BICUBIC
+    )
     wanted = image_transform_v2(PreprocessCfg(**clip.model.visual.preprocess_cfg), is_train=False)(picture)
     ours = clip.preprocess(from_arrays(np.asarray(picture)[None]))[0]
     assert ours.shape == wanted.shape == (3, 64, 64)

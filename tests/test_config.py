@@ -75,7 +75,9 @@ def test_sizes_of_released_models():
     assert count(VQGAN(taming)) == 76_073_859
     coco = load_preset("coco")
     assert count(VQGAN(coco.vqgan)) == 71_948_939 - 65_536  # LlamaGen's file counts a usage buffer
-    assert count(ImageTransformer(coco.transformer, 16_384, 256, 512)) == 338_242_560 - 24 * 256 * 256  # the file counts its causal masks
+    assert (
+        count(ImageTransformer(coco.transformer, 16_384, 256, 512)) == 338_242_560 - 24 * 256 * 256
+    )  # the file counts its causal masks
 
 
 def test_paper_scale_takes_a_step():

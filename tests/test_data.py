@@ -66,7 +66,9 @@ def test_coco_broken_annotations(tmp_path):
 
 def test_coco_file_names_stay_inside(tmp_path):
     save(tmp_path / "outside.png")
-    root = coco_root(tmp_path / "coco", ["a.png"], images=[{"id": 0, "file_name": "a.png"}, {"id": 1, "file_name": "../../outside.png"}])
+    root = coco_root(
+        tmp_path / "coco", ["a.png"], images=[{"id": 0, "file_name": "a.png"}, {"id": 1, "file_name": "../../outside.png"}]
+    )
     images = open_images(root, "val")
     assert len(images) == 1 and "outside the image folder" in images.skipped["../../outside.png"]
 

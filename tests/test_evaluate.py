@@ -70,7 +70,7 @@ def test_damage_raises_the_distance(clip, world):
     for name, pictures in damaged.items():
         found[name].add(pictures)
     away = {name: statistics.distance(found["same"]) for name, statistics in found.items()}
-    assert away["same"]["0"] == pytest.approx(0, abs=1e-4 * away["soft"]["0"])
+    assert away["same"]["0"] == pytest.approx(0, abs=1e-3 * away["soft"]["0"])
     assert away["same"]["0"] < away["soft"]["0"] < away["softer"]["0"] < away["noise"]["0"]
     assert away["soft"]["8"] < away["soft"]["0"]
 
@@ -112,9 +112,15 @@ def test_the_whole_evaluation(generator, world, clip, preset):
     numbers, shown = evaluate_generator(generator, images, clip, config)
     assert numbers["n"] == 24 and numbers["n_reference"] == 12 and set(numbers["fid"]) == {"0", "1"}
     assert numbers["fid"]["0"] > numbers["floor"]["0"] > 0 and numbers["rfid"]["0"] > 0
-    assert numbers["caps_ceiling"] > numbers["caps_floor"] and numbers["r_precision_real"] > 0.3  # two captions of one picture compete
+    assert (
+        numbers["caps_ceiling"] > numbers["caps_floor"] and numbers["r_precision_real"] > 0.3
+    )  # two captions of one picture compete
     assert "also the conditioning CLIP" in numbers["judge"] and "12" in str(numbers["n_reference"])
-    assert len(numbers["warnings"]) == 3 and "24 pictures for 256" in numbers["warnings"][0] and numbers["reference"] == "world/val"
+    assert (
+        len(numbers["warnings"]) == 3
+        and "24 pictures for 256" in numbers["warnings"][0]
+        and numbers["reference"] == "world/val"
+    )
     assert len(shown["prompts"]) == len(shown["images"]) == 24
     guided, _ = evaluate_generator(generator, images, clip, config, guidance=5.0)
     assert guided["caps"] != numbers["caps"]

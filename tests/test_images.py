@@ -41,7 +41,9 @@ def test_exif_rotation_is_applied(tmp_path):
     picture.save(tmp_path / "x.jpg", exif=exif, quality=95)
     turned = load_image(tmp_path / "x.jpg", 30)
     assert turned.shape == (3, 40, 30)
-    assert torch.allclose(turned.float(), torch.tensor(np.asarray(picture.rotate(-90, expand=True))).permute(2, 0, 1).float(), atol=25)
+    assert torch.allclose(
+        turned.float(), torch.tensor(np.asarray(picture.rotate(-90, expand=True))).permute(2, 0, 1).float(), atol=25
+    )
 
 
 def test_one_pixel_is_enough(tmp_path):

@@ -50,7 +50,7 @@ def test_notebook_form(path):
     assert re.match(r"# .+\n\n> \*\*In:\*\*", notebook.cells[0].source)
     assert sum(len(c.source.splitlines()) for c in code) <= 120
     text = "\n".join(c.source for c in code)
-    assert not re.search(r"^\s*(class |!|%)|import \*|cuda|\.backward\(", text.replace('# auto, cpu, cuda, cuda:1', ''), re.M)
+    assert not re.search(r"^\s*(class |!|%)|import \*|cuda|\.backward\(", text.replace("# auto, cpu, cuda, cuda:1", ""), re.M)
     assert text.count("assert ") >= 2 and not re.search(r"[\"'](/|[A-Z]:\\)", text)
     assert not any(o.get("name") == "stderr" for c in code for o in c.outputs), "warnings or bars among the outputs"
 

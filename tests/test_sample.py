@@ -11,7 +11,9 @@ PLAIN = SampleConfig(guidance=1.0)
 
 @pytest.fixture
 def generator(vqgan, transformer, clip):
-    return TextToImage.from_parts(vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, SampleConfig(guidance=2.0, top_p=0.9))
+    return TextToImage.from_parts(
+        vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, SampleConfig(guidance=2.0, top_p=0.9)
+    )
 
 
 def filter_by_hand(row, temperature, top_k, top_p):
@@ -28,7 +30,9 @@ def filter_by_hand(row, temperature, top_k, top_p):
     return sorted(kept)
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1, 0, 1.0), (0.7, 5, 1.0), (1, 0, 0.8), (1.3, 12, 0.6), (1, 1, 1.0), (1, 0, 1e-6)])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1, 0, 1.0), (0.7, 5, 1.0), (1, 0, 0.8), (1.3, 12, 0.6), (1, 1, 1.0), (1, 0, 1e-6)]
+)
 def test_filters_against_the_plain_way(temperature, top_k, top_p):
     logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
@@ -129,6 +133,10 @@ def test_saved_and_loaded_draws_the_same(generator, tmp_path):
 def test_parts_that_do_not_fit(vqgan, clip, preset):
     from clipgen_lib.transformer import ImageTransformer
 
-    for size, tokens, dim, word in ((16, 64, clip.dim, "codebook"), (32, 16, clip.dim, "token count"), (32, 64, 8, "8 dimensions")):
+    for size, tokens, dim, word in (
+        (16, 64, clip.dim, "codebook"),
+        (32, 16, clip.dim, "token count"),
+        (32, 64, 8, "8 dimensions"),
+    ):
         with pytest.raises(ClipgenError, match=word):
             TextToImage.from_parts(vqgan, ImageTransformer(preset.transformer, size, tokens, dim), clip, {}, PLAIN)

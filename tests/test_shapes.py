@@ -36,7 +36,11 @@ def test_oracle_sees_what_is_wrong():
 
 
 def test_held_out_pairs_are_held_out():
-    assert len(HELD_OUT) == 8 and {s for s, _ in HELD_OUT} == set(shapes.SHAPES) and {c for _, c in HELD_OUT} == set(shapes.COLOURS)
+    assert (
+        len(HELD_OUT) == 8
+        and {s for s, _ in HELD_OUT} == set(shapes.SHAPES)
+        and {c for _, c in HELD_OUT} == set(shapes.COLOURS)
+    )
     for index in range(200):
         assert not any((t.shape, t.colour) in HELD_OUT for t in shapes.scene_at(0, index).things)
         first = shapes.scene_at(0, index, held_out=True).things[0]

@@ -39,7 +39,9 @@ def stage_one(run, images, preset, clip, **changes):
 
 
 def stage_two(run, store, preset, vqgan, clip, **changes):
-    return train.train_transformer(run, store, store, preset.transformer, replace(preset.transformer_train, **changes), vqgan, clip, seed=1)
+    return train.train_transformer(
+        run, store, store, preset.transformer, replace(preset.transformer_train, **changes), vqgan, clip, seed=1
+    )
 
 
 def same_weights(a, b):
@@ -134,7 +136,9 @@ def test_each_knob_of_stage_one_matters(preset, clip, tmp_path, field, value):
                                           ("embedding_share", 1.0), ("beta2", 0.5), ("accumulate", 2), ("warmup", 1)])  # fmt: skip
 def test_each_knob_of_stage_two_matters(store, preset, vqgan, clip, tmp_path, field, value):
     plain = stage_two(open_run("plain", tmp_path), store, preset, vqgan, clip, steps=3)
-    assert not same_weights(plain, stage_two(open_run("changed", tmp_path), store, preset, vqgan, clip, steps=3, **{field: value}))
+    assert not same_weights(
+        plain, stage_two(open_run("changed", tmp_path), store, preset, vqgan, clip, steps=3, **{field: value})
+    )
 
 
 def test_noise_meets_its_cosine():

@@ -19,7 +19,9 @@ def build(**changes):
 
 def inputs(batch=3):
     draw = torch.Generator().manual_seed(2)
-    return torch.nn.functional.normalize(torch.randn(batch, 8, generator=draw), dim=1), torch.randint(0, 20, (batch, 9), generator=draw)
+    return torch.nn.functional.normalize(torch.randn(batch, 8, generator=draw), dim=1), torch.randint(
+        0, 20, (batch, 9), generator=draw
+    )
 
 
 @pytest.mark.parametrize("condition_tokens", [1, 4])

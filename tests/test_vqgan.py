@@ -57,7 +57,9 @@ def test_gradient_passes_straight_through(preset):
 
 
 def test_ema_codes_become_the_mean_of_their_vectors(preset):
-    quantizer = VectorQuantizer(replace(preset.vqgan, l2_norm=False, codebook_update="ema", codebook_decay=0.0, restart_after=0))
+    quantizer = VectorQuantizer(
+        replace(preset.vqgan, l2_norm=False, codebook_update="ema", codebook_decay=0.0, restart_after=0)
+    )
     found = quantizer(vectors())
     quantizer.update_codebook(found.vectors, found.tokens)
     token = int(found.tokens.flatten()[0])
