@@ -6,7 +6,7 @@ No field is read by nobody: a test walks them all. Importing this module imports
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import get_type_hints
 
 from .runs import ClipgenError
@@ -298,7 +298,3 @@ def from_dict(kind: type, values: dict) -> object:
     if unknown := [key for key in values if key not in hints]:
         raise ClipgenError(f"{kind.__name__} has no field {', '.join(unknown)}: the file was written by another version")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def as_dict(config: object) -> dict:
-    return asdict(config)

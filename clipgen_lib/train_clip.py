@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,7 @@ def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu"
     checkpoint, step = run.file("checkpoints", "clip.safetensors"), 0
     if checkpoint.exists():
         state, meta = load_checkpoint(checkpoint)
-        if meta != {"config": _as_meta(config), "seed": seed}:
+        if meta != {"config": asdict(config), "seed": seed}:
             raise ClipgenError(f"{checkpoint} belongs to another training ({meta}): delete it or choose another run name")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -127,14 +127,8 @@ def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu"
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if step % config.save_every == 0 or step == config.steps:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                save_checkpoint(checkpoint, state, {"config": _as_meta(config), "seed": seed})
+                save_checkpoint(checkpoint, state, {"config": asdict(config), "seed": seed})
     return _export(model, text_config, merges, run.path / "clip")
-
-
-def _as_meta(config: ClipTrainConfig) -> dict:
-    from dataclasses import asdict
-
-    return asdict(config)
 
 
 def _batch_pairs(config: ClipTrainConfig, seed: int, step: int) -> np.ndarray:

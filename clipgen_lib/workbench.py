@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from . import evaluate, train
 from .clip_embed import ClipEmbedder
-from .config import Preset, as_dict, load_preset
+from .config import Preset, load_preset
 from .data import ImageSet, open_images
 from .images import grid, to_float
 from .losses import PatchDiscriminator, adversarial_loss
@@ -62,7 +62,7 @@ class Workbench:
     def open(cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto") -> Workbench:
         """Open or begin a run; one begun with another preset, data or seed is refused."""
         chosen, opened = load_preset(preset), open_run(run)
-        config = {"preset": as_dict(chosen), "data": _portable(data), "seed": seed}
+        config = {"preset": asdict(chosen), "data": _portable(data), "seed": seed}
         path = opened.file("config.json")
         if path.exists():
             before = read_json(path)
@@ -175,7 +175,7 @@ class Workbench:
             numbers, shown = evaluate.evaluate_generator(
                 generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, **settings)  # fmt: skip
             oracle = evaluate.evaluate_oracle(generator, self.preset.evaluate.n_oracle, self.seed, **settings) if self.has_oracle else None  # fmt: skip
-        sample = {**as_dict(self.preset.sample), **settings}
+        sample = {**asdict(self.preset.sample), **settings}
         start = time.perf_counter()
         generator.draw(shown_embeds := generator.clip.texts(shown["prompts"][:16]), list(range(len(shown_embeds))), **settings)
         per_image = (time.perf_counter() - start) / len(shown_embeds)
