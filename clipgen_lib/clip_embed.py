@@ -31,6 +31,9 @@ class ClipEmbedder(nn.Module):
         preprocess = model.visual.preprocess_cfg
         if preprocess["resize_mode"] not in ("shortest", "squash"):
             raise ClipgenError(f"CLIP {name} wants resize mode {preprocess['resize_mode']!r}: use a model of 'shortest' or 'squash'")  # fmt: skip
+        words, table = getattr(tokenizer, "vocab_size", 0), getattr(getattr(model, "text", model), "token_embedding", None)
+        if table is not None and words > table.num_embeddings:
+            raise ClipgenError(f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}: put the merges file of its training (bpe_merges.txt.gz) beside the weights")  # fmt: skip
         self.squash = preprocess["resize_mode"] == "squash"
         self.interpolation = preprocess["interpolation"]
         size = preprocess["size"]

@@ -272,20 +272,22 @@ def _with_bar(images: ImageSet, batch_size: int, show: bool) -> Iterator[tuple[l
 def evaluate_oracle(generator: TextToImage, n: int, seed: int = 0, show_progress: bool = True, **settings: float) -> dict:
     """Shapes world only: what share of pictures shows what was asked for, read by the oracle.
 
-    Text prompts of one thing, of two with a relation, and of held-out pairs; and, as image prompts, the embeddings of
-    real scenes of one thing. Every prompt gets one picture: nothing is picked or ranked.
+    Text prompts of one thing, of two with a relation, and of held-out pairs; as image prompts, the embeddings of real
+    scenes of one thing; and, with nothing generated, the tokenizer's reconstructions of real scenes, above which no
+    generator on its tokens can rise. Every prompt gets one picture: nothing is picked or ranked.
     """
-    asked = {("text", kind): shapes.prompts(kind, n, seed) for kind in ("one", "two", "held_out")}
-    asked["image", "one"] = asked["text", "one"]
-    found: dict = {"text": {}, "image": {}}
-    with progress(len(asked) * n, "drawing for the oracle", show_progress) as bar:
-        for (modality, kind), prompts in asked.items():
-            if modality == "text":
-                embeds = generator.clip.texts([p.text for p in prompts])
+    kinds = {"text": ("one", "two", "held_out"), "image": ("one",), "reconstruction": ("one", "two")}
+    found: dict = {modality: {} for modality in kinds}
+    with progress(n * sum(map(len, kinds.values())), "drawing for the oracle", show_progress) as bar:
+        for modality, kind in ((m, k) for m in kinds for k in kinds[m]):
+            prompts = shapes.prompts(kind, n, seed)
+            scenes = from_arrays(np.stack([shapes.render(p.scene) for p in prompts])).to(generator.device)
+            if modality == "reconstruction":
+                images = torch.cat([generator.vqgan.decode(generator.vqgan.encode(part)) for part in scenes.split(64)])
             else:
-                pictures = from_arrays(np.stack([shapes.render(p.scene) for p in prompts])).to(generator.device)
-                embeds = generator.clip.images(pictures)
-            images = generator.draw(embeds, list(range(seed, seed + n)), **settings)
+                of_texts = modality == "text"
+                embeds = generator.clip.texts([p.text for p in prompts]) if of_texts else generator.clip.images(scenes)
+                images = generator.draw(embeds, list(range(seed, seed + n)), **settings)
             found[modality][kind] = shapes.score(to_arrays(images), prompts)
             bar.update(n)
     return found
@@ -297,20 +299,20 @@ def table(summary: dict) -> str:
     lines = [
         f"run {summary['run']}   preset {summary.get('preset')}   seed {summary.get('seed')}",
         f"{e['protocol']}, N = {e['n']} drawn against {e['n_reference']} real ({e['reference']}), {e['resolution']} px",
-        f"{'':24}" + "".join(f"k = {k:<8}" for k in e["fid"]),
+        f"{'':28}" + "".join(f"k = {k:<8}" for k in e["fid"]),
     ]
     for label, key in (("FID-k, generator", "fid"), ("rFID-k, tokenizer", "rfid"), ("FID-k, real halves", "floor")):
-        lines.append(f"{label:24}" + "".join(f"{value:<12.4g}" for value in e[key].values()))
+        lines.append(f"{label:28}" + "".join(f"{value:<12.4g}" for value in e[key].values()))
     if "caps" in e:
         lines += [
-            f"{'CapS':24}{e['caps']:.3f}   (real with own captions {e['caps_ceiling']:.3f}, with others' {e['caps_floor']:.3f})",
-            f"{'R-precision':24}{e['r_precision']:.3f}   (real pictures {e['r_precision_real']:.3f}, chance about 0.01)",
-            f"{'judge':24}{e['judge']}",
+            f"{'CapS':28}{e['caps']:.3f}   (real with own captions {e['caps_ceiling']:.3f}, with others' {e['caps_floor']:.3f})",
+            f"{'R-precision':28}{e['r_precision']:.3f}   (real pictures {e['r_precision_real']:.3f}, chance about {1 / min(100, e['n']):.2g})",
+            f"{'judge':28}{e['judge']}",
         ]
     for modality, kinds in summary.get("oracle", {}).items():
         for kind, scores in kinds.items():
             shares = "   ".join(f"{key} {100 * value:.1f}%" for key, value in scores.items() if key != "n")
-            lines.append(f"{'oracle, ' + modality + ' ' + kind:24}{shares}   (n = {scores['n']})")
+            lines.append(f"{'oracle, ' + modality + ' ' + kind:28}{shares}   (n = {scores['n']})")
     for sentence in e["warnings"]:
         lines.append(f"warning: {sentence}")
     return "\n".join(lines)

@@ -36,7 +36,8 @@ COLOURS = {
     "pink": (247, 136, 190),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
-SIZES = {"small": (8.5, 10.0), "large": (13.5, 16.0)}  # circumscribed radius in pixels, drawn uniformly
+SIZES = {"small": (8.5, 10.0), "large": (13.5, 16.0)}  # circumscribed radius in pixels: the middle, or drawn from all in a wild scene
+GRID = 4  # pixels between possible centres
 RELATIONS = ("left of", "right of", "above", "below")
 # One pair for each shape and each colour, so that every shape and every colour is still seen in training.
 HELD_OUT = frozenset(zip(SHAPES, ("purple", "cyan", "pink", "red", "green", "orange", "yellow", "blue"), strict=True))
@@ -71,6 +72,7 @@ class Scene:
     things: tuple[Thing, ...]
     background: Background
     seed: tuple[int, ...] = field(default=(0,))  # of colour jitter and grain, so that render() is a pure function
+    jitter: float = 0.0  # largest change of each colour channel
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,18 @@ class Claim:
 # ---------------------------------------------------------------------------------------------- scenes
 
 
-def random_scene(rng: np.random.Generator, held_out: bool = False, n_things: int | None = None) -> Scene:
+def random_scene(
+    rng: np.random.Generator, held_out: bool = False, n_things: int | None = None, wild: bool = False
+) -> Scene:
     """Draw a scene of 1 to 3 things.
 
     With `held_out` the first thing is one of the `HELD_OUT` shape-colour pairs; otherwise none of them appears.
     Things do not touch, no two share shape and colour, and two things lie clearly along one axis.
+
+    Centres lie on a grid of 4 pixels, each size has one radius, and backgrounds are grey, textured along the axes
+    (dSprites, github.com/google-deepmind/dsprites-dataset, places its sprites so): a tokenizer of a few minutes then
+    spends its codes on things, not on noise. `wild` draws centres and radii freely and adds tint, grain, colour jitter and any angle;
+    CLIP is trained on these, as a released CLIP has seen more than the pictures a generator is trained on.
     """
     count = n_things or int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     while True:
@@ -99,20 +108,26 @@ def random_scene(rng: np.random.Generator, held_out: bool = False, n_things: int
             pair = _random_pair(rng, held_out and index == 0, {(t.shape, t.colour) for t in things})
             # two large things fit beside each other, three do not
             size = "small" if count == 3 and index > 0 else str(rng.choice(list(SIZES)))
-            radius = float(rng.uniform(*SIZES[size]))
+            radius = float(rng.uniform(*SIZES[size])) if wild else sum(SIZES[size]) / 2
             x, y = (float(v) for v in rng.uniform(radius + 1, CANVAS - radius - 1, size=2))
+            if not wild:
+                x, y = (float(GRID * round(v / GRID)) for v in (x, y))
             things.append(Thing(*pair, size, x, y, radius))
         if _well_placed(things):
             break
+    return Scene(tuple(things), _random_background(rng, wild), (int(rng.integers(2**31)),), 9.0 if wild else 0.0)
+
+
+def _random_background(rng: np.random.Generator, wild: bool) -> Background:
     tint = tuple(int(v) for v in rng.integers(-7, 8, size=3))
-    background = Background(
-        str(rng.choice(KINDS, p=[0.4, 0.3, 0.1, 0.1, 0.1])),
-        str(rng.choice(list(TONES))),
-        tint,
-        float(rng.uniform(0, 2 * math.pi)),
-        int(rng.choice([8, 12, 16])),
-    )
-    return Scene(tuple(things), background, (int(rng.integers(2**31)),))
+    kind, tone = str(rng.choice(KINDS, p=[0.4, 0.3, 0.1, 0.1, 0.1])), str(rng.choice(list(TONES)))
+    angle, period = float(rng.uniform(0, 2 * math.pi)), int(rng.choice([8, 12, 16]))
+    if wild:
+        return Background(kind, tone, tint, angle, period)
+    quarter_turns = 2 if kind == "striped" else 4
+    angle = round(angle / (math.pi / 2)) % quarter_turns * (math.pi / 2)
+    period = 16 if kind == "striped" or period == 16 else 8
+    return Background("plain" if kind == "grainy" else kind, tone, (0, 0, 0), angle, period)
 
 
 def _random_pair(rng: np.random.Generator, held_out: bool, taken: set) -> tuple[str, str]:
@@ -137,9 +152,9 @@ def relation(a: Thing, b: Thing, clear: float = 1.5) -> str | None:
     return "above" if dy < 0 else "below"
 
 
-def scene_at(seed: int, index: int, held_out: bool = False, n_things: int | None = None) -> Scene:
+def scene_at(seed: int, index: int, held_out: bool = False, n_things: int | None = None, wild: bool = False) -> Scene:
     """The index-th scene of a world: a function of its arguments alone."""
-    return random_scene(np.random.default_rng([seed, index, int(held_out), n_things or 0]), held_out, n_things)
+    return random_scene(np.random.default_rng([seed, index, int(held_out), n_things or 0]), held_out, n_things, wild)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -210,7 +225,7 @@ def render(scene: Scene) -> np.ndarray:
         level += rng.normal(0, 9, level.shape).astype(np.float32)
     image = level[..., None] + np.asarray(ground.tint, np.float32)
     for thing in scene.things:
-        colour = np.asarray(COLOURS[thing.colour], np.float32) + rng.uniform(-9, 9, 3).astype(np.float32)
+        colour = np.asarray(COLOURS[thing.colour], np.float32) + rng.uniform(-scene.jitter, scene.jitter, 3).astype(np.float32)
         cover = _draw_mask(thing.shape, thing.x, thing.y, thing.radius, CANVAS, SUPERSAMPLE)[..., None]
         image = image * (1 - cover) + colour * cover
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
@@ -311,7 +326,7 @@ def make_world(root: Path, n_train: int, n_val: int, seed: int = 0, show_progres
     an interrupted call leaves no half a world.
     """
     root = Path(root)
-    recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 1}
+    recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 2}
     mark = root / "shapes.json"
     if mark.exists() and json.loads(mark.read_text()) == recipe:
         return root
@@ -457,7 +472,7 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
         else:
             claim = Claim((Thing(things[0].shape, things[0].colour, things[0].size),))
             text = _plain(claim.things[0])
-        found.append(Prompt(text, claim, replace(scene)))
+        found.append(Prompt(text, claim, scene))
     return found
 
 

@@ -30,6 +30,7 @@ from .losses import (
     perceptual_loss,
     ramp,
 )
+from .optim import build_optimizer, set_rate
 from .runs import ClipgenError, Run, differences, load_checkpoint, module_hash, progress, save_checkpoint, save_weights
 from .schedule import batch_rows, learning_rate
 from .store import TokenStore
@@ -58,7 +59,12 @@ def train_vqgan(
     accelerator = _accelerator(config, device)
     vqgan = VQGAN(model_config)
     discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
-    optimizers = {"generator_optimizer": _adamw(vqgan, config), "discriminator_optimizer": _adamw(discriminator, config)}
+    optimizers = {
+        "generator_optimizer": build_optimizer(vqgan, config.optimizer, config.lr, config.beta2, config.weight_decay),
+        "discriminator_optimizer": build_optimizer(
+            discriminator, "adamw", config.discriminator_lr, config.beta2, config.weight_decay
+        ),
+    }
     ema = AveragedModel(vqgan, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     perceptual = perceptual_loss(config.perceptual, clip)
     state = _State(run, "vqgan", {"model": vqgan, "discriminator": discriminator, "ema": ema, **optimizers},
@@ -135,7 +141,7 @@ def train_transformer(
     torch.manual_seed(seed)
     accelerator = _accelerator(config, device)
     transformer = ImageTransformer(model_config, store.meta["K"], store.meta["L"], store.meta["D"])
-    optimizer = _adamw(transformer, config)
+    optimizer = build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
     ema = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     state = _State(run, "transformer", {"model": transformer, "ema": ema, "optimizer": optimizer},
                    {"model": asdict(model_config), "train": _lasting(config), "seed": seed, "data": store.meta["data_hash"],
@@ -246,14 +252,6 @@ def _accelerator(config: OptimConfig, device: str) -> Accelerator:
     return Accelerator(mixed_precision=config.precision, cpu=on_cpu)
 
 
-def _adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels, not biases, norms, positions or the codebook."""
-    decayed = [p for name, p in module.named_parameters() if p.ndim >= 2 and "codebook" not in name and "positions" not in name]
-    others = [p for p in module.parameters() if not any(p is d for d in decayed) and p.requires_grad]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-
-
 def _lasting(config: OptimConfig) -> dict:
     """The fields that a resumed run must share; logging, workers and compilation may change between sessions."""
     return {k: v for k, v in asdict(config).items() if k not in ("log_every", "save_every", "workers", "compile")}
@@ -261,8 +259,7 @@ def _lasting(config: OptimConfig) -> dict:
 
 def _set_rates(optimizers: list, peaks: tuple[float, ...], step: int, config: OptimConfig) -> None:
     for optimizer, peak in zip(optimizers, peaks, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.steps, peak, config.warmup)
+        set_rate(optimizer, learning_rate(step, config.steps, peak, config.warmup))
 
 
 def _apply(optimizers: list) -> None:

@@ -19,6 +19,7 @@ from . import shapes
 from .clip_embed import ClipEmbedder
 from .config import ClipTrainConfig
 from .images import from_arrays
+from .optim import build_optimizer, set_rate
 from .runs import ClipgenError, Run, fresh_folder, load_checkpoint, progress, save_checkpoint
 from .schedule import learning_rate
 
@@ -33,17 +34,17 @@ PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation
 
 
 def pool_scene(seed: int, index: int) -> shapes.Scene:
-    """The index-th scene of the training pool.
+    """The index-th scene of the training pool, a wild one (`shapes.random_scene`).
 
     One scene in eight shows a held-out pair: CLIP knows every pair, the generator does not. After a scene of two
     things comes its twin with the places exchanged, so that each batch holds "a left of b" beside "b left of a".
     """
     even = index - index % 2
-    scene = shapes.scene_at(seed, 50_000_000 + even, held_out=even % 16 == 0)
+    scene = shapes.scene_at(seed, 50_000_000 + even, held_out=even % 16 == 0, wild=True)
     if index == even:
         return scene
     if len(scene.things) != 2:
-        return shapes.scene_at(seed, 50_000_000 + index)
+        return shapes.scene_at(seed, 50_000_000 + index, wild=True)
     a, b = scene.things
     if a.size != b.size:  # a large thing may not fit where the small one was
         b, a = replace(b, size=a.size, radius=a.radius), replace(a, size=b.size, radius=b.radius)
@@ -86,9 +87,7 @@ def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu"
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT, bpe_path=str(merges))
     text_config = {**MODEL["text_cfg"], "vocab_size": vocabulary}
     model = CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], text_config).to(device)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
-         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], betas=(0.9, 0.98))  # fmt: skip
+    optimizer = build_optimizer(model, "adamw", config.lr, 0.98, config.weight_decay)
     loss_of = open_clip.ClipLoss()
     mean, std = (torch.tensor(PREPROCESS[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
     checkpoint, step = run.file("checkpoints", "clip.safetensors"), 0
@@ -109,8 +108,7 @@ def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu"
             images = from_arrays(pictures[pairs]).to(device)
             texts = [shapes.caption(pool[i], chooser)[0] for i in pairs]
             rate = learning_rate(step, config.steps, config.lr, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
                 image_features, text_features, scale = model(((images + 1) / 2 - mean) / std, tokenizer(texts).to(device))[:3]
             loss = loss_of(image_features.float(), text_features.float(), scale.float())
@@ -153,7 +151,7 @@ def _export(model: torch.nn.Module, text_config: dict, merges: Path, target: Pat
 
 @torch.inference_mode()
 def retrieval(clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_things: int | None = None) -> dict[str, float]:
-    """Share of held-out scenes whose best caption, out of one caption for each scene, is true of the scene.
+    """Share of held-out wild scenes whose best caption, out of one caption for each scene, is true of the scene.
 
     Args:
         n_things: 1, 2 or 3 for scenes of that many things; None mixes them as the world does.
@@ -162,7 +160,7 @@ def retrieval(clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_things:
         `n`, `true_at_1` (whatever caption ranks first is true of the scene: several wordings are) and `own_at_1` (it
         is the scene's own caption to the letter).
     """
-    scenes = [shapes.scene_at(seed, 70_000_000 + i, held_out=i % 8 == 0, n_things=n_things) for i in range(n_scenes)]
+    scenes = [shapes.scene_at(seed, 70_000_000 + i, i % 8 == 0, n_things, wild=True) for i in range(n_scenes)]
     said = [shapes.caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
     pictures = from_arrays(np.stack([shapes.render(scene) for scene in scenes])).to(clip.device)
     images = torch.cat([clip.images(part) for part in pictures.split(250)])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attend
 from .config import TransformerConfig, from_dict
 from .runs import ClipgenError, load_strictly, read_json, read_weights
 
@@ -58,7 +59,7 @@ class Block(nn.Module):
                 mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
         causal = length > 1 and mask is None
         dropout = self.dropout if self.training else 0.0
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+        h = attend(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
         h = self.proj(h.transpose(1, 2).reshape(batch, length, width))
         x = x + F.dropout(h, self.dropout, self.training)
         h = self.fc2(F.gelu(self.fc1(self.norm2(x))))

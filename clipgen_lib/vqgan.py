@@ -6,6 +6,8 @@ Axes: B batch, H W pixels, h w token grid, K codebook size, C code dimension, Z 
 The encoder and decoder are those of taming-transformers (Esser et al. 2021, arXiv 2012.09841): residual blocks with
 GroupNorm (epsilon 1e-6) and swish, one attention block in the middle and at the coarsest level, stride-2
 convolutions padded on the right and below. `patch` folds pixels into channels first (1: not at all, as there).
+`local` leaves out attention and group statistics, by which a token would depend on the whole picture, and looks at
+one position at a time once the encoder is on the token grid.
 """
 
 from __future__ import annotations
@@ -19,12 +21,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from .attention import attend
 from .config import VQGANConfig, from_dict
 from .runs import ClipgenError, load_strictly, read_json, read_weights
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+class ChannelNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the channels of each position: nothing passes between positions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(1, keepdim=True, dtype=torch.float32) + 1e-6).to(x.dtype)
+        return x * scale * self.weight.to(x.dtype) + self.bias.to(x.dtype)
+
+
+def _norm(channels: int, local: bool) -> nn.Module:
+    return ChannelNorm(channels) if local else nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 def _zero(layer: nn.Conv2d) -> None:
@@ -34,10 +50,10 @@ def _zero(layer: nn.Conv2d) -> None:
 
 
 class ResBlock(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int, local: bool, kernel: int = 3):
         super().__init__()
-        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2, self.conv2 = _norm(channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.norm1, self.conv1 = _norm(channels_in, local), nn.Conv2d(channels_in, channels_out, kernel, padding="same")
+        self.norm2, self.conv2 = _norm(channels_out, local), nn.Conv2d(channels_out, channels_out, kernel, padding="same")
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         _zero(self.conv2)
 
@@ -52,14 +68,14 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, local=False)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
         _zero(self.proj_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (B, h*w, channels)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        h = attend(q, k, v).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
 
 
@@ -82,13 +98,16 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: residual blocks, each followed by attention where asked, then a resampling."""
+    """The blocks of one resolution: residual blocks, at the coarsest each followed by attention, then a resampling."""
 
-    def __init__(self, channels_in: int, channels_out: int, n_blocks: int, attention: bool, resample: nn.Module | None):
+    def __init__(
+        self, channels_in: int, channels_out: int, n_blocks: int, coarsest: bool, local: bool, kernel: int,
+        resample: nn.Module | None,
+    ):  # fmt: skip
         super().__init__()
         widths = [channels_in] + [channels_out] * n_blocks
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(n_blocks if attention else 0))
+        self.block = nn.ModuleList(ResBlock(a, b, local, kernel) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(n_blocks if coarsest and not local else 0))
         self.resample = resample or nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,8 +119,9 @@ class Level(nn.Module):
 
 
 class Middle(nn.Sequential):
-    def __init__(self, channels: int):
-        super().__init__(ResBlock(channels, channels), AttentionBlock(channels), ResBlock(channels, channels))
+    def __init__(self, channels: int, local: bool, kernel: int = 3):
+        between = nn.Identity() if local else AttentionBlock(channels)
+        super().__init__(ResBlock(channels, channels, local, kernel), between, ResBlock(channels, channels, local, kernel))
 
 
 class Encoder(nn.Module):
@@ -111,15 +131,17 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.channel_mult]
         last = len(widths) - 1
+        coarse = 1 if config.local else 3  # kernel on the token grid: with 1 a token sees its patch and a margin
         self.unfold = nn.PixelUnshuffle(config.patch)
         self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(before, width, config.res_blocks, i == last, Downsample(width) if i < last else None)
+            Level(before, width, config.res_blocks, i == last, config.local, coarse if i == last else 3,
+                  Downsample(width) if i < last else None)
             for i, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False))
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+        self.mid = Middle(widths[-1], config.local, coarse)
+        self.norm_out = _norm(widths[-1], config.local)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, coarse, padding="same")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(self.unfold(images))
@@ -136,12 +158,12 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in reversed(config.channel_mult)]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = Middle(widths[0])
+        self.mid = Middle(widths[0], config.local)
         self.up = nn.ModuleList(
-            Level(before, width, config.res_blocks + 1, i == 0, Upsample(width) if i < last else None)
+            Level(before, width, config.res_blocks + 1, i == 0, config.local, 3, Upsample(width) if i < last else None)
             for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = _norm(widths[-1], config.local)
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
         self.fold = nn.PixelShuffle(config.patch)
 

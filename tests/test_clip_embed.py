@@ -78,6 +78,10 @@ def test_missing_and_wrong_models(tmp_path, monkeypatch):
     (cut / "open_clip_model.safetensors").write_bytes((EMBEDDED / "open_clip_model.safetensors").read_bytes()[:5000])
     with pytest.raises(ClipgenError, match="cannot be loaded"):
         ClipEmbedder.load(str(cut))
+    bare = tmp_path / "bare"  # without its merges open_clip takes its own tokenizer of 49,408 words
+    shutil.copytree(EMBEDDED, bare, ignore=shutil.ignore_patterns("*.gz"))
+    with pytest.raises(ClipgenError, match="49408 words, its text tower"):
+        ClipEmbedder.load(str(bare))
 
 
 def test_a_quickgelu_mismatch_is_an_error(tmp_path, monkeypatch):

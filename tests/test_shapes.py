@@ -8,10 +8,11 @@ from clipgen_lib import shapes
 from clipgen_lib.shapes import HELD_OUT, Claim, Scene, Thing
 
 
-def test_oracle_reads_scenes_it_has_not_seen():
+@pytest.mark.parametrize("wild", [False, True])
+def test_oracle_reads_scenes_it_has_not_seen(wild):
     things = right = 0
     for index in range(300):
-        scene = shapes.scene_at(seed=99, index=index, held_out=index % 4 == 0)
+        scene = shapes.scene_at(seed=99, index=index, held_out=index % 4 == 0, wild=wild)
         read = shapes.read_scene(shapes.render(scene))
         assert len(read) <= 3
         for thing in scene.things:
@@ -33,6 +34,18 @@ def test_oracle_sees_what_is_wrong():
     assert shapes.score(pictures, two) == {"n": 40, "both": 1.0, "relation": 1.0}
     mirrored = shapes.score(pictures[:, ::-1, ::-1], two)  # every relation turns into its opposite
     assert mirrored["relation"] <= 0.05
+
+
+def test_the_world_keeps_to_its_grid_and_the_wild_one_does_not():
+    tame, wild = ([shapes.scene_at(0, index, wild=w) for index in range(200)] for w in (False, True))
+    assert all(t.x % shapes.GRID == t.y % shapes.GRID == 0 for scene in tame for t in scene.things)
+    assert {(t.size, t.radius) for scene in tame for t in scene.things} == {("small", 9.25), ("large", 14.75)}
+    assert len({t.radius for scene in wild for t in scene.things}) > 200
+    assert {s.background.kind for s in tame} == set(shapes.KINDS) - {"grainy"} and {s.background.tint for s in tame} == {(0, 0, 0)}
+    assert {s.background.kind for s in wild} == set(shapes.KINDS)
+    for scene in tame:  # without noise: an unjittered background repeats exactly
+        empty = shapes.render(Scene((), scene.background)).astype(int)
+        assert (empty[..., 0] == empty[..., 2]).all() and min(np.abs(np.diff(empty[..., 0], axis=axis)).max() for axis in (0, 1)) in (0, 30)
 
 
 def test_held_out_pairs_are_held_out():

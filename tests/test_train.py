@@ -118,7 +118,7 @@ def test_stage_one_learns_and_logs_its_health(images, preset, clip, tmp_path):
     "field, value",
     [("perceptual_weight", 5.0), ("l1_weight", 3.0), ("l2_weight", 9.0), ("beta", 3.0), ("accumulate", 2), ("flip", True),
      ("random_crop", True), ("clip_norm", 1e-3), ("weight_decay", 5.0), ("ema_decay", 0.0), ("precision", "no"),
-     ("discriminator_lr", 0.1), ("adaptive_max", 0.0), ("adversarial_weight", 9.0)],
+     ("discriminator_lr", 0.1), ("optimizer", "adamw"), ("adaptive_max", 0.0), ("adversarial_weight", 9.0)],
 )  # fmt: skip
 def test_each_knob_of_stage_one_matters(preset, clip, tmp_path, field, value):
     rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from clipgen_lib.attention import attend
 from clipgen_lib.config import TransformerConfig
 from clipgen_lib.runs import ClipgenError, save_weights
 from clipgen_lib.transformer import ImageTransformer, KVCache
@@ -78,3 +79,21 @@ def test_saved_and_loaded_is_bit_equal(tmp_path):
     model, (embeds, tokens) = build(), inputs()
     save_weights(tmp_path / "t", model, trained_with={"vqgan": "x"})
     assert torch.equal(ImageTransformer.load(tmp_path / "t")(embeds, tokens), model(embeds, tokens))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_the_formula_whatever_the_kernel(causal):
+    """softmax(q k^T / sqrt(d)) v by hand, with and without autograd, and the same gradients from both kernels."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=draw) for _ in range(3))
+    scores = q @ k.transpose(-1, -2) / 2
+    wanted = (scores + (torch.full((5, 5), -torch.inf).triu(1) if causal else 0)).softmax(-1) @ v
+    assert torch.allclose(attend(q, k, v, is_causal=causal), wanted, atol=1e-6)
+    gradients = []
+    for kernel in (attend, torch.nn.functional.scaled_dot_product_attention):
+        leaf = q.clone().requires_grad_()
+        h = kernel(leaf, k, v, is_causal=causal)
+        assert torch.allclose(h, wanted, atol=1e-6)
+        h.pow(2).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.allclose(*gradients, atol=1e-5)

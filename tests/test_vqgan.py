@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipgen_lib.config import VQGANConfig
 from clipgen_lib.runs import ClipgenError, save_weights
 from clipgen_lib.vqgan import VQGAN, VectorQuantizer, codebook_statistics
 
@@ -130,3 +131,20 @@ def test_codebook_statistics_by_hand():
     found = codebook_statistics(torch.tensor([[0, 0], [1, 1]]), 8)
     assert found == pytest.approx({"codebook_usage": 0.25, "perplexity": 2.0})
     assert codebook_statistics(torch.arange(8), 8)["perplexity"] == pytest.approx(8)
+
+
+def test_local_tokens_do_not_hear_of_a_far_corner():
+    """The encoder's output at one corner is the same whatever the opposite one shows; without `local` it is not."""
+    for local in (True, False):
+        torch.manual_seed(0)
+        config = VQGANConfig(image_size=64, patch=4, channels=16, channel_mult=(1, 1), res_blocks=1, local=local, z_channels=16)
+        encoder = VQGAN(config).encoder.eval()
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)  # residual branches begin at zero and would hide a difference
+        images = torch.rand(1, 3, 64, 64)
+        changed = images.clone()
+        changed[..., 32:, 32:] = 0
+        with torch.no_grad():
+            before, after = encoder(images), encoder(changed)
+        assert torch.equal(before[..., :2, :2], after[..., :2, :2]) == local
+        assert not torch.equal(before[..., 4:, 4:], after[..., 4:, 4:])
