@@ -96,10 +96,10 @@ def random_scene(
     With `held_out` the first thing is one of the `HELD_OUT` shape-colour pairs; otherwise none of them appears.
     Things do not touch, no two share shape and colour, and two things lie clearly along one axis.
 
-    Centres lie on a grid of 4 pixels, each size has one radius, and backgrounds are grey, textured along the axes
+    Centres lie on a grid of 4 pixels, each size has one radius, and backgrounds have three tones and no noise
     (dSprites, github.com/google-deepmind/dsprites-dataset, places its sprites so): a tokenizer of a few minutes then
-    spends its codes on things, not on noise. `wild` draws centres and radii freely and adds tint, grain, colour jitter and any angle;
-    CLIP is trained on these, as a released CLIP has seen more than the pictures a generator is trained on.
+    spends its codes on things. `wild` draws centres and radii freely, takes all tones, angles and periods, and adds
+    tint, grain and colour jitter; CLIP is trained on these, as a released CLIP has seen more than a generator's pictures.
     """
     count = n_things or int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     while True:
@@ -124,10 +124,9 @@ def _random_background(rng: np.random.Generator, wild: bool) -> Background:
     angle, period = float(rng.uniform(0, 2 * math.pi)), int(rng.choice([8, 12, 16]))
     if wild:
         return Background(kind, tone, tint, angle, period)
-    quarter_turns = 2 if kind == "striped" else 4
-    angle = round(angle / (math.pi / 2)) % quarter_turns * (math.pi / 2)
-    period = 16 if kind == "striped" or period == 16 else 8
-    return Background("plain" if kind == "grainy" else kind, tone, (0, 0, 0), angle, period)
+    tone = {"white": "light", "black": "dark"}.get(tone, tone)
+    kind = "plain" if kind == "grainy" else kind
+    return Background(kind, tone, (0, 0, 0), round(angle / (math.pi / 2)) % 2 * (math.pi / 2), 16)
 
 
 def _random_pair(rng: np.random.Generator, held_out: bool, taken: set) -> tuple[str, str]:

@@ -67,7 +67,7 @@ def train_vqgan(
     }
     ema = AveragedModel(vqgan, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     perceptual = perceptual_loss(config.perceptual, clip)
-    state = _State(run, "vqgan", {"model": vqgan, "discriminator": discriminator, "ema": ema, **optimizers},
+    state = TrainingState(run, "vqgan", {"model": vqgan, "discriminator": discriminator, "ema": ema, **optimizers},
                    {"model": asdict(model_config), "train": _lasting(config), "seed": seed, "data": images.hash})  # fmt: skip
     start = state.resume()
     generator, critic, *prepared = accelerator.prepare(vqgan, discriminator, *optimizers.values())
@@ -143,7 +143,7 @@ def train_transformer(
     transformer = ImageTransformer(model_config, store.meta["K"], store.meta["L"], store.meta["D"])
     optimizer = build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
     ema = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    state = _State(run, "transformer", {"model": transformer, "ema": ema, "optimizer": optimizer},
+    state = TrainingState(run, "transformer", {"model": transformer, "ema": ema, "optimizer": optimizer},
                    {"model": asdict(model_config), "train": _lasting(config), "seed": seed, "data": store.meta["data_hash"],
                     "vqgan": store.meta["vqgan_hash"], "clip": store.meta["clip_hash"]})  # fmt: skip
     start = state.resume()
@@ -278,7 +278,7 @@ def _finish(run: Run, stage: str, module: nn.Module, accelerator: Accelerator, s
     return module.eval().requires_grad_(False)
 
 
-class _State:
+class TrainingState:
     """All that a training needs to go on, by name; saved and resumed as one file."""
 
     def __init__(self, run: Run, stage: str, parts: dict, meta: dict):

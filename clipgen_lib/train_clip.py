@@ -20,8 +20,9 @@ from .clip_embed import ClipEmbedder
 from .config import ClipTrainConfig
 from .images import from_arrays
 from .optim import build_optimizer, set_rate
-from .runs import ClipgenError, Run, fresh_folder, load_checkpoint, progress, save_checkpoint
+from .runs import ClipgenError, Run, fresh_folder, progress
 from .schedule import learning_rate
+from .train import TrainingState
 
 CONTEXT = 32
 # A small ResNet rather than a ViT: three times the pictures per second on a CPU at this size.
@@ -90,15 +91,8 @@ def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu"
     optimizer = build_optimizer(model, "adamw", config.lr, 0.98, config.weight_decay)
     loss_of = open_clip.ClipLoss()
     mean, std = (torch.tensor(PREPROCESS[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
-    checkpoint, step = run.file("checkpoints", "clip.safetensors"), 0
-    if checkpoint.exists():
-        state, meta = load_checkpoint(checkpoint)
-        if meta != {"config": asdict(config), "seed": seed}:
-            raise ClipgenError(f"{checkpoint} belongs to another training ({meta}): delete it or choose another run name")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    run.rewind("clip", step)
+    state = TrainingState(run, "clip", {"model": model, "optimizer": optimizer}, {"config": asdict(config), "seed": seed})
+    step = state.resume()
 
     with progress(config.steps, "training CLIP", show_progress, initial=step) as bar:
         model.train()
@@ -123,9 +117,10 @@ def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu"
             if step % config.log_every == 0 or step == config.steps:
                 run.log("clip", step, loss=loss.item(), lr=rate, scale=scale.item())
                 bar.set_postfix(loss=f"{loss.item():.3f}")
+                if not math.isfinite(loss.item()):
+                    raise ClipgenError(f"the clip loss is not finite by step {step}: lower its learning rate and run again from the last checkpoint")  # fmt: skip
             if step % config.save_every == 0 or step == config.steps:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                save_checkpoint(checkpoint, state, {"config": asdict(config), "seed": seed})
+                state.save(step)
     return _export(model, text_config, merges, run.path / "clip")
 
 
