@@ -16,9 +16,7 @@ _OUTER_LAYERS = ("conv_in", "conv_out", "quant_conv", "embedding", "condition", 
 _NEVER_DECAYED = ("codebook", "positions")
 
 
-def build_optimizer(
-    module: nn.Module, kind: str, lr: float, beta2: float, weight_decay: float
-) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), or Muon on the hidden layers and Nesterov AdamW on the rest.
 
     Muon (here timm's) replaces the momentum of a matrix or kernel by the nearest orthogonal matrix; scaled to AdamW's
@@ -46,7 +44,9 @@ def build_optimizer(
         orthogonal = {id(p) for p in groups["hidden"]}
         for group in settings:
             group["use_fallback"] = id(group["params"][0]) not in orthogonal
-        return Muon(settings, lr=lr, betas=(0.9, beta2), adjust_lr_fn="match_rms_adamw", ns_steps=3, ns_coefficients="polar_express")
+        return Muon(
+            settings, lr=lr, betas=(0.9, beta2), adjust_lr_fn="match_rms_adamw", ns_steps=3, ns_coefficients="polar_express"
+        )
     raise ClipgenError(f"unknown optimizer {kind!r}: choose adamw or muon")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -36,7 +36,10 @@ COLOURS = {
     "pink": (247, 136, 190),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
-SIZES = {"small": (8.5, 10.0), "large": (13.5, 16.0)}  # circumscribed radius in pixels: the middle, or drawn from all in a wild scene
+SIZES = {
+    "small": (8.5, 10.0),
+    "large": (13.5, 16.0),
+}  # circumscribed radius in pixels: the middle, or drawn from all in a wild scene
 GRID = 4  # pixels between possible centres
 RELATIONS = ("left of", "right of", "above", "below")
 # One pair for each shape and each colour, so that every shape and every colour is still seen in training.
@@ -88,9 +91,7 @@ class Claim:
 # ---------------------------------------------------------------------------------------------- scenes
 
 
-def random_scene(
-    rng: np.random.Generator, held_out: bool = False, n_things: int | None = None, wild: bool = False
-) -> Scene:
+def random_scene(rng: np.random.Generator, held_out: bool = False, n_things: int | None = None, wild: bool = False) -> Scene:
     """Draw a scene of 1 to 3 things.
 
     With `held_out` the first thing is one of the `HELD_OUT` shape-colour pairs; otherwise none of them appears.

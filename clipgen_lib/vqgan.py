@@ -135,8 +135,15 @@ class Encoder(nn.Module):
         self.unfold = nn.PixelUnshuffle(config.patch)
         self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(before, width, config.res_blocks, i == last, config.local, coarse if i == last else 3,
-                  Downsample(width) if i < last else None)
+            Level(
+                before,
+                width,
+                config.res_blocks,
+                i == last,
+                config.local,
+                coarse if i == last else 3,
+                Downsample(width) if i < last else None,
+            )
             for i, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False))
         )
         self.mid = Middle(widths[-1], config.local, coarse)
