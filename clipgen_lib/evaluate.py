@@ -281,12 +281,15 @@ def evaluate_oracle(generator: TextToImage, n: int, seed: int = 0, show_progress
     with progress(n * sum(map(len, kinds.values())), "drawing for the oracle", show_progress) as bar:
         for modality, kind in ((m, k) for m in kinds for k in kinds[m]):
             prompts = shapes.prompts(kind, n, seed)
-            scenes = from_arrays(np.stack([shapes.render(p.scene) for p in prompts])).to(generator.device)
+            if modality == "text":
+                embeds = generator.clip.texts([p.text for p in prompts])
+            else:
+                scenes = from_arrays(np.stack([shapes.render(p.scene) for p in prompts])).to(generator.device)
+            if modality == "image":
+                embeds = generator.clip.images(scenes)
             if modality == "reconstruction":
                 images = torch.cat([generator.vqgan.decode(generator.vqgan.encode(part)) for part in scenes.split(64)])
             else:
-                of_texts = modality == "text"
-                embeds = generator.clip.texts([p.text for p in prompts]) if of_texts else generator.clip.images(scenes)
                 images = generator.draw(embeds, list(range(seed, seed + n)), **settings)
             found[modality][kind] = shapes.score(to_arrays(images), prompts)
             bar.update(n)

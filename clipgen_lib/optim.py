@@ -35,15 +35,13 @@ def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weigh
         else:
             groups["outer" if any(part in name for part in _OUTER_LAYERS) else "hidden"].append(parameter)
     decays = {"hidden": weight_decay, "outer": weight_decay, "undecayed": 0.0}
-    settings = [{"params": groups[key], "weight_decay": decay} for key, decay in decays.items() if groups[key]]
+    settings = {key: {"params": groups[key], "weight_decay": decay} for key, decay in decays.items() if groups[key]}
     if kind == "adamw":
-        return torch.optim.AdamW(settings, lr=lr, betas=(0.9, beta2), fused=True)
+        return torch.optim.AdamW(settings.values(), lr=lr, betas=(0.9, beta2), fused=True)
     if kind == "muon":
         from timm.optim import Muon
 
-        orthogonal = {id(p) for p in groups["hidden"]}
-        for group in settings:
-            group["use_fallback"] = id(group["params"][0]) not in orthogonal
+        settings = [{**group, "use_fallback": key != "hidden"} for key, group in settings.items()]
         return Muon(
             settings, lr=lr, betas=(0.9, beta2), adjust_lr_fn="match_rms_adamw", ns_steps=3, ns_coefficients="polar_express"
         )

@@ -10,9 +10,10 @@ from PIL import Image
 
 from clipgen_lib import shapes
 from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.config import ClipTrainConfig
 from clipgen_lib.images import from_arrays
-from clipgen_lib.runs import DATA, ClipgenError
-from clipgen_lib.train_clip import pool_scene, retrieval
+from clipgen_lib.runs import DATA, ClipgenError, open_run
+from clipgen_lib.train_clip import pool_scene, retrieval, train_clip
 
 EMBEDDED = DATA / "shapes_clip"
 
@@ -117,3 +118,11 @@ def test_twins_exchange_places():
             read = shapes.read_scene(shapes.render(b))
             readable += {(t.shape, t.colour) for t in read} == said.keys()
     assert twins > 20 and readable >= 0.95 * twins  # corners of two like-coloured things may touch
+
+
+def test_a_clip_loss_that_is_not_finite_writes_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(open_clip, "ClipLoss", lambda: lambda images, texts, scale: (images * texts).sum() * float("nan"))
+    config = ClipTrainConfig(scenes=64, steps=2, batch_size=16, warmup=1, log_every=1, save_every=1)
+    with pytest.raises(ClipgenError, match="not finite by step 1"):
+        train_clip(open_run("r", tmp_path), config, seed=0, show_progress=False)
+    assert not (tmp_path / "r" / "checkpoints" / "clip.safetensors").exists()
