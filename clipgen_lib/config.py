@@ -54,7 +54,9 @@ class VQGANConfig:
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
-    local: bool = False  # no attention, norms within a position: equal patches get equal tokens, which are easier to predict
+    local: bool = (
+        False  # a token depends on its own square of pixels alone: equal squares get equal tokens, which are easier to predict
+    )
     z_channels: int = 256
     codebook_size: int = 16_384
     code_dim: int = 8
@@ -184,16 +186,16 @@ def _laptop() -> Preset:
             codebook_size=256, code_dim=16, l2_norm=False, codebook_update="ema", codebook_decay=0.97, restart_after=20,
         ),
         vqgan_train=VQGANTrainConfig(
-            steps=4_500, batch_size=16, optimizer="muon", lr=1.5e-3, warmup=50, beta2=0.99, weight_decay=0.01, ema_decay=0.99,
+            steps=3_500, batch_size=16, optimizer="muon", lr=1.5e-3, warmup=50, beta2=0.99, weight_decay=0.01, ema_decay=0.99,
             log_every=50, save_every=500, workers=0, l1_weight=0.3, l2_weight=1.0, perceptual="none", adversarial_weight=0.05,
             adversarial_ramp=(0.75, 0.9), discriminator_channels=16, discriminator_lr=2e-4, flip=False, random_crop=False,
         ),
         transformer=TransformerConfig(layers=6, width=128, heads=4, condition_tokens=4),
         transformer_train=TransformerTrainConfig(
             steps=6_000, batch_size=32, optimizer="muon", lr=4e-3, warmup=50, ema_decay=0.99, log_every=50, save_every=1_000,
-            workers=0, noise_cos=0.7, embedding_weight=0.1, embedding_share=0.0625, flip=False,
+            workers=0, noise_cos=0.7, embedding_weight=0.1, embedding_share=0.0625,
         ),
-        sample=SampleConfig(guidance=2.0, top_p=0.95, batch_size=128),
+        sample=SampleConfig(guidance=1.5, top_p=0.95, batch_size=128),
         evaluate=EvaluateConfig(n=1_000, n_oracle=512, protocol="clip", batch_size=125),
     )  # fmt: skip
 

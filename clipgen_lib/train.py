@@ -7,6 +7,7 @@ one. Neither stage sees a caption: previews of text prompts come in as embedding
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -72,7 +73,7 @@ def train_vqgan(
     start = state.resume()
     generator, critic, *prepared = accelerator.prepare(vqgan, discriminator, *optimizers.values())
     ema.to(accelerator.device)
-    forward = torch.compile(generator) if config.compile else generator
+    forward = _compiled(generator, accelerator.device) if config.compile else generator
     batches = training_batches(images, config.batch_size, seed, start, config.steps, config.flip, config.random_crop,
                                config.workers, accelerator.process_index, accelerator.num_processes)  # fmt: skip
     log = _Log(run, "vqgan", accelerator, model_config.codebook_size)
@@ -150,7 +151,7 @@ def train_transformer(
     model, optimizer = accelerator.prepare(transformer, optimizer)
     ema.to(accelerator.device)
     frozen = vqgan.to(accelerator.device).requires_grad_(False), clip.to(accelerator.device)
-    forward = torch.compile(model) if config.compile else model
+    forward = _compiled(model, accelerator.device) if config.compile else model
     log = _Log(run, "transformer", accelerator)
     with progress(config.steps, "training transformer", show_progress and accelerator.is_main_process, start) as bar:
         for step in range(start, config.steps):
@@ -250,6 +251,16 @@ def _accelerator(config: OptimConfig, device: str) -> Accelerator:
         raise ClipgenError("precision fp16 needs a GPU: choose bf16 or no in the preset")
     AcceleratorState._reset_state()  # a second training in one notebook would otherwise be refused another precision
     return Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+
+
+def _compiled(module: nn.Module, device: torch.device) -> nn.Module:
+    """`torch.compile`, tried on a sum first: it needs a C++ compiler, which not every machine has."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # a missing compiler, header or backend each raises its own
+        warnings.warn(f"torch.compile does not work on this machine ({type(error).__name__}): training runs without it, somewhat slower; a C++ compiler and Python's headers would mend it", stacklevel=3)  # fmt: skip
+        return module
+    return torch.compile(module)
 
 
 def _lasting(config: OptimConfig) -> dict:

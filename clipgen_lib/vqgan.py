@@ -6,12 +6,13 @@ Axes: B batch, H W pixels, h w token grid, K codebook size, C code dimension, Z 
 The encoder and decoder are those of taming-transformers (Esser et al. 2021, arXiv 2012.09841): residual blocks with
 GroupNorm (epsilon 1e-6) and swish, one attention block in the middle and at the coarsest level, stride-2
 convolutions padded on the right and below. `patch` folds pixels into channels first (1: not at all, as there).
-`local` leaves out attention and group statistics, by which a token would depend on the whole picture, and looks at
-one position at a time once the encoder is on the token grid.
+`local` leaves out attention and group statistics, by which a token would depend on the whole picture, and gives the
+encoder kernels no wider than their stride: a token then depends on its own square of pixels alone.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -80,12 +81,13 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, local: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 2 if local else 3, stride=2)
+        self.pad = (0, 0, 0, 0) if local else (0, 1, 0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, self.pad))
 
 
 class Upsample(nn.Module):
@@ -101,13 +103,12 @@ class Level(nn.Module):
     """The blocks of one resolution: residual blocks, at the coarsest each followed by attention, then a resampling."""
 
     def __init__(
-        self, channels_in: int, channels_out: int, n_blocks: int, coarsest: bool, local: bool, kernel: int,
-        resample: nn.Module | None,
+        self, widths: list[int], local: bool, kernel: int, coarsest: bool = False, resample: nn.Module | None = None
     ):  # fmt: skip
         super().__init__()
-        widths = [channels_in] + [channels_out] * n_blocks
-        self.block = nn.ModuleList(ResBlock(a, b, local, kernel) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(n_blocks if coarsest and not local else 0))
+        pairs = list(itertools.pairwise(widths))
+        self.block = nn.ModuleList(ResBlock(a, b, local, kernel) for a, b in pairs)
+        self.attn = nn.ModuleList(AttentionBlock(b) for _, b in pairs if coarsest and not local)
         self.resample = resample or nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,25 +131,18 @@ class Encoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         widths = [config.channels * m for m in config.channel_mult]
-        last = len(widths) - 1
-        coarse = 1 if config.local else 3  # kernel on the token grid: with 1 a token sees its patch and a margin
+        last, local, kernel = len(widths) - 1, config.local, 1 if config.local else 3
         self.unfold = nn.PixelUnshuffle(config.patch)
-        self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, kernel, padding="same")
         self.down = nn.ModuleList(
             Level(
-                before,
-                width,
-                config.res_blocks,
-                i == last,
-                config.local,
-                coarse if i == last else 3,
-                Downsample(width) if i < last else None,
+                [before] + [width] * config.res_blocks, local, kernel, i == last, Downsample(width, local) if i < last else None
             )
             for i, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False))
         )
-        self.mid = Middle(widths[-1], config.local, coarse)
-        self.norm_out = _norm(widths[-1], config.local)
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, coarse, padding="same")
+        self.mid = Middle(widths[-1], local, kernel)
+        self.norm_out = _norm(widths[-1], local)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, kernel, padding="same")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(self.unfold(images))
@@ -167,7 +161,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = Middle(widths[0], config.local)
         self.up = nn.ModuleList(
-            Level(before, width, config.res_blocks + 1, i == 0, config.local, 3, Upsample(width) if i < last else None)
+            Level([before] + [width] * (config.res_blocks + 1), config.local, 3, i == 0, Upsample(width) if i < last else None)
             for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.norm_out = _norm(widths[-1], config.local)

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -203,3 +204,29 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(store, preset, vqga
 def test_half_precision_without_a_gpu_is_one_sentence(images, preset, clip, tmp_path):
     with pytest.raises(ClipgenError, match="fp16 needs a GPU"):
         stage_one(open_run("r", tmp_path), images, preset, clip, precision="fp16")
+
+
+def test_compiled_training_is_the_plain_one(store, preset, vqgan, clip, tmp_path):
+    settings = {"steps": 3, "precision": "no", "embedding_weight": 0.0, "optimizer": "adamw"}
+    plain = stage_two(open_run("plain", tmp_path), store, preset, vqgan, clip, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled = stage_two(open_run("compiled", tmp_path), store, preset, vqgan, clip, compile=True, **settings)
+    if any("does not work on this machine" in str(w.message) for w in caught):
+        pytest.skip("torch.compile does not work on this machine")
+    for a, b in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_a_machine_that_cannot_compile_says_so_and_trains(store, preset, vqgan, clip, tmp_path, monkeypatch):
+    def no_compiler(function):
+        def fail(*args):
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    plain = stage_two(open_run("plain", tmp_path), store, preset, vqgan, clip, steps=2)
+    monkeypatch.setattr(train.torch, "compile", no_compiler)
+    with pytest.warns(UserWarning, match="torch.compile does not work on this machine"):
+        other = stage_two(open_run("other", tmp_path), store, preset, vqgan, clip, steps=2, compile=True)
+    assert same_weights(plain, other)

@@ -133,8 +133,8 @@ def test_codebook_statistics_by_hand():
     assert codebook_statistics(torch.arange(8), 8)["perplexity"] == pytest.approx(8)
 
 
-def test_local_tokens_do_not_hear_of_a_far_corner():
-    """The encoder's output at one corner is the same whatever the opposite one shows; without `local` it is not."""
+def test_a_local_token_depends_on_its_own_square_alone():
+    """The encoder's output at one position is the same whatever lies outside its square; without `local` it is not."""
     for local in (True, False):
         torch.manual_seed(0)
         config = VQGANConfig(image_size=64, patch=4, channels=16, channel_mult=(1, 1), res_blocks=1, local=local, z_channels=16)
@@ -142,9 +142,9 @@ def test_local_tokens_do_not_hear_of_a_far_corner():
         for parameter in encoder.parameters():
             torch.nn.init.normal_(parameter, std=0.1)  # residual branches begin at zero and would hide a difference
         images = torch.rand(1, 3, 64, 64)
-        changed = images.clone()
-        changed[..., 32:, 32:] = 0
+        changed = torch.rand(1, 3, 64, 64)
+        changed[..., 16:24, 8:16] = images[..., 16:24, 8:16]  # the square of row 2, column 1
         with torch.no_grad():
-            before, after = encoder(images), encoder(changed)
-        assert torch.equal(before[..., :2, :2], after[..., :2, :2]) == local
-        assert not torch.equal(before[..., 4:, 4:], after[..., 4:, 4:])
+            same = torch.isclose(encoder(images), encoder(changed), atol=1e-6).all(1)[0]
+        assert bool(same[2, 1]) == local
+        assert same.sum() == int(local)
