@@ -114,9 +114,9 @@ def evaluate(guidance: float, **run_options) -> None:
 @click.option("--temperature", type=float)
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
-@click.option("--candidates", type=int, help="draw that many and keep the n that CLIP ranks highest")
+@click.option("--candidates", type=int, help="draw that many for each picture and keep the one that CLIP finds nearest")
 @click.option("--device", default="auto", show_default=True)
-def generate(prompt, run, n, seed, output, candidates, device, **settings) -> None:
+def generate(prompt, run, n, seed, output, device, **settings) -> None:
     """Draw pictures for PROMPT with a trained run."""
     from PIL import Image
 
@@ -125,9 +125,24 @@ def generate(prompt, run, n, seed, output, candidates, device, **settings) -> No
 
     generator = Workbench.reopen(run, device).generator()
     chosen = {key: value for key, value in settings.items() if value is not None}
-    images = generator(prompt, n=n, seed=seed, candidates=candidates, show_progress=True, **chosen)[0]
+    images = generator(prompt, n=n, seed=seed, show_progress=True, **chosen)[0]
     Image.fromarray(grid(images, columns=min(n, 8))).save(output)
     click.echo(f"{n} pictures of {prompt!r} in {output}")
+
+
+@main.command("compare")
+@click.option("--run", "run", default="laptop", show_default=True, help="a run whose VQGAN and store all rows share")
+@click.option("--into", default="ablation", show_default=True, help="name of the folder under results/")
+@click.option("--steps", default=0, help="of each training  [default: the preset's]")
+@click.option("--row", "only", multiple=True, help="make only these rows")
+@click.option("--device", default="auto", show_default=True)
+def compare(run: str, into: str, steps: int, only: tuple[str, ...], device: str) -> None:
+    """One lever at a time on the paper's plain recipe; rows that are there already are kept."""
+    from .compare import lines_of, run_rows
+    from .runs import RESULTS
+    from .workbench import Workbench
+
+    click.echo(lines_of(run_rows(Workbench.reopen(run, device), RESULTS / into, steps, only)))
 
 
 @main.command("train-clip")

@@ -128,11 +128,14 @@ class TransformerConfig:
     layers: int = 24
     width: int = 1_024
     heads: int = 16
-    condition_tokens: int = 1
+    conditioning: str = "prefix"  # or "adaln": adaptive layer norm in every block, and a learned prefix
+    condition_tokens: int = 1  # inputs before the first picture token
     dropout: float = 0.0
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
+        if self.conditioning not in ("prefix", "adaln"):
+            raise ClipgenError(f"conditioning is {self.conditioning!r}: choose 'prefix' or 'adaln'")
         if self.width % self.heads:
             raise ClipgenError(f"width {self.width} does not divide by {self.heads} heads: change one of them")
 
@@ -141,9 +144,18 @@ class TransformerConfig:
 class TransformerTrainConfig(OptimConfig):
     condition_dropout: float = 0.1  # share of rows trained without condition, for guidance
     noise_cos: float = 1.0  # lowest target cosine of the noised and the clean embedding; 1 adds no noise
+    centre: bool = False  # take each modality's mean off its embeddings; needs some texts, of whatever pictures
     embedding_weight: float = 0.1  # of the CLIP embedding reconstruction loss
     embedding_share: float = 0.125  # of the batch that it is computed on
+    embedding_path: str = "straight-through"  # gradient through the likeliest tokens; or "gumbel": through sampled ones
+    embedding_form: str = "cosine"  # 1 - similarity; or "log": -log of it
     flip: bool = True  # horizontally flipped pictures as extra rows of the store
+
+    def __post_init__(self):
+        if self.embedding_path not in ("straight-through", "gumbel"):
+            raise ClipgenError(f"embedding_path is {self.embedding_path!r}: choose 'straight-through' or 'gumbel'")
+        if self.embedding_form not in ("cosine", "log"):
+            raise ClipgenError(f"embedding_form is {self.embedding_form!r}: choose 'cosine' or 'log'")
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,20 @@ class SampleConfig:
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0
     guidance: float = 3.0  # 1 is no guidance
+    guidance_schedule: str = "constant"  # or "linear", "cosine": from 1 at the first token up to `guidance` at the last
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the tokens between which there is guidance
+    neighbours: int = 0  # training pictures whose mean embedding takes the place of a text's; 0 takes the text's own
+    candidates: int = 1  # pictures drawn for each one kept, the one that CLIP finds nearest to the prompt
     batch_size: int = 64
+
+    def __post_init__(self):
+        if self.guidance_schedule not in ("constant", "linear", "cosine"):
+            raise ClipgenError(f"guidance_schedule is {self.guidance_schedule!r}: choose 'constant', 'linear' or 'cosine'")
+        first, last = self.guidance_interval
+        if not 0 <= first < last <= 1:
+            raise ClipgenError(f"guidance_interval is {self.guidance_interval}: give two rising shares between 0 and 1")
+        if self.neighbours < 0 or self.candidates < 1:
+            raise ClipgenError(f"neighbours is {self.neighbours} and candidates {self.candidates}: use at least 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def evaluate_generator(
     with progress(len(prompts), "drawing for captions", show_progress) as bar:
         for i in range(0, len(prompts), config.batch_size):
             part = prompts[i : i + config.batch_size]
-            x = generator.draw(_condition(generator, images, part), [seed + i + j for j in range(len(part))], **settings)
+            x = generator.draw_each(_prompts(generator, images, part), [seed + i + j for j in range(len(part))], **settings)
             sets["drawn"].add(x)
             drawn_embeds.append(judge.images(to_float(to_uint8(x))).cpu())
             shown.append(x[: max(0, 64 - i)].cpu())
@@ -232,10 +232,10 @@ def evaluate_generator(
     return numbers, {"prompts": names[:64], "images": torch.cat(shown)[:64]}
 
 
-def _condition(generator: TextToImage, images: ImageSet, prompts: list[tuple[int, str | None]]) -> torch.Tensor:
-    """Embeddings (B, D) of the captions, or of the pictures themselves where there are none."""
+def _prompts(generator: TextToImage, images: ImageSet, prompts: list[tuple[int, str | None]]) -> list[str] | torch.Tensor:
+    """The captions, or embeddings (B, D) of the pictures themselves where there are none."""
     if prompts[0][1] is not None:
-        return generator.clip.texts([text for _, text in prompts])
+        return [text for _, text in prompts]
     pictures = torch.stack([crop(images[row], images.size) for row, _ in prompts])
     return generator.clip.images(to_float(pictures).to(generator.device))
 
@@ -281,16 +281,13 @@ def evaluate_oracle(generator: TextToImage, n: int, seed: int = 0, show_progress
     with progress(n * sum(map(len, kinds.values())), "drawing for the oracle", show_progress) as bar:
         for modality, kind in ((m, k) for m in kinds for k in kinds[m]):
             prompts = shapes.prompts(kind, n, seed)
-            if modality == "text":
-                embeds = generator.clip.texts([p.text for p in prompts])
-            else:
+            if modality != "text":
                 scenes = from_arrays(np.stack([shapes.render(p.scene) for p in prompts])).to(generator.device)
-            if modality == "image":
-                embeds = generator.clip.images(scenes)
             if modality == "reconstruction":
                 images = torch.cat([generator.vqgan.decode(generator.vqgan.encode(part)) for part in scenes.split(64)])
             else:
-                images = generator.draw(embeds, list(range(seed, seed + n)), **settings)
+                asked = [p.text for p in prompts] if modality == "text" else generator.clip.images(scenes)
+                images = generator.draw_each(asked, list(range(seed, seed + n)), **settings)
             found[modality][kind] = shapes.score(to_arrays(images), prompts)
             bar.update(n)
     return found

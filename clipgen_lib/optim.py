@@ -12,8 +12,8 @@ from .runs import ClipgenError
 
 # Layers that read or write something other than features; an orthogonal update there means nothing (as in the first
 # description of Muon, kellerjordan.github.io/posts/muon, embeddings and heads stay with AdamW).
-_OUTER_LAYERS = ("conv_in", "conv_out", "quant_conv", "embedding", "condition", "head")
-_NEVER_DECAYED = ("codebook", "positions")
+_OUTER_LAYERS = ("conv_in", "conv_out", "quant_conv", "embedding", "condition", "modulation", "head")
+_NEVER_DECAYED = ("codebook", "positions", "prefix")
 
 
 def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -78,10 +78,17 @@ def previews(folder: Path, title: str, most: int = 6) -> Figure:
     """The sheets drawn during training, one line each, from the first step to the last."""
     paths = sorted(Path(folder).glob("*.png"))
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int))]
+    return strips({f"step\n{int(path.stem)}": path for path in paths}, title)
+
+
+def strips(paths: dict[str, Path], title: str) -> Figure:
+    """Picture files of equal size below each other, each beside its label."""
     figure, axes = plt.subplots(len(paths), 1, figsize=(8, 0.85 * len(paths) + 0.4), squeeze=False)
-    for axis, path in zip(axes[:, 0], paths, strict=True):
+    for axis, (label, path) in zip(axes[:, 0], paths.items(), strict=True):
         axis.imshow(np.asarray(Image.open(path)), interpolation="nearest")
-        axis.set_ylabel(f"step\n{int(path.stem)}", rotation=0, labelpad=16, va="center")
+        axis.set_ylabel(
+            "\n".join(_wrap(label, 16)) if "\n" not in label else label, rotation=0, labelpad=4, va="center", ha="right"
+        )
         axis.set(xticks=[], yticks=[])
     figure.suptitle(title)
     return figure
@@ -138,5 +145,61 @@ def oracle(scores: dict, title: str) -> Figure:
         axis.bar_label(bars, [f"{100 * value:.0f}" for value in shares.values()], fontsize=7)
         axis.set(title=f"{label} (n = {values['n']})", ylim=(0, 1.1))
         axis.tick_params(axis="x", rotation=45)
+    figure.suptitle(title)
+    return figure
+
+
+def ablation(table: list[dict], key: str, title: str) -> Figure:
+    """One metric of every row, its spread over seeds as a bar; the line is the first row, the plain recipe."""
+    rows = [entry for entry in table if key in entry][::-1]
+    figure, axis = plt.subplots(figsize=(7, 0.24 * len(rows) + 0.9))
+    colours = {"none": "tab:blue", "unpaired": "tab:orange", "paired": "tab:red"}
+    for text, colour in colours.items():
+        places = [i for i, entry in enumerate(rows) if entry["text"] == text]
+        means, stds = ([rows[i][key][part] for i in places] for part in ("mean", "std"))
+        axis.errorbar(means, places, xerr=stds, fmt="o", color=colour, label=f"text in training: {text}")
+    axis.axvline(rows[-1][key]["mean"], color="black", linewidth=0.8)
+    axis.set(yticks=range(len(rows)), xlabel=key, title=title)
+    axis.set_yticklabels([entry["name"] for entry in rows])
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=7)
+    return figure
+
+
+def tradeoff(table: list[dict], x: str, y: str, title: str) -> Figure:
+    """Two metrics of every row against each other, each point named."""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for entry in table:
+        if x in entry and y in entry:
+            axis.errorbar(entry[x]["mean"], entry[y]["mean"], entry[y]["std"], entry[x]["std"], fmt="o", markersize=4)
+            axis.annotate(
+                entry["name"], (entry[x]["mean"], entry[y]["mean"]), fontsize=6, xytext=(3, 3), textcoords="offset points"
+            )
+    axis.set(xlabel=x, ylabel=y, title=title)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: str) -> Figure:
+    """The text/image gap: cosines of pairs, and both modalities on their first two principal axes.
+
+    Args:
+        images, texts: (N, D) of unit norm, text i said of picture i. noised: (N, D), what the transformer trains on.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    pairs = {"picture, its text": (images, texts), "picture, another's text": (images, texts.roll(1, 0)),
+             "picture, another": (images, images.roll(1, 0)), "picture, itself noised": (images, noised)}  # fmt: skip
+    for label, (a, b) in pairs.items():
+        axes[0].hist((a * b).sum(1).numpy(), bins=np.linspace(-0.4, 1.001, 80), alpha=0.5, density=True, label=label)
+    axes[0].set(xlabel="cosine", yticks=[], title="cosines")
+    axes[0].legend(fontsize=7)
+    both = torch.cat([images, texts])
+    centred = both - both.mean(0)
+    _, _, axes_of_both = torch.pca_lowrank(centred, q=2, center=False)
+    flat = (centred @ axes_of_both).numpy()
+    for label, part in (("pictures", flat[: len(images)]), ("texts", flat[len(images) :])):
+        axes[1].scatter(part[:, 0], part[:, 1], s=4, alpha=0.5, label=label)
+    axes[1].set(xticks=[], yticks=[], title="first two principal axes")
+    axes[1].legend(fontsize=7)
     figure.suptitle(title)
     return figure

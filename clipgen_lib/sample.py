@@ -6,19 +6,24 @@ Filters are pure functions of logits. `TextToImage` is the whole inference path 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict, replace_fields
 from .runs import ClipgenError, progress, read_json
-from .transformer import ImageTransformer, KVCache
+from .store import nearest
+from .transformer import ImageTransformer, KVCache, centre
 from .vqgan import VQGAN
+
+Seed = int | tuple[int, int]  # a pair names a candidate: (seed of the picture, number of the candidate)
 
 
 def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
@@ -54,6 +59,28 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) 
     return unconditional + scale * (conditional - unconditional)
 
 
+def guidance_at(position: int, length: int, settings: SampleConfig) -> float:
+    """The guidance scale of one token: `guidance`, or on its way there from 1; 1 outside the interval.
+
+    `linear` and `cosine` rise over the picture (schedules of arXiv 2404.13040, over tokens here instead of noise levels).
+    """
+    share = position / max(length - 1, 1)
+    first, last = settings.guidance_interval
+    if not first <= share <= last:
+        return 1.0
+    rise = {"constant": 1.0, "linear": share, "cosine": (1 - math.cos(math.pi * share)) / 2}[settings.guidance_schedule]
+    return 1 + (settings.guidance - 1) * rise
+
+
+def project(embeds: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
+    """Replace each embedding (B, D) by the mean of its k nearest in a bank (M, D), of unit norm again.
+
+    Brings a text embedding to where picture embeddings lie, without a text in training (the retrieval of
+    KNN-Diffusion, arXiv 2204.02849, as a mean).
+    """
+    return F.normalize(bank[nearest(bank, embeds, k)].mean(1), dim=-1)
+
+
 def pick(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Sample a token for each row by inverting the cumulative distribution at one uniform number.
 
@@ -69,7 +96,7 @@ def pick(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return position.squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
-def row_noise(seeds: list[int], length: int, device: torch.device) -> torch.Tensor:
+def row_noise(seeds: list[Seed], length: int, device: torch.device) -> torch.Tensor:
     """(B, length) float64 uniforms, each row a function of its own seed."""
     rows = [np.random.default_rng(seed).random(length) for seed in seeds]
     return torch.from_numpy(np.stack(rows)).to(device)
@@ -77,7 +104,7 @@ def row_noise(seeds: list[int], length: int, device: torch.device) -> torch.Tens
 
 @torch.inference_mode()
 def generate(
-    transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[int], settings: SampleConfig, show_progress: bool = False
+    transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[Seed], settings: SampleConfig, show_progress: bool = False
 ) -> torch.Tensor:
     """Sample tokens for each embedding.
 
@@ -110,24 +137,25 @@ def _generate_batch(transformer, embeds, seeds, settings, bar) -> torch.Tensor:
     for i in range(transformer.n_tokens):
         logits = transformer(embeds, tokens[:, : i + 1], cache)[:, -1]
         if guided:
-            logits = guide(*logits.chunk(2), settings.guidance)
+            logits = guide(*logits.chunk(2), guidance_at(i, transformer.n_tokens, settings))
         choice = pick(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p), noise[:, i])
         tokens[:, i] = choice.repeat(2) if guided else choice
         bar.update(batch)
     return tokens[:batch]
 
 
-def rerank(clip: ClipEmbedder, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-    """Order n candidates of each text by CLIP similarity, best first.
+def rerank(clip: ClipEmbedder, images: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """Order n candidates of each prompt by CLIP similarity, best first.
 
     Args:
-        images: (P, n, 3, H, W) in [-1, 1], n candidates of each of P texts.
+        images: (P, n, 3, H, W) in [-1, 1], n candidates of each of P prompts.
+        embeds: (P, D), CLIP's embeddings of the prompts.
 
     Returns:
         (P, n) int64 indices into the candidates.
     """
-    embeds = clip.images(images.flatten(0, 1)).view(*images.shape[:2], -1)
-    return torch.einsum("pnd,pd->pn", embeds, clip.texts(texts)).argsort(dim=1, descending=True)
+    shown = clip.images(images.flatten(0, 1)).view(*images.shape[:2], -1)
+    return torch.einsum("pnd,pd->pn", shown, embeds).argsort(dim=1, descending=True)
 
 
 class TextToImage(
@@ -140,22 +168,33 @@ class TextToImage(
     config and loaded by name. `from_pretrained(folder_or_hub_id)` is the way back.
     """
 
-    def __init__(self, vqgan: dict, transformer: dict, clip: dict, sample: dict):
+    def __init__(self, vqgan: dict, transformer: dict, clip: dict, sample: dict, bank_rows: int = 0):
         super().__init__()
         self.vqgan = VQGAN(from_dict(VQGANConfig, vqgan)).eval().requires_grad_(False)
         self.transformer = ImageTransformer.from_description(transformer).eval().requires_grad_(False)
         self.settings: SampleConfig = from_dict(SampleConfig, sample)
         self.clip_source = clip
+        self.register_buffer("bank", torch.zeros(bank_rows, self.transformer.clip_dim, dtype=torch.float16))
         self._clip: list[ClipEmbedder] = []  # in a list, so that its weights are not among ours
 
     @classmethod
-    def from_parts(cls, vqgan: VQGAN, transformer: ImageTransformer, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig) -> TextToImage:  # fmt: skip
-        """Put trained parts together; `clip_source` is how to load this CLIP again: its `name` and `pretrained`."""
+    def from_parts(
+        cls, vqgan: VQGAN, transformer: ImageTransformer, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig,
+        bank: torch.Tensor | None = None,
+    ) -> TextToImage:  # fmt: skip
+        """Put trained parts together.
+
+        Args:
+            clip_source: how to load this CLIP again: its `name` and `pretrained`.
+            bank: embeddings (M, D) of the training pictures, for `neighbours`.
+        """
         if transformer.codebook_size != vqgan.config.codebook_size or transformer.n_tokens != vqgan.config.side**2:
             raise ClipgenError("VQGAN and transformer differ in codebook or token count: use both from one run")
         if transformer.clip_dim != clip.dim:
             raise ClipgenError(f"the transformer expects CLIP embeddings of {transformer.clip_dim} dimensions, {clip.name} gives {clip.dim}: use the CLIP of its training")  # fmt: skip
-        whole = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings))
+        whole = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), 0 if bank is None else len(bank))
+        if bank is not None:
+            whole.bank.copy_(bank)
         whole.vqgan.load_state_dict(vqgan.state_dict())
         whole.transformer.load_state_dict(transformer.state_dict())
         whole._clip.append(clip)
@@ -173,46 +212,71 @@ class TextToImage(
 
     @torch.inference_mode()
     def __call__(
-        self, prompts: str | list[str] | torch.Tensor, n: int = 1, seed: int = 0, candidates: int | None = None,
-        show_progress: bool = False, **settings: float,
+        self, prompts: str | list[str] | torch.Tensor, n: int = 1, seed: int = 0, show_progress: bool = False,
+        **settings: object,
     ) -> torch.Tensor:  # fmt: skip
         """Draw n pictures for each prompt.
 
         Args:
-            prompts: texts, or embeddings (P, D) of unit norm.
+            prompts: texts, or CLIP embeddings of pictures (P, D) of unit norm.
             seed: picture j of every prompt uses seed + j, whatever else is in the batch.
-            candidates: draw that many and keep the n that CLIP ranks highest (texts only).
-            settings: fields of SampleConfig for this call: guidance, temperature, top_k, top_p, batch_size.
+            settings: fields of SampleConfig for this call: guidance, candidates, temperature, top_k, top_p, batch_size.
 
         Returns:
             (P, n, 3, H, W) float in [-1, 1].
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        is_text = not isinstance(prompts, torch.Tensor)
         if len(prompts) == 0 or n < 1:
             raise ClipgenError("nothing to draw: give at least one prompt and n >= 1")
-        if candidates is not None and (not is_text or candidates < n):
-            raise ClipgenError(f"candidates={candidates} needs texts and at least n={n}: raise it or leave it out")
-        drawn = candidates or n
-        embeds = self.clip.texts(list(prompts)) if is_text else prompts.to(self.device)
-        seeds = [seed + j for _ in range(len(embeds)) for j in range(drawn)]
-        images = self.draw(embeds.repeat_interleave(drawn, 0), seeds, show_progress=show_progress, **settings)
-        images = images.unflatten(0, (len(embeds), drawn))
-        if candidates is None:
-            return images
-        best = rerank(self.clip, images, list(prompts))[:, :n]
-        return images[torch.arange(len(embeds), device=images.device)[:, None], best]
+        if isinstance(prompts, torch.Tensor):
+            repeated = prompts.repeat_interleave(n, 0)
+        else:
+            repeated = [text for text in prompts for _ in range(n)]
+        seeds = [seed + j for _ in range(len(prompts)) for j in range(n)]
+        return self.draw_each(repeated, seeds, show_progress, **settings).unflatten(0, (len(prompts), n))
 
     @torch.inference_mode()
-    def draw(self, embeds: torch.Tensor, seeds: list[int], show_progress: bool = False, **settings: float) -> torch.Tensor:
-        """One picture for each embedding (B, D) and seed: (B, 3, H, W) float in [-1, 1]."""
+    def draw_each(
+        self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False, **settings: object
+    ) -> torch.Tensor:
+        """One picture for each prompt and seed, the nearest of `candidates` in CLIP space: (P, 3, H, W) in [-1, 1]."""
         chosen = replace_fields(self.settings, settings)
-        tokens = generate(self.transformer, embeds, seeds, chosen, show_progress)
+        embeds = prompts.to(self.device) if isinstance(prompts, torch.Tensor) else self.clip.texts(list(prompts))
+        condition = self.condition(embeds, is_text=not isinstance(prompts, torch.Tensor), neighbours=chosen.neighbours)
+        pools = [
+            self.draw(condition, [(s, j) if j else s for s in seeds], chosen, show_progress) for j in range(chosen.candidates)
+        ]
+        if chosen.candidates == 1:
+            return pools[0]
+        pool = torch.stack(pools, dim=1)
+        best = torch.cat([rerank(self.clip, p, e)[:, 0] for p, e in zip(pool.split(64), embeds.split(64), strict=True)])
+        return pool[torch.arange(len(pool), device=pool.device), best]
+
+    def condition(self, embeds: torch.Tensor, is_text: bool, neighbours: int = 0) -> torch.Tensor:
+        """What the transformer takes for CLIP embeddings (P, D) of texts or of pictures: projected and centred, (P, D).
+
+        Raises:
+            ClipgenError: neighbours asked for without a bank.
+        """
+        if is_text and neighbours:
+            if not len(self.bank):
+                raise ClipgenError(f"neighbours={neighbours} needs the embeddings of the training pictures: give from_parts a bank, or train with them in the preset")  # fmt: skip
+            embeds, is_text = project(embeds, self.bank.to(embeds.dtype), neighbours), False
+        return centre(embeds, self.transformer.text_mean if is_text else self.transformer.image_mean)
+
+    @torch.inference_mode()
+    def draw(
+        self, condition: torch.Tensor, seeds: list[Seed], settings: SampleConfig, show_progress: bool = False
+    ) -> torch.Tensor:
+        """One picture for each row of `condition` (B, D) and seed: (B, 3, H, W) float in [-1, 1]."""
+        tokens = generate(self.transformer, condition, seeds, settings, show_progress)
         side = self.vqgan.config.side
-        return torch.cat([self.vqgan.decode(t.view(-1, side, side)) for t in tokens.split(chosen.batch_size)])
+        return torch.cat([self.vqgan.decode(t.view(-1, side, side)) for t in tokens.split(settings.batch_size)])
 
 
-def load_run(path: Path, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig) -> TextToImage:
+def load_run(
+    path: Path, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig, bank: torch.Tensor | None = None
+) -> TextToImage:
     """The generator of a run: its VQGAN, its transformer, and the CLIP they were trained with.
 
     Raises:
@@ -226,4 +290,4 @@ def load_run(path: Path, clip: ClipEmbedder, clip_source: dict, settings: Sample
     now = {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}
     if trained_with != now:
         raise ClipgenError(f"the transformer in {path} was trained with other weights ({trained_with}) than those there now ({now}): train it again")  # fmt: skip
-    return TextToImage.from_parts(vqgan, transformer, clip, clip_source, settings)
+    return TextToImage.from_parts(vqgan, transformer, clip, clip_source, settings, bank)

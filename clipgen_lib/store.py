@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +71,28 @@ class TokenStore:
         """(len(rows), D) float32, unit-norm again after float16."""
         return F.normalize(torch.from_numpy(self.arrays["embeds"][rows].astype(np.float32)), dim=-1)
 
+    def mean_embed(self) -> torch.Tensor:
+        """Mean (D,) of all embeddings."""
+        parts = (self.embeds(slice(i, i + 65_536)).double().sum(0) for i in range(0, len(self), 65_536))
+        return (sum(parts) / len(self)).float()
+
     def nearest(self, embed: torch.Tensor, k: int) -> np.ndarray:
         """The k rows whose pictures are nearest in CLIP space to one embedding (D,), nearest first."""
-        similarity = self.embeds(slice(None)) @ embed.cpu().float()
-        return similarity.topk(min(k, len(self))).indices.numpy()
+        return nearest(self.embeds(slice(None)), embed[None].cpu().float(), k)[0].numpy()
+
+
+def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int, exact_below: int = 1_000_000) -> torch.Tensor:
+    """Rows of a bank of unit vectors (M, D) nearest to each query (B, D) by cosine: (B, k) int64, nearest first.
+
+    Above `exact_below` rows by faiss (also exhaustive, a block of rows at a time) where it is installed.
+    """
+    k = min(k, len(bank))
+    if len(bank) > exact_below and find_spec("faiss"):
+        import faiss
+
+        _, rows = faiss.knn(queries.cpu().numpy(), bank.cpu().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(rows).to(bank.device)
+    return (queries @ bank.T).topk(k, dim=1).indices
 
 
 @torch.inference_mode()

@@ -35,7 +35,7 @@ from .optim import build_optimizer, set_rate
 from .runs import ClipgenError, Run, differences, load_checkpoint, module_hash, progress, save_checkpoint, save_weights
 from .schedule import batch_rows, learning_rate
 from .store import TokenStore
-from .transformer import ImageTransformer
+from .transformer import ImageTransformer, centre
 from .vqgan import VQGAN, codebook_statistics
 
 # ---------------------------------------------------------------------------------------------- stage 1
@@ -124,7 +124,7 @@ def train_vqgan(
 def train_transformer(
     run: Run, store: TokenStore, held_out: TokenStore, model_config: TransformerConfig, config: TransformerTrainConfig,
     vqgan: VQGAN, clip: ClipEmbedder, seed: int = 0, device: str = "cpu", show_progress: bool = True,
-    preview: Callable[[ImageTransformer, int], None] | None = None,
+    text_mean: torch.Tensor | None = None, preview: Callable[[ImageTransformer, int], None] | None = None,
 ) -> ImageTransformer:  # fmt: skip
     """Train p(tokens | embedding) from a store, or go on from the run's checkpoint, and write `<run>/transformer/`.
 
@@ -134,6 +134,7 @@ def train_transformer(
     Args:
         held_out: a store of pictures not trained on; its likelihood is logged at every checkpoint.
         vqgan, clip: frozen, for the embedding reconstruction loss.
+        text_mean: mean (D,) of the embeddings of some texts, which `config.centre` needs and nothing else looks at.
         preview: called with the EMA model and the step at every checkpoint.
 
     Returns:
@@ -142,6 +143,12 @@ def train_transformer(
     torch.manual_seed(seed)
     accelerator = _accelerator(config, device)
     transformer = ImageTransformer(model_config, store.meta["K"], store.meta["L"], store.meta["D"])
+    if config.centre:
+        if text_mean is None:
+            raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
+        transformer.image_mean.copy_(store.mean_embed())
+        transformer.text_mean.copy_(text_mean)
+    image_mean = transformer.image_mean.clone()
     optimizer = build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
     ema = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     state = TrainingState(run, "transformer", {"model": transformer, "ema": ema, "optimizer": optimizer},
@@ -161,7 +168,8 @@ def train_transformer(
             draw = torch.Generator().manual_seed(hash((seed, step, accelerator.process_index)) % 2**63)
             for part in np.array_split(rows, config.accumulate):
                 tokens, embeds = store.tokens(part).to(accelerator.device), store.embeds(part)
-                condition = drop_condition(noise_embeds(embeds, config.noise_cos, draw), config.condition_dropout, draw)
+                condition = noise_embeds(centre(embeds, image_mean), config.noise_cos, draw)
+                condition = drop_condition(condition, config.condition_dropout, draw)
                 with accelerator.autocast():
                     logits = forward(condition.to(accelerator.device), tokens)
                 nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
@@ -169,7 +177,8 @@ def train_transformer(
                 if config.embedding_weight > 0:
                     share = max(1, round(config.embedding_share * len(part)))
                     with accelerator.autocast():
-                        distance = embedding_loss(logits[:share], embeds[:share].to(accelerator.device), *frozen)
+                        distance = embedding_loss(logits[:share], embeds[:share].to(accelerator.device), *frozen,
+                                                  config.embedding_path, config.embedding_form)  # fmt: skip
                     loss = loss + config.embedding_weight * distance
                     scalars["embedding_loss"] = distance
                 accelerator.backward(loss / config.accumulate)
@@ -209,21 +218,31 @@ def drop_condition(embeds: torch.Tensor, share: float, draw: torch.Generator) ->
     return embeds * (torch.rand(len(embeds), 1, generator=draw) >= share)
 
 
-def embedding_loss(logits: torch.Tensor, embeds: torch.Tensor, vqgan: VQGAN, clip: ClipEmbedder) -> torch.Tensor:
-    """CLIP embedding reconstruction: 1 - cosine of the picture's embedding and that of its predicted decoding.
+def embedding_loss(
+    logits: torch.Tensor, embeds: torch.Tensor, vqgan: VQGAN, clip: ClipEmbedder, path: str = "straight-through",
+    form: str = "cosine",
+) -> torch.Tensor:  # fmt: skip
+    """CLIP embedding reconstruction: how far the embedding of the predicted decoding is from the picture's own.
 
-    The likeliest token of every position is looked up with a straight-through gradient to its softmax, decoded, and
-    embedded by CLIP with CLIP's own preprocessing. Gradients reach the logits; VQGAN and CLIP are frozen.
+    One token of every position is looked up with a straight-through gradient to its softmax, decoded, and embedded by
+    CLIP with CLIP's own preprocessing. Gradients reach the logits; VQGAN and CLIP are frozen.
 
     Args:
         logits: (b, L, K). embeds: (b, D) of unit norm.
+        path: `straight-through` looks up the likeliest token, `gumbel` one sampled with Gumbel noise (arXiv 1611.01144,
+            temperature 1).
+        form: `cosine` is 1 - s of the cosine s; `log` is -log((1 + s) / 2), steeper where the two disagree.
     """
-    soft = logits.softmax(-1)
-    hard = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(soft.dtype)
-    codes = (hard + soft - soft.detach()) @ vqgan.quantizer.codes().to(soft.dtype)  # (b, L, C)
+    if path == "gumbel":
+        chosen = F.gumbel_softmax(logits.float(), tau=1.0, hard=True)
+    else:
+        soft = logits.softmax(-1)
+        chosen = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(soft.dtype) + soft - soft.detach()
+    codes = chosen @ vqgan.quantizer.codes().to(chosen.dtype)  # (b, L, C)
     side = vqgan.config.side
     images = vqgan.decode_codes(codes.transpose(1, 2).unflatten(2, (side, side)))
-    return (1 - (clip.images(images) * embeds).sum(-1)).mean()
+    similarity = (clip.images(images) * embeds).sum(-1)
+    return (1 - similarity if form == "cosine" else -((1 + similarity) / 2).clamp_min(1e-6).log()).mean()
 
 
 @torch.inference_mode()
@@ -235,7 +254,7 @@ def held_out_losses(
     for first in range(0, count, 100):
         part = slice(first, min(first + 100, count))
         tokens, embeds = store.tokens(part).to(clip.device), store.embeds(part).to(clip.device)
-        logits = transformer(embeds, tokens)
+        logits = transformer(centre(embeds, transformer.image_mean), tokens)
         nll += F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() * len(tokens)
         distance += embedding_loss(logits, embeds, vqgan, clip).item() * len(tokens)
     return {"nll": nll / count, "embedding_loss": distance / count}

@@ -6,6 +6,8 @@ Axes: B batch, L tokens of a picture, T <= L of them, K codebook size, D CLIP di
 One concrete sequence, N = 1: the transformer reads [c, t0, t1, ..., t(L-2)] and predicts [t0, t1, ..., t(L-1)], so
 token t(L-1) is predicted and never read. The unconditional case is the zero vector in place of an embedding.
 Blocks are pre-norm with learned positions, fused q/k/v, exact GELU and biases, the GPT of the released CLIP-GEN model.
+With `conditioning="adaln"` the embedding comes in by adaptive layer norm in every block instead (adaLN-Zero of DiT,
+arXiv 2212.09748), and the N inputs before the first token are learned.
 """
 
 from __future__ import annotations
@@ -41,17 +43,34 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+def centre(embeds: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Take a modality's mean (D,) off unit vectors (B, D) and make them unit vectors again; a zero mean changes nothing."""
+    return F.normalize(embeds - mean, dim=-1) if bool(mean.any()) else embeds
+
+
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
+        self.modulation = nn.Linear(config.width, 6 * config.width) if config.conditioning == "adaln" else None
         self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.qkv, self.proj = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
         self.fc1, self.fc2 = nn.Linear(config.width, 4 * config.width), nn.Linear(4 * config.width, config.width)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x: (B, T, E). condition: (B, 1, E), of adaptive layer norm only."""
+        if self.modulation is None:
+            x = x + self._attend(self.norm1(x), cache, layer)
+            return x + self._feed(self.norm2(x))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
+        x = x + gate1 * self._attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer)
+        return x + gate2 * self._feed(self.norm2(x) * (1 + scale2) + shift2)
+
+    def _attend(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
         batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -61,19 +80,27 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
         h = attend(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
         h = self.proj(h.transpose(1, 2).reshape(batch, length, width))
-        x = x + F.dropout(h, self.dropout, self.training)
-        h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x + F.dropout(h, self.dropout, self.training)
+        return F.dropout(h, self.dropout, self.training)
+
+    def _feed(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
 
 
 class ImageTransformer(nn.Module):
-    """Decoder-only transformer over picture tokens with the CLIP embedding as its first N inputs."""
+    """Decoder-only transformer over picture tokens given a CLIP embedding.
+
+    `image_mean` and `text_mean` (D,) are what `centre` takes off embeddings before they come in; zero, the usual case,
+    where the training did not.
+    """
 
     def __init__(self, config: TransformerConfig, codebook_size: int, n_tokens: int, clip_dim: int):
         super().__init__()
         self.config, self.codebook_size, self.n_tokens, self.clip_dim = config, codebook_size, n_tokens, clip_dim
-        width = config.width
-        self.condition = nn.Linear(clip_dim, config.condition_tokens * width)
+        width, self.adaptive = config.width, config.conditioning == "adaln"
+        self.condition = nn.Linear(clip_dim, width if self.adaptive else config.condition_tokens * width)
+        self.prefix = nn.Parameter(torch.zeros(1, config.condition_tokens, width)) if self.adaptive else None
+        for name in ("image_mean", "text_mean"):
+            self.register_buffer(name, torch.zeros(clip_dim))
         self.token_embedding = nn.Embedding(codebook_size, width)
         self.positions = nn.Parameter(torch.zeros(1, config.condition_tokens + n_tokens - 1, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -84,6 +111,10 @@ class ImageTransformer(nn.Module):
         for block in self.blocks:  # residual branches start smaller the deeper the stack (GPT-2)
             for layer in (block.proj, block.fc2):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
+            if block.modulation is not None:  # every gate is shut: a block begins as nothing (adaLN-Zero)
+                nn.init.zeros_(block.modulation.weight)
+        if self.prefix is not None:
+            nn.init.normal_(self.prefix, std=0.02)
         # unit-norm inputs have entries of about D^-0.5: this keeps the condition as loud as a token embedding
         nn.init.normal_(self.condition.weight, std=0.5)
 
@@ -110,15 +141,17 @@ class ImageTransformer(nn.Module):
             raise ClipgenError(f"{tokens.shape[1]} tokens given to a transformer of {self.n_tokens}: use the VQGAN it was trained with")  # fmt: skip
         held = cache.length if cache is not None else 0
         x = self.token_embedding(tokens[:, max(held - first, 0) : -1])  # (B, new tokens, E)
+        condition = None
+        if held == 0 or self.adaptive:
+            condition = self.condition(embeds).to(x.dtype).unflatten(1, (-1, self.config.width))  # (B, N or 1, E)
         if held == 0:
-            condition = self.condition(embeds).view(len(embeds), first, -1)  # (B, N, E)
-            x = torch.cat([condition.to(x.dtype), x], dim=1)
+            x = torch.cat([self.prefix.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
         x = x + self.positions[:, held : held + x.shape[1]]
         for layer, block in enumerate(self.blocks):
             if self.config.gradient_checkpointing and self.training and cache is None:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, layer, condition, use_reentrant=False)
             else:
-                x = block(x, cache, layer)
+                x = block(x, cache, layer, condition)
         if cache is not None:
             cache.length += x.shape[1]
         if held == 0:

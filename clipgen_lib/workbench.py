@@ -66,6 +66,8 @@ class Workbench:
         path = opened.file("config.json")
         if path.exists():
             before = read_json(path)
+            defaults = asdict(Preset())  # what a run did before a field existed is what the field's default does
+            before["preset"] = {k: {**defaults[k], **v} if isinstance(v, dict) else v for k, v in before["preset"].items()}
             differing = differences(before, config)
             if differing:
                 raise ClipgenError(f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}")  # fmt: skip
@@ -114,8 +116,20 @@ class Workbench:
     def store(self, split: str = "train") -> TokenStore:
         return TokenStore.open(self.run.path / "store" / split, self.vqgan(), self.clip)
 
+    def bank(self) -> torch.Tensor | None:
+        """Embeddings of the training pictures, where the preset's sampling looks texts up among them."""
+        return self.store().embeds(slice(None)) if self.preset.sample.neighbours else None
+
+    def text_mean(self) -> torch.Tensor:
+        """Mean embedding (D,) of up to 10,000 captions of training pictures, for a training that centres.
+
+        Whose caption is whose is not looked at: this is unpaired text, the one thing that is not a picture in a training.
+        """
+        texts = [text for texts in self.images().captions[:10_000] for text in texts[:1]]
+        return torch.cat([self.clip.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)]).mean(0)
+
     def generator(self) -> TextToImage:
-        return load_run(self.run.path, self.clip, self.clip_source, self.preset.sample)
+        return load_run(self.run.path, self.clip, self.clip_source, self.preset.sample, self.bank())
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -145,17 +159,16 @@ class Workbench:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint."""
         config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
         vqgan, store, held_out = self.vqgan(), self.store(), self.store("val")
-        embeds = torch.cat([self.clip.texts(self.preview_prompts()), held_out.embeds(slice(0, 6)).to(self.device)])
-        seeds = list(range(len(embeds)))
+        texts, embeds, bank = self.preview_prompts(), held_out.embeds(slice(0, 6)), self.bank()
 
         def preview(transformer, step):
-            drawn = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample)
-            sheet = grid(drawn.draw(embeds, seeds), columns=len(embeds))
-            Image.fromarray(sheet).save(self.run.file("previews", f"{step:06d}.png"))
+            generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample, bank)
+            pictures = torch.cat([generator.draw_each(p, list(range(len(p))), candidates=1) for p in (texts, embeds)])
+            Image.fromarray(grid(pictures, columns=len(pictures))).save(self.run.file("previews", f"{step:06d}.png"))
 
         with self._timed("transformer"):
-            transformer = train.train_transformer(self.run, store, held_out, self.preset.transformer, config, vqgan,
-                                                  self.clip, self.seed, self.device, preview=preview)  # fmt: skip
+            transformer = train.train_transformer(self.run, store, held_out, self.preset.transformer, config, vqgan, self.clip,
+                                                  self.seed, self.device, True, self.text_mean() if config.centre else None, preview)  # fmt: skip
         scores = train.held_out_losses(transformer.to(self.device), held_out, vqgan, self.clip)
         clip_size = sum(p.numel() for p in self.clip.parameters())
         self.run.add_to_summary(transformer=scores, parameters={"clip": clip_size})
@@ -176,9 +189,9 @@ class Workbench:
                 generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, **settings)  # fmt: skip
             oracle = evaluate.evaluate_oracle(generator, self.preset.evaluate.n_oracle, self.seed, **settings) if self.has_oracle else None  # fmt: skip
         sample = {**asdict(self.preset.sample), **settings}
-        start = time.perf_counter()
-        generator.draw(shown_embeds := generator.clip.texts(shown["prompts"][:16]), list(range(len(shown_embeds))), **settings)
-        per_image = (time.perf_counter() - start) / len(shown_embeds)
+        start, texts = time.perf_counter(), shown["prompts"][:16]
+        generator.draw_each(texts, list(range(len(texts))), **settings)
+        per_image = (time.perf_counter() - start) / len(texts)
         entries = {"evaluation": numbers, "sample": sample} | ({"oracle": oracle} if oracle else {})
         seconds = {**self.run.summary().get("seconds", {}), "per_image": per_image}
         seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))

@@ -134,7 +134,7 @@ class Perfect(torch.nn.Module):
         self.vqgan = vqgan
         self.clip, self.device, self.calls = clip, torch.device("cpu"), 0
 
-    def draw(self, embeds, seeds, **settings):
+    def draw_each(self, prompts, seeds, **settings):
         from clipgen_lib import shapes
         from clipgen_lib.images import from_arrays
 

@@ -4,7 +4,8 @@ import torch
 
 from clipgen_lib.config import SampleConfig
 from clipgen_lib.runs import ClipgenError
-from clipgen_lib.sample import TextToImage, filter_logits, generate, guide, pick, rerank, row_noise
+from clipgen_lib.sample import TextToImage, filter_logits, generate, guidance_at, guide, pick, project, rerank, row_noise
+from clipgen_lib.store import nearest
 
 PLAIN = SampleConfig(guidance=1.0)
 
@@ -101,17 +102,20 @@ def test_embeddings_go_in_as_well(generator, clip):
 def test_rerank_puts_the_most_similar_first(clip, generator):
     images = torch.rand(2, 5, 3, 64, 64) * 2 - 1
     texts = ["a red circle", "a blue star"]
-    order = rerank(clip, images, texts)
+    order = rerank(clip, images, clip.texts(texts))
     for p, text in enumerate(texts):
         similarity = (clip.images(images[p]) @ clip.texts([text]).T).flatten()
         assert torch.equal(order[p], similarity.argsort(descending=True))
-    best = generator("a red circle", n=1, seed=0, candidates=4)[0, 0]
-    drawn = generator("a red circle", n=4, seed=0)[0]
-    assert torch.allclose(best, drawn[(clip.images(drawn) @ clip.texts(["a red circle"]).T).argmax()], atol=1e-5)
+    best = generator("a red circle", n=2, seed=5, candidates=4)[0]
+    text = clip.texts(["a red circle"])
+    for j in range(2):  # each picture is the best of its own four, of which the first is the one drawn without rerank
+        pool = generator.draw(text.repeat(4, 1), [5 + j, (5 + j, 1), (5 + j, 2), (5 + j, 3)], generator.settings)
+        assert torch.allclose(best[j], pool[(clip.images(pool) @ text.T).argmax()], atol=1e-5)
+        assert torch.allclose(generator("a red circle", seed=5 + j)[0, 0], pool[0], atol=1e-5)
 
 
 def test_calls_that_make_no_sense(generator, transformer, clip):
-    for arguments in ({"prompts": []}, {"prompts": "x", "n": 0}, {"prompts": "x", "n": 4, "candidates": 2}):
+    for arguments in ({"prompts": []}, {"prompts": "x", "n": 0}, {"prompts": "x", "candidates": 0}):
         with pytest.raises(ClipgenError):
             generator(**arguments)
     with pytest.raises(ClipgenError, match="no field 'guidence'"):
@@ -140,3 +144,67 @@ def test_parts_that_do_not_fit(vqgan, clip, preset):
     ):
         with pytest.raises(ClipgenError, match=word):
             TextToImage.from_parts(vqgan, ImageTransformer(preset.transformer, size, tokens, dim), clip, {}, PLAIN)
+
+
+def test_guidance_schedules_by_hand():
+    def scales(**settings):
+        chosen = SampleConfig(guidance=3.0, **settings)
+        return [round(guidance_at(i, 5, chosen), 6) for i in range(5)]
+
+    assert scales() == [3, 3, 3, 3, 3]
+    assert scales(guidance_schedule="linear") == [1, 1.5, 2, 2.5, 3]
+    assert scales(guidance_schedule="cosine") == [1, 1.292893, 2, 2.707107, 3]
+    assert scales(guidance_interval=(0.25, 0.5)) == [1, 3, 3, 1, 1]
+    assert guidance_at(0, 1, SampleConfig(guidance=3.0)) == 3
+
+
+def test_a_schedule_of_scale_one_is_no_guidance(transformer, clip):
+    embeds = clip.texts(["a red circle", "a blue star"])
+    plain = generate(transformer, embeds, [1, 2], PLAIN)
+    for settings in ({"guidance": 1.0, "guidance_schedule": "linear"}, {"guidance": 4.0, "guidance_interval": (0.0, 1e-9), "guidance_schedule": "cosine"}):  # fmt: skip
+        assert torch.equal(generate(transformer, embeds, [1, 2], SampleConfig(**settings)), plain)
+    guided = generate(transformer, embeds, [1, 2], SampleConfig(guidance=4.0, guidance_interval=(0.5, 1.0)))
+    assert torch.equal(guided[:, :32], plain[:, :32]) and not torch.equal(guided, plain)
+
+
+def test_projection_is_the_mean_of_the_nearest(clip):
+    bank = torch.nn.functional.normalize(torch.randn(50, clip.dim, generator=torch.Generator().manual_seed(0)), dim=1)
+    embeds = clip.texts(["a red circle", "a blue star"])
+    for k in (1, 4):
+        found = project(embeds, bank, k)
+        assert torch.allclose(found.norm(dim=1), torch.ones(2))
+        for row, embed in zip(found, embeds, strict=True):
+            near = bank[(bank @ embed).argsort(descending=True)[:k]]
+            assert torch.allclose(row, near.mean(0) / near.mean(0).norm(), atol=1e-6)
+    assert torch.allclose(project(bank[:3], bank, 1), bank[:3], atol=1e-6)
+
+
+def test_large_banks_are_searched_by_faiss_with_the_same_result():
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    bank, queries = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    assert torch.equal(nearest(bank, queries[:7], 5), nearest(bank, queries[:7], 5, exact_below=10))
+
+
+def test_texts_are_projected_and_pictures_are_not(vqgan, transformer, clip, generator, tmp_path):
+    bank = torch.nn.functional.normalize(torch.randn(20, clip.dim), dim=1)
+    source = {"name": "shapes", "pretrained": None}
+    banked = TextToImage.from_parts(vqgan, transformer, clip, source, SampleConfig(guidance=1.0, neighbours=3), bank)
+    text = clip.texts(["a red circle"])
+    assert torch.allclose(banked.condition(text, True, 3), project(text, bank.half().float(), 3), atol=1e-6)
+    assert torch.equal(banked.condition(text, False, 3), text)
+    assert torch.allclose(banked("a red circle", seed=2), banked(project(text, bank.half().float(), 3), seed=2), atol=1e-5)
+    banked.save_pretrained(tmp_path / "model")
+    again = TextToImage.from_pretrained(str(tmp_path / "model"))
+    assert torch.equal(again("a red circle", seed=2), banked("a red circle", seed=2))
+    with pytest.raises(ClipgenError, match="give from_parts a bank"):
+        generator("a red circle", neighbours=3)
+
+
+def test_means_of_both_modalities_are_taken_off(generator, clip):
+    text = clip.texts(["a red circle"])
+    assert torch.equal(generator.condition(text, True), text)
+    generator.transformer.text_mean.copy_(0.3 * text[0].flip(0))
+    generator.transformer.image_mean.copy_(0.5 * text[0].roll(1))
+    for is_text, mean in ((True, 0.3 * text[0].flip(0)), (False, 0.5 * text[0].roll(1))):
+        expected = (text - mean) / (text - mean).norm()
+        assert torch.allclose(generator.condition(text, is_text), expected, atol=1e-6)

@@ -134,7 +134,7 @@ def test_each_knob_of_stage_one_matters(preset, clip, tmp_path, field, value):
 
 
 @pytest.mark.parametrize("field, value", [("condition_dropout", 0.9), ("noise_cos", 0.1), ("embedding_weight", 5.0),
-                                          ("embedding_share", 1.0), ("beta2", 0.5), ("accumulate", 2), ("warmup", 1)])  # fmt: skip
+                                          ("embedding_share", 1.0), ("embedding_path", "gumbel"), ("embedding_form", "log"), ("beta2", 0.5), ("accumulate", 2), ("warmup", 1)])  # fmt: skip
 def test_each_knob_of_stage_two_matters(store, preset, vqgan, clip, tmp_path, field, value):
     plain = stage_two(open_run("plain", tmp_path), store, preset, vqgan, clip, steps=3)
     assert not same_weights(
@@ -171,6 +171,35 @@ def test_embedding_loss_is_the_measured_distance(vqgan, clip):
     pictures = vqgan.decode_codes(vqgan.quantizer.lookup(logits.argmax(-1).view(3, 8, 8)))
     wanted = 1 - (clip.images(pictures) * embeds).sum(1).mean()
     assert train.embedding_loss(logits, embeds, vqgan, clip).item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_forms_and_paths_of_the_embedding_loss(vqgan, clip):
+    torch.manual_seed(0)
+    logits, embeds = torch.randn(2, 64, 32), clip.texts(["a red circle", "a blue star"])
+    cosine = 1 - train.embedding_loss(logits[:1], embeds[:1], vqgan, clip)
+    assert train.embedding_loss(logits[:1], embeds[:1], vqgan, clip, form="log").item() == pytest.approx(-np.log((1 + cosine.item()) / 2), abs=1e-5)  # fmt: skip
+    sharp = torch.nn.functional.one_hot(logits.argmax(-1), 32) * 200.0  # so sure that sampling takes the likeliest
+    assert train.embedding_loss(sharp, embeds, vqgan, clip, path="gumbel").item() == pytest.approx(
+        train.embedding_loss(sharp, embeds, vqgan, clip).item(), abs=1e-5
+    )
+    leaf = logits.clone().requires_grad_()
+    train.embedding_loss(leaf, embeds, vqgan, clip, path="gumbel", form="log").backward()
+    assert leaf.grad.abs().sum() > 0
+    assert all(p.grad is None for module in (vqgan, clip) for p in module.parameters())
+
+
+def test_centring_takes_off_the_means_it_is_given(store, preset, vqgan, clip, tmp_path):
+    config = replace(preset.transformer_train, steps=2, centre=True)
+    arguments = (store, store, preset.transformer, config, vqgan, clip, 1)
+    with pytest.raises(ClipgenError, match="mean off text embeddings"):
+        train.train_transformer(open_run("a", tmp_path), *arguments)
+    text_mean = clip.texts(["a red circle", "a blue star"]).mean(0)
+    centred = train.train_transformer(open_run("b", tmp_path), *arguments, text_mean=text_mean)
+    assert torch.equal(centred.text_mean, text_mean)
+    assert torch.allclose(centred.image_mean, store.embeds(slice(None)).mean(0), atol=1e-6)
+    plain = stage_two(open_run("c", tmp_path), store, preset, vqgan, clip, steps=2)
+    assert not torch.equal(plain.condition.weight, centred.condition.weight)
+    assert not plain.image_mean.any() and not plain.text_mean.any()
 
 
 def test_descending_the_embedding_loss_lowers_the_clip_distance(vqgan, clip):

@@ -15,6 +15,9 @@ def build(**changes):
     torch.manual_seed(0)
     model = ImageTransformer(replace(SMALL, **changes), codebook_size=20, n_tokens=9, clip_dim=8)
     torch.nn.init.normal_(model.head.weight, std=0.5)
+    for block in model.blocks:
+        if block.modulation is not None:  # gates begin shut
+            torch.nn.init.normal_(block.modulation.weight, std=0.5)
     return model.eval()
 
 
@@ -25,10 +28,11 @@ def inputs(batch=3):
     )
 
 
+@pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
 @pytest.mark.parametrize("condition_tokens", [1, 4])
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 4], [9]])
-def test_cached_and_uncached_agree(condition_tokens, chunks):
-    model, (embeds, tokens) = build(condition_tokens=condition_tokens), inputs()
+def test_cached_and_uncached_agree(conditioning, condition_tokens, chunks):
+    model, (embeds, tokens) = build(conditioning=conditioning, condition_tokens=condition_tokens), inputs()
     whole, cache, parts, known = model(embeds, tokens), KVCache(model, 3), [], 0
     for chunk in chunks:
         known += chunk
@@ -49,9 +53,18 @@ def test_position_i_sees_only_what_comes_before():
     assert torch.equal(model(embeds, changed), before)  # the last token is predicted, never read
 
 
-def test_every_position_sees_the_condition():
-    model, (embeds, tokens) = build(condition_tokens=2), inputs()
+@pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
+def test_every_position_sees_the_condition(conditioning):
+    model, (embeds, tokens) = build(conditioning=conditioning, condition_tokens=2), inputs()
     assert ((model(embeds, tokens) - model(embeds.flip(0), tokens)).abs().amax(-1)[0] > 1e-4).all()
+
+
+def test_adaptive_blocks_begin_as_nothing():
+    torch.manual_seed(0)
+    model, (embeds, tokens) = ImageTransformer(replace(SMALL, conditioning="adaln"), 20, 9, 8).eval(), inputs()
+    assert torch.equal(model(embeds, tokens), model(embeds.flip(0), tokens))  # no gate open, no condition heard
+    model(embeds, tokens).pow(2).mean().backward()
+    assert model.blocks[0].modulation.weight.grad.abs().sum() > 0  # but the gates learn
 
 
 def test_mode_does_not_change_meaning():
@@ -61,10 +74,11 @@ def test_mode_does_not_change_meaning():
     assert not torch.allclose(dropping.train()(embeds, tokens), dropping.eval()(embeds, tokens))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
+def test_gradient_checkpointing_gives_the_same_gradients(conditioning):
     gradients = []
     for checkpointing in (False, True):
-        model, (embeds, tokens) = build(gradient_checkpointing=checkpointing).train(), inputs()
+        model, (embeds, tokens) = build(conditioning=conditioning, gradient_checkpointing=checkpointing).train(), inputs()
         model(embeds, tokens).pow(2).mean().backward()
         gradients.append(model.blocks[0].qkv.weight.grad)
     assert torch.allclose(*gradients, atol=1e-7)
