@@ -131,18 +131,17 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
 
 
 @main.command("compare")
+@click.argument("table", type=click.Choice(["ablation", "systems"]))
 @click.option("--run", "run", default="laptop", show_default=True, help="a run whose VQGAN and store all rows share")
-@click.option("--into", default="ablation", show_default=True, help="name of the folder under results/")
-@click.option("--steps", default=0, help="of each training  [default: the preset's]")
+@click.option("--steps", default=0, help="of each transformer  [default: the preset's]")
 @click.option("--row", "only", multiple=True, help="make only these rows")
 @click.option("--device", default="auto", show_default=True)
-def compare(run: str, into: str, steps: int, only: tuple[str, ...], device: str) -> None:
-    """One lever at a time on the paper's plain recipe; rows that are there already are kept."""
-    from .compare import lines_of, run_rows
-    from .runs import RESULTS
+def compare(table: str, run: str, steps: int, only: tuple[str, ...], device: str) -> None:
+    """Make a table of the comparison: levers on the plain recipe, or the systems. Rows that are there are kept."""
+    from .compare import TABLES, lines_of, run_table
     from .workbench import Workbench
 
-    click.echo(lines_of(run_rows(Workbench.reopen(run, device), RESULTS / into, steps, only)))
+    click.echo(lines_of(run_table(Workbench.reopen(run, device), TABLES[table], steps=steps, only=only)))
 
 
 @main.command("train-clip")

@@ -128,14 +128,14 @@ class TransformerConfig:
     layers: int = 24
     width: int = 1_024
     heads: int = 16
-    conditioning: str = "prefix"  # or "adaln": adaptive layer norm in every block, and a learned prefix
+    conditioning: str = "prefix"  # or "adaln": adaptive layer norm in every block; or "words": text tokens as the prefix
     condition_tokens: int = 1  # inputs before the first picture token
     dropout: float = 0.0
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        if self.conditioning not in ("prefix", "adaln"):
-            raise ClipgenError(f"conditioning is {self.conditioning!r}: choose 'prefix' or 'adaln'")
+        if self.conditioning not in ("prefix", "adaln", "words"):
+            raise ClipgenError(f"conditioning is {self.conditioning!r}: choose 'prefix', 'adaln' or 'words'")
         if self.width % self.heads:
             raise ClipgenError(f"width {self.width} does not divide by {self.heads} heads: change one of them")
 
@@ -181,6 +181,31 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class FusionGANConfig:
+    """The conditional GAN of the comparison, and its training (DF-GAN's rates)."""
+
+    channels: int = 16  # at full resolution, up to four times as many below
+    noise_dim: int = 64
+    steps: int = 3_000
+    batch_size: int = 32
+    generator_lr: float = 1e-4
+    critic_lr: float = 4e-4
+    ema_decay: float = 0.99
+    log_every: int = 50
+
+
+@dataclass(frozen=True)
+class VQGANCLIPConfig:
+    """Optimisation of VQGAN's latents for CLIP, in the comparison; rate and noise are those of the released notebook."""
+
+    steps: int = 100
+    cutouts: int = 4
+    lr: float = 0.1
+    noise: float = 0.1
+    batch_size: int = 32  # pictures optimised side by side
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     n: int = 30_000  # captions
     n_oracle: int = 512  # prompts of each kind (Shapes world only)
@@ -201,6 +226,8 @@ class Preset:
     transformer_train: TransformerTrainConfig = field(default_factory=TransformerTrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    fusion_gan: FusionGANConfig = field(default_factory=FusionGANConfig)
+    vqgan_clip: VQGANCLIPConfig = field(default_factory=VQGANCLIPConfig)
 
 
 def _laptop() -> Preset:

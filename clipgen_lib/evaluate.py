@@ -269,7 +269,10 @@ def _with_bar(images: ImageSet, batch_size: int, show: bool) -> Iterator[tuple[l
 
 
 @torch.inference_mode()
-def evaluate_oracle(generator: TextToImage, n: int, seed: int = 0, show_progress: bool = True, **settings: float) -> dict:
+def evaluate_oracle(
+    generator: TextToImage, n: int, seed: int = 0, show_progress: bool = True,
+    modalities: tuple[str, ...] = ("text", "image", "reconstruction"), **settings: float,
+) -> dict:  # fmt: skip
     """Shapes world only: what share of pictures shows what was asked for, read by the oracle.
 
     Text prompts of one thing, of two with a relation, and of held-out pairs; as image prompts, the embeddings of real
@@ -277,6 +280,7 @@ def evaluate_oracle(generator: TextToImage, n: int, seed: int = 0, show_progress
     generator on its tokens can rise. Every prompt gets one picture: nothing is picked or ranked.
     """
     kinds = {"text": ("one", "two", "held_out"), "image": ("one",), "reconstruction": ("one", "two")}
+    kinds = {modality: kinds[modality] for modality in modalities}
     found: dict = {modality: {} for modality in kinds}
     with progress(n * sum(map(len, kinds.values())), "drawing for the oracle", show_progress) as bar:
         for modality, kind in ((m, k) for m in kinds for k in kinds[m]):

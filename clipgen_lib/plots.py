@@ -166,8 +166,8 @@ def ablation(table: list[dict], key: str, title: str) -> Figure:
     return figure
 
 
-def tradeoff(table: list[dict], x: str, y: str, title: str) -> Figure:
-    """Two metrics of every row against each other, each point named."""
+def tradeoff(table: list[dict], x: str, y: str, title: str, joined: tuple[str, ...] = ()) -> Figure:
+    """Two metrics of every row against each other, each point named; a line joins those of `joined`, in their order."""
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for entry in table:
         if x in entry and y in entry:
@@ -175,6 +175,9 @@ def tradeoff(table: list[dict], x: str, y: str, title: str) -> Figure:
             axis.annotate(
                 entry["name"], (entry[x]["mean"], entry[y]["mean"]), fontsize=6, xytext=(3, 3), textcoords="offset points"
             )
+    at = {entry["name"]: (entry[x]["mean"], entry[y]["mean"]) for entry in table if x in entry and y in entry}
+    if line := [at[name] for name in joined if name in at]:
+        axis.plot(*zip(*line, strict=True), color="grey", linewidth=0.8)
     axis.set(xlabel=x, ylabel=y, title=title)
     axis.grid(alpha=0.3)
     return figure

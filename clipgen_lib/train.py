@@ -256,8 +256,9 @@ def held_out_losses(
         tokens, embeds = store.tokens(part).to(clip.device), store.embeds(part).to(clip.device)
         logits = transformer(centre(embeds, transformer.image_mean), tokens)
         nll += F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() * len(tokens)
-        distance += embedding_loss(logits, embeds, vqgan, clip).item() * len(tokens)
-    return {"nll": nll / count, "embedding_loss": distance / count}
+        if transformer.config.conditioning != "words":
+            distance += embedding_loss(logits, embeds, vqgan, clip).item() * len(tokens)
+    return {"nll": nll / count} | ({"embedding_loss": distance / count} if distance else {})
 
 
 # ---------------------------------------------------------------------------------------------- what both share

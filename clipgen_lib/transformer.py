@@ -7,7 +7,8 @@ One concrete sequence, N = 1: the transformer reads [c, t0, t1, ..., t(L-2)] and
 token t(L-1) is predicted and never read. The unconditional case is the zero vector in place of an embedding.
 Blocks are pre-norm with learned positions, fused q/k/v, exact GELU and biases, the GPT of the released CLIP-GEN model.
 With `conditioning="adaln"` the embedding comes in by adaptive layer norm in every block instead (adaLN-Zero of DiT,
-arXiv 2212.09748), and the N inputs before the first token are learned.
+arXiv 2212.09748), and the N inputs before the first token are learned. With "words" N text tokens (B, N) int64 take the
+embedding's place, for the supervised system of the comparison, and D is the size of their vocabulary.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ class ImageTransformer(nn.Module):
         super().__init__()
         self.config, self.codebook_size, self.n_tokens, self.clip_dim = config, codebook_size, n_tokens, clip_dim
         width, self.adaptive = config.width, config.conditioning == "adaln"
-        self.condition = nn.Linear(clip_dim, width if self.adaptive else config.condition_tokens * width)
+        if config.conditioning == "words":
+            self.condition = nn.Embedding(clip_dim, width)
+        else:
+            self.condition = nn.Linear(clip_dim, width if self.adaptive else config.condition_tokens * width)
         self.prefix = nn.Parameter(torch.zeros(1, config.condition_tokens, width)) if self.adaptive else None
         for name in ("image_mean", "text_mean"):
             self.register_buffer(name, torch.zeros(clip_dim))
@@ -143,7 +147,7 @@ class ImageTransformer(nn.Module):
         x = self.token_embedding(tokens[:, max(held - first, 0) : -1])  # (B, new tokens, E)
         condition = None
         if held == 0 or self.adaptive:
-            condition = self.condition(embeds).to(x.dtype).unflatten(1, (-1, self.config.width))  # (B, N or 1, E)
+            condition = self.condition(embeds).to(x.dtype).view(len(embeds), -1, self.config.width)  # (B, N or 1, E)
         if held == 0:
             x = torch.cat([self.prefix.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
         x = x + self.positions[:, held : held + x.shape[1]]

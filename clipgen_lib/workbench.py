@@ -67,7 +67,8 @@ class Workbench:
         if path.exists():
             before = read_json(path)
             defaults = asdict(Preset())  # what a run did before a field existed is what the field's default does
-            before["preset"] = {k: {**defaults[k], **v} if isinstance(v, dict) else v for k, v in before["preset"].items()}
+            before["preset"] = {k: {**v, **before["preset"].get(k, {})} if isinstance(v, dict) else before["preset"][k]
+                                for k, v in defaults.items()}  # fmt: skip
             differing = differences(before, config)
             if differing:
                 raise ClipgenError(f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}")  # fmt: skip

@@ -3,76 +3,93 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipgen_lib import compare
-from clipgen_lib.compare import Row
-from clipgen_lib.config import TransformerTrainConfig, load_preset
-from clipgen_lib.runs import ClipgenError, open_run, read_json
+from clipgen_lib import baselines, compare
+from clipgen_lib.compare import Row, Table
+from clipgen_lib.config import load_preset
+from clipgen_lib.runs import ClipgenError, open_run, read_json, save_weights
 from clipgen_lib.workbench import Workbench
 
 
 @pytest.fixture
 def bench(world, preset, vqgan, tmp_path):
     """A run with an untrained tokenizer and its stores, on a world of 40 scenes read as a COCO root."""
-    from clipgen_lib.runs import save_weights
-
-    small = replace(preset, evaluate=replace(preset.evaluate, n=8, batch_size=8, blur=(0, 1)))
+    small = replace(
+        preset,
+        evaluate=replace(preset.evaluate, n=8, batch_size=8, blur=(0, 1)),
+        fusion_gan=replace(preset.fusion_gan, channels=4, steps=2, batch_size=4, log_every=1),
+        vqgan_clip=replace(preset.vqgan_clip, steps=2, cutouts=2, batch_size=4),
+    )
     bench = Workbench(open_run("base", tmp_path), small, str(world), 0, "cpu")
     save_weights(bench.run.path / "vqgan", vqgan)
     bench.extract()
     return bench
 
 
-ROWS = (
+ABLATION = Table("ablation", (
     Row("plain", "nothing", seeds=(0, 1)),
     Row("guided", "sampling alone", sample={"guidance": 2.0}),
     Row("near", "projection", sample={"neighbours": 2}),
     Row("centred", "means off", train={"centre": True}, text="unpaired"),
     Row("twin", "captions", text="paired"),
-)
+), 8, 4)  # fmt: skip
 
 
 def test_rows_are_trained_once_evaluated_and_kept(bench, tmp_path, monkeypatch):
-    folder = tmp_path / "ablation"
-    table = compare.run_rows(bench, folder, steps=2, rows=ROWS)
-    assert [entry["name"] for entry in table] == [row.name for row in ROWS]
+    table = compare.run_table(bench, ABLATION, tmp_path, steps=2)
+    assert [entry["name"] for entry in table] == [row.name for row in ABLATION.rows]
     assert table[0]["seeds"] == [0, 1] and table[0]["fid_0"]["std"] > 0 and table[1]["fid_0"]["std"] == 0
-    first, second = (read_json(folder / "rows" / f"plain-{seed}.json") for seed in (0, 1))
-    values = [compare.metrics(result)["caps"] for result in (first, second)]
-    assert table[0]["caps"]["mean"] == pytest.approx(sum(values) / 2)
-    assert len(list((folder / "trainings").iterdir())) == 4  # two seeds, centred, twin: the others only sample otherwise
+    results = [read_json(tmp_path / "ablation" / "rows" / f"plain-{seed}.json") for seed in (0, 1)]
+    assert table[0]["caps"]["mean"] == pytest.approx(sum(compare.metrics(result)["caps"] for result in results) / 2)
+    trainings = list((tmp_path / "ablation" / "trainings").iterdir())
+    assert len(trainings) == 4  # two seeds, centred, twin: the others only sample otherwise
     monkeypatch.setattr(compare.train, "train_transformer", lambda *a, **k: pytest.fail("trained again"))
-    assert compare.run_rows(bench, folder, steps=2, rows=ROWS) == table
-    assert "plain" in compare.lines_of(table) and "±" in compare.lines_of(table).splitlines()[1]
+    assert compare.run_table(bench, ABLATION, tmp_path, steps=2) == table
+    assert "±" in compare.lines_of(table).splitlines()[1] and "±" not in compare.lines_of(table).splitlines()[2]
+    assert list(compare.sheets(tmp_path / "ablation", ABLATION.rows)) == [row.name for row in ABLATION.rows]
+
+
+def test_every_system_runs_in_the_same_harness(bench, tmp_path):
+    table = compare.run_table(bench, compare.TABLES["systems"], tmp_path, steps=2)
+    assert [entry["name"] for entry in table] == [row.name for row in compare.SYSTEMS]
+    for entry in table:
+        assert entry["fid_0"]["mean"] > 0 and -1 <= entry["caps"]["mean"] <= 1 and entry["seconds_per_image"]["mean"] > 0
+        assert ("seconds_train" in entry) == (entry["name"] not in ("retrieval", "VQGAN-CLIP"))
 
 
 def test_an_unknown_row_is_one_sentence(bench, tmp_path):
     with pytest.raises(ClipgenError, match="no row 'plane'"):
-        compare.run_rows(bench, tmp_path, only=["plane"], rows=ROWS)
+        compare.run_table(bench, ABLATION, tmp_path, only=["plane"])
 
 
-def test_the_twin_reads_each_caption_of_unmirrored_pictures(bench):
-    store, twin, captions = bench.store(), compare.paired_texts(bench, "train"), bench.images().captions
-    assert store.meta["flip"] and len(store) == 80 and len(twin) == sum(map(len, captions)) == 200
-    assert torch.equal(twin.tokens(slice(5, 10)), store.tokens(slice(1, 2)).expand(5, -1))
-    assert torch.allclose(twin.embeds(slice(5, 10)), bench.clip.texts(list(captions[1])), atol=1e-3)
+def test_pairs_are_each_caption_of_unmirrored_pictures(bench):
+    store, captions = bench.store(), bench.images().captions
+    texts = baselines.paired_store(store, captions, bench.clip, words=False)
+    words = baselines.paired_store(store, captions, bench.clip, words=True)
+    assert store.meta["flip"] and len(store) == 80 and len(texts) == len(words) == sum(map(len, captions)) == 200
+    assert torch.equal(texts.tokens(slice(5, 10)), store.tokens(slice(1, 2)).expand(5, -1))
+    assert torch.allclose(texts.embeds(slice(5, 10)), bench.clip.texts(list(captions[1])), atol=1e-3)
+    assert torch.equal(words.embeds(slice(5, 10)), bench.clip.tokenizer(list(captions[1])))
 
 
 def test_every_row_changes_the_plain_recipe_by_what_it_names(bench):
-    plain = compare.recipe(bench, compare.ROWS[0], 0, 0)
+    plain = compare.recipe(bench, compare.ROWS[0])
     assert plain["train"].noise_cos == 1 and plain["sample"].guidance == 1 and plain["train"].condition_dropout == 0
     assert len({row.name for row in compare.ROWS}) == len(compare.ROWS)
     for row in compare.ROWS[1:]:
-        made = compare.recipe(bench, row, 0, 0)
+        made = compare.recipe(bench, row)
         for part in ("transformer", "train", "sample"):
             changed = {k for k, v in vars(made[part]).items() if v != vars(plain[part])[k]}
             assert changed == set(getattr(row, part))
         assert made != plain
 
 
-def test_the_best_recipe_is_the_laptop_preset():
-    """What the comparison calls best is what the preset does."""
-    laptop, best = load_preset("laptop"), next(row for row in compare.ROWS if row.name == "best")
-    for part, values in (("transformer", best.transformer), ("transformer_train", best.train), ("sample", best.sample)):
-        for key, value in {**compare.PLAIN[part.removeprefix("transformer_")], **values}.items():
-            assert getattr(getattr(laptop, part), key) == value, key
-    assert isinstance(laptop.transformer_train, TransformerTrainConfig)
+def test_the_row_of_the_preset_is_the_laptop_preset():
+    laptop, named = load_preset("laptop"), next(row for row in compare.ROWS if row.name == "preset")
+    parts = {"transformer": laptop.transformer, "train": laptop.transformer_train, "sample": laptop.sample}
+    for name, part in parts.items():
+        for key, value in {**compare.PLAIN[name], **getattr(named, name)}.items():
+            assert getattr(part, key) == value, key
+
+
+def test_words_of_the_supervised_system_fit_the_embedded_clip(clip):
+    assert clip.tokenizer.context_length == compare.N_WORDS

@@ -1,0 +1,84 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clipgen_lib.baselines import VQGANCLIP, FusionGAN, FusionGenerator, Retrieval, Supervised, train_fusion_gan
+from clipgen_lib.config import FusionGANConfig, SampleConfig, TransformerConfig, VQGANCLIPConfig
+from clipgen_lib.images import crop, to_float
+from clipgen_lib.store import extract
+from clipgen_lib.transformer import ImageTransformer
+
+TEXTS = ["a red circle", "a blue star", "a large green heart"]
+
+
+def test_retrieval_finds_a_picture_by_its_own_embedding(images, vqgan, clip, tmp_path):
+    system = Retrieval(vqgan, clip, extract(images, vqgan, clip, tmp_path / "store", flip=True), images)
+    wanted = to_float(torch.stack([crop(images[row], 64) for row in (7, 3)]))
+    assert torch.equal(system.draw_each(clip.images(wanted), [0, 1]), wanted)
+    embeds = system.store.embeds(slice(0, len(images)))
+    best = int((embeds @ clip.texts(TEXTS[:1])[0]).argmax())
+    assert torch.equal(system.draw_each(TEXTS[:1], [5])[0], to_float(images[best]))
+
+
+def test_vqgan_clip_moves_pictures_towards_their_texts(vqgan, clip):
+    def similarity(steps):
+        system = VQGANCLIP(vqgan, clip, VQGANCLIPConfig(steps=steps, cutouts=2))
+        with torch.inference_mode():  # as the evaluation calls it
+            drawn = system.draw_each(TEXTS, [0, 1, 2])
+        assert drawn.shape == (3, 3, 64, 64) and drawn.abs().max() <= 1
+        return (clip.images(drawn) * clip.texts(TEXTS)).sum(1)
+
+    assert (similarity(25) > similarity(0) + 0.02).all()
+    assert all(p.grad is None for module in (vqgan, clip) for p in module.parameters())
+
+
+def test_a_picture_of_vqgan_clip_does_not_depend_on_its_company(vqgan, clip):
+    system = VQGANCLIP(vqgan, clip, VQGANCLIPConfig(steps=3, cutouts=2))
+    together, alone = system.draw_each(TEXTS, [4, 5, 6]), system.draw_each(TEXTS[1:2], [5])
+    assert (together[1] - alone[0]).abs().mean() < 0.02  # a code at a boundary may fall either way
+    state = torch.get_rng_state()
+    system.draw_each(TEXTS[:1], [0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_supervised_reads_words(vqgan, clip, preset):
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        layers=2, width=32, heads=2, conditioning="words", condition_tokens=clip.tokenizer.context_length
+    )
+    model = ImageTransformer(config, preset.vqgan.codebook_size, preset.vqgan.side**2, clip.tokenizer.vocab_size).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    words, tokens = clip.tokenizer(TEXTS), torch.randint(0, 32, (3, 64))
+    assert not torch.allclose(model(words, tokens)[0], model(words.flip(0), tokens)[0])
+    system = Supervised(vqgan, clip, model, SampleConfig(guidance=1.5))
+    drawn = system.draw_each(TEXTS, [1, 2, 3])
+    assert torch.allclose(system.draw_each(TEXTS[1:2], [2]), drawn[1:2], atol=1e-5)
+    assert torch.allclose(system.draw_each(TEXTS, [1, 2, 3], guidance=1.5, batch_size=2), drawn, atol=1e-5)
+
+
+def test_fusion_gan_is_a_function_of_text_and_seed(images, vqgan, clip):
+    config = FusionGANConfig(channels=4, steps=3, batch_size=4, log_every=1)
+    generator = train_fusion_gan(images, clip, config, seed=1)
+    same, other = train_fusion_gan(images, clip, config, seed=1), train_fusion_gan(images, clip, config, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(generator.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(generator.end.weight, other.end.weight)
+    system = FusionGAN(vqgan, clip, generator)
+    drawn = system.draw_each(TEXTS, [1, 2, 3])
+    assert drawn.shape == (3, 3, 64, 64) and drawn.abs().max() <= 1
+    assert torch.allclose(system.draw_each(TEXTS[1:2], [2]), drawn[1:2], atol=1e-5)
+    assert not torch.allclose(system.draw_each(TEXTS[:1], [9]), drawn[:1], atol=1e-3)
+
+
+def test_every_field_of_the_gan_matters(images, clip):
+    plain = FusionGANConfig(channels=4, steps=2, batch_size=4)
+    weights = [p.sum() for p in train_fusion_gan(images, clip, plain).parameters()]
+    for field, value in (("generator_lr", 1e-2), ("critic_lr", 1e-1), ("ema_decay", 0.1), ("batch_size", 3)):
+        changed = train_fusion_gan(images, clip, replace(plain, **{field: value}))
+        assert [p.sum() for p in changed.parameters()] != weights, field
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_fusion_generator_reaches_the_size(size, clip):
+    model = FusionGenerator(FusionGANConfig(channels=4), size, 8)
+    assert model(torch.randn(2, 64), torch.randn(2, 8)).shape == (2, 3, size, size)
