@@ -68,3 +68,12 @@ def test_readme_numbers_come_from_results():
     summary = json.loads((ROOT / "results" / "laptop" / "summary.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert table(summary) in readme
+
+
+def test_readme_comparison_comes_from_results():
+    from clipgen_lib.compare import ROWS, entries, lines_of
+
+    folder = ROOT / "results" / "ablation"
+    made = entries(folder, ROWS)
+    assert made == json.loads((folder / "table.json").read_text())
+    assert lines_of(made) in (ROOT / "README.md").read_text()
