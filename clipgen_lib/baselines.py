@@ -57,8 +57,7 @@ class Retrieval(_System):
 
     def draw_each(self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False) -> torch.Tensor:
         """The training picture nearest to each prompt: (P, 3, H, W) in [-1, 1]. Seeds change nothing."""
-        n_plain = len(self.store) // (2 if self.store.meta["flip"] else 1)
-        found = nearest(self.store.embeds(slice(0, n_plain)), self.embed(prompts).cpu().float(), 1)[:, 0]
+        found = nearest(self.store.embeds(slice(0, self.store.n_unmirrored)), self.embed(prompts).cpu().float(), 1)[:, 0]
         pictures = [crop(self.images[int(row)], self.images.size) for row in self.store.arrays["rows"][found.numpy()]]
         return to_float(torch.stack(pictures)).to(self.device)
 
@@ -134,8 +133,7 @@ def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipE
 
     Mirrored rows are left out, since a caption may say left or right.
     """
-    n_plain = len(store) // (2 if store.meta["flip"] else 1)
-    pairs = [(i, text) for i, row in enumerate(store.arrays["rows"][:n_plain]) for text in captions[row]]
+    pairs = [(i, text) for i, row in enumerate(store.arrays["rows"][: store.n_unmirrored]) for text in captions[row]]
     if not pairs:
         raise ClipgenError(f"{store.folder} has no captions beside its pictures: a supervised baseline needs pairs")
     rows, texts = np.array([i for i, _ in pairs]), [text for _, text in pairs]
@@ -258,18 +256,23 @@ def train_fusion_gan(
     Hinge loss on real, drawn and mismatched pairs, and the matching-aware gradient penalty at real pairs
     (arXiv 2008.05865, equations 1 and 2: k = 2, p = 6).
     """
+    pairs = [(row, texts) for row, texts in enumerate(images.captions) if texts]
+    if not pairs:
+        raise ClipgenError(f"{images.root} has no captions beside its pictures: a supervised baseline needs pairs")
+    if images.size not in (4 * 2**i for i in range(1, 9)):
+        raise ClipgenError(f"the GAN doubles from 4 pixels and cannot draw {images.size}: choose a power of two as image_size")
     torch.manual_seed(seed)
     generator, critic = (kind(config, images.size, clip.dim).to(clip.device) for kind in (FusionGenerator, _Critic))
     optimizers = [torch.optim.Adam(m.parameters(), lr, betas=(0.0, 0.9)) for m, lr in ((generator, config.generator_lr), (critic, config.critic_lr))]  # fmt: skip
     ema = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay))  # fmt: skip
-    captions, draw = images.captions, np.random.default_rng([seed, 31])
+    draw = np.random.default_rng([seed, 31])
     with progress(config.steps, "training GAN", show_progress) as bar:
         for step in range(config.steps):
-            rows = batch_rows(len(images), config.batch_size, seed, step)
-            texts = [captions[row][draw.integers(len(captions[row]))] for row in rows]
+            rows, said = zip(*(pairs[i] for i in batch_rows(len(pairs), config.batch_size, seed, step)), strict=True)
+            texts = [choice[draw.integers(len(choice))] for choice in said]
             with torch.no_grad():
                 embeds = clip.texts(texts).clone()
-            real = to_float(torch.stack([crop(images[int(row)], images.size) for row in rows])).to(clip.device)
+            real = to_float(torch.stack([crop(images[row], images.size) for row in rows])).to(clip.device)
             fake = generator(torch.randn(len(rows), config.noise_dim, device=clip.device), embeds)
 
             leaves = real.clone().requires_grad_(), embeds.clone().requires_grad_()

@@ -88,7 +88,6 @@ ROWS = (
     Row("text twin, best", "the same and rerank of 8", **BEST, text="paired"),
 )  # fmt: skip
 
-N_WORDS = 32  # text tokens before the picture's, as many as the embedded CLIP reads
 SYSTEMS = (
     Row("CLIP-GEN", "the best recipe of the ablation", **BEST),
     Row("CLIP-GEN, one drawn", "the same without rerank", train=ALONE, sample=LINEAR),
@@ -96,7 +95,7 @@ SYSTEMS = (
     Row("retrieval", "the training picture nearest to the text", system="retrieval"),
     Row("VQGAN-CLIP", "latents optimised for CLIP similarity", system="vqgan-clip"),
     Row("text twin", "CLIP-GEN on the embeddings of paired captions, one drawn", train=ALONE, sample=LINEAR, text="paired"),
-    Row("supervised", "the transformer on caption-picture pairs, words before picture (CogView)", transformer={"conditioning": "words", "condition_tokens": N_WORDS}, train=ALONE, sample=LINEAR, text="paired", system="supervised"),
+    Row("supervised", "the transformer on caption-picture pairs, words before picture (CogView)", transformer={"conditioning": "words"}, train=ALONE, sample=LINEAR, text="paired", system="supervised"),
     Row("GAN", "one-stage conditional GAN on caption-picture pairs (DF-GAN)", text="paired", system="gan"),
 )  # fmt: skip
 
@@ -139,6 +138,8 @@ def recipe(bench: Workbench, row: Row, seed: int = 0, steps: int = 0) -> dict:
     """The configs of a row: the preset's, changed to the plain recipe, changed to the row's."""
     parts = {"transformer": bench.preset.transformer, "train": bench.preset.transformer_train, "sample": bench.preset.sample}
     made = {name: replace_fields(part, {**PLAIN[name], **getattr(row, name)}) for name, part in parts.items()}
+    if made["transformer"].conditioning == "words":  # as many as CLIP itself reads
+        made["transformer"] = replace(made["transformer"], condition_tokens=bench.clip.tokenizer.context_length)
     if steps:
         made["train"] = replace(made["train"], steps=steps)
     if row.system in ("clip-gen", "supervised"):
@@ -189,7 +190,7 @@ def _system(bench: Workbench, row: Row, made: dict, of: dict, trainings: Path):
     needed = _plain_json({**{key: value for key, value in made.items() if key != "sample"}, **of})
     # rows that differ in sampling alone share a training, named by all that decides it
     run = open_run(hashlib.sha256(json.dumps(needed, sort_keys=True).encode()).hexdigest()[:8], trainings)
-    if not run.file("recipe.json").exists():
+    if not (run.file("recipe.json").exists() and (run.path / "transformer").is_dir()):  # weights are not in the repository
         text_mean = bench.text_mean() if made["train"].centre else None
         stores = [_store(bench, made, split) for split in ("train", "val")]
         start = time.perf_counter()

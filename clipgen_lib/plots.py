@@ -198,8 +198,7 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
     axes[0].legend(fontsize=7)
     both = torch.cat([images, texts])
     centred = both - both.mean(0)
-    _, _, axes_of_both = torch.pca_lowrank(centred, q=2, center=False)
-    flat = (centred @ axes_of_both).numpy()
+    flat = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).numpy()
     for label, part in (("pictures", flat[: len(images)]), ("texts", flat[len(images) :])):
         axes[1].scatter(part[:, 0], part[:, 1], s=4, alpha=0.5, label=label)
     axes[1].set(xticks=[], yticks=[], title="first two principal axes")

@@ -71,6 +71,11 @@ class TokenStore:
         """(len(rows), D) float32, unit-norm again after float16."""
         return F.normalize(torch.from_numpy(self.arrays["embeds"][rows].astype(np.float32)), dim=-1)
 
+    @property
+    def n_unmirrored(self) -> int:
+        """Rows before the mirrored ones."""
+        return len(self) // (2 if self.meta["flip"] else 1)
+
     def mean_embed(self) -> torch.Tensor:
         """Mean (D,) of all embeddings."""
         parts = (self.embeds(slice(i, i + 65_536)).double().sum(0) for i in range(0, len(self), 65_536))

@@ -6,6 +6,7 @@ import torch
 from clipgen_lib.baselines import VQGANCLIP, FusionGAN, FusionGenerator, Retrieval, Supervised, train_fusion_gan
 from clipgen_lib.config import FusionGANConfig, SampleConfig, TransformerConfig, VQGANCLIPConfig
 from clipgen_lib.images import crop, to_float
+from clipgen_lib.runs import ClipgenError
 from clipgen_lib.store import extract
 from clipgen_lib.transformer import ImageTransformer
 
@@ -76,6 +77,15 @@ def test_every_field_of_the_gan_matters(images, clip):
     for field, value in (("generator_lr", 1e-2), ("critic_lr", 1e-1), ("ema_decay", 0.1), ("batch_size", 3)):
         changed = train_fusion_gan(images, clip, replace(plain, **{field: value}))
         assert [p.sum() for p in changed.parameters()] != weights, field
+
+
+def test_the_gan_learns_from_pictures_with_captions_and_says_so_where_there_are_none(images, clip):
+    config = FusionGANConfig(channels=4, steps=2, batch_size=4)
+    images._captions = [texts if row < 2 else () for row, texts in enumerate(images.captions)]
+    train_fusion_gan(images, clip, config)
+    images._captions = [() for _ in images.captions]
+    with pytest.raises(ClipgenError, match="needs pairs"):
+        train_fusion_gan(images, clip, config)
 
 
 @pytest.mark.parametrize("size", [64, 128])

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -91,5 +92,18 @@ def test_the_row_of_the_preset_is_the_laptop_preset():
             assert getattr(part, key) == value, key
 
 
-def test_words_of_the_supervised_system_fit_the_embedded_clip(clip):
-    assert clip.tokenizer.context_length == compare.N_WORDS
+def test_words_of_the_supervised_system_are_those_that_clip_reads(bench):
+    row = next(row for row in compare.SYSTEMS if row.system == "supervised")
+    assert compare.recipe(bench, row)["transformer"].condition_tokens == bench.clip.tokenizer.context_length
+
+
+def test_a_training_without_its_weights_is_made_again(bench, tmp_path):
+    """A clone has the rows, and of a training at most its records."""
+    table = Table("ablation", ABLATION.rows[:1], 8, 4)
+    before = compare.run_table(bench, table, tmp_path, steps=2)
+    for path in (tmp_path / "ablation" / "trainings").glob("*/*/model.safetensors"):
+        shutil.rmtree(path.parent)
+    for path in (tmp_path / "ablation" / "trainings").glob("*/checkpoints"):
+        shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "ablation" / "rows")
+    assert compare.run_table(bench, table, tmp_path, steps=2)[0]["fid_0"] == before[0]["fid_0"]
