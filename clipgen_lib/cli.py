@@ -36,8 +36,9 @@ def main() -> None:
 
 
 def _run_options(command):
-    """What every stage takes: the notebooks' PRESET, RUN, DATA, SEED and DEVICE."""
+    """What every stage takes: the notebooks' PRESET, RUN, DATA, SEED, DEVICE and CLIP."""
     for option in (
+        click.option("--clip", default="", help="a folder in open_clip's layout, or MODEL/WEIGHTS  [default: the preset's]"),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--seed", default=0, show_default=True),
         click.option("--data", default="shapes", show_default=True, help="'shapes', a COCO root, or a folder of pictures"),
@@ -48,10 +49,10 @@ def _run_options(command):
     return command
 
 
-def _open(preset: str, run: str, data: str, seed: int, device: str):
+def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
     from .workbench import Workbench
 
-    return Workbench.open(preset, run, data, seed, device)
+    return Workbench.open(preset, run, data, seed, device, clip)
 
 
 @main.command("train-vqgan")
@@ -130,33 +131,58 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
     click.echo(f"{n} pictures of {prompt!r} in {output}")
 
 
+@main.command("train-classifier")
+@_run_options
+def train_classifier(**run_options) -> None:
+    """Train the judge of classes on real pictures in class folders; `evaluate` then uses it."""
+    click.echo(_open(**run_options).train_classifier())
+
+
 @main.command("compare")
-@click.argument("table", type=click.Choice(["ablation", "systems"]))
+@click.argument("table", type=click.Choice(["ablation", "systems", "photos"]))
 @click.option("--run", "run", default="laptop", show_default=True, help="a run whose VQGAN and store all rows share")
 @click.option("--steps", default=0, help="of each transformer  [default: the preset's]")
 @click.option("--row", "only", multiple=True, help="make only these rows")
+@click.option("--data", default="", help="where the run's pictures lie  [default: as the run says]")
 @click.option("--device", default="auto", show_default=True)
-def compare(table: str, run: str, steps: int, only: tuple[str, ...], device: str) -> None:
-    """Make a table of the comparison: levers on the plain recipe, or the systems. Rows that are there are kept."""
+def compare(table: str, run: str, steps: int, only: tuple[str, ...], data: str, device: str) -> None:
+    """Make a table of the comparison: levers on the plain recipe, the systems, or both recipes on photos.
+
+    Rows that are there are kept.
+    """
     from .compare import TABLES, lines_of, run_table
     from .workbench import Workbench
 
-    click.echo(lines_of(run_table(Workbench.reopen(run, device), TABLES[table], steps=steps, only=only)))
+    entries = run_table(Workbench.reopen(run, device, data), TABLES[table], steps=steps, only=only)
+    click.echo(lines_of(entries, TABLES[table].columns))
 
 
 @main.command("train-clip")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True)
 @click.option("--run", default="shapes-clip", show_default=True)
+@click.option("--data", default="shapes", show_default=True, help="'shapes', or pictures with captions or class folders")
+@click.option("--steps", default=0, help="training steps  [default: the preset's]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
-def train_clip(preset: str, run: str, seed: int, device: str) -> None:
-    """Train the embedded CLIP of the Shapes world (the only step that sees captions)."""
+def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: str) -> None:
+    """Train a small CLIP where none can be downloaded (the only training that sees captions)."""
+    from .clip_embed import ClipEmbedder
     from .config import load_preset
+    from .data import open_images
+    from .train_clip import MODEL, ImagePairs, ScenePairs, caption_accuracy
     from .train_clip import train_clip as train
     from .workbench import pick_device
 
-    folder = train(open_run(run), load_preset(preset).clip_train, seed, pick_device(device))
-    click.echo(f"CLIP in {folder}; use it by copying the folder to data/shapes_clip")
+    config, opened = load_preset(preset, **({"clip_train": {"steps": steps}} if steps else {})).clip_train, open_run(run)
+    device, size = pick_device(device), MODEL["vision_cfg"]["image_size"]
+    pairs = ScenePairs(config, seed) if data == "shapes" else ImagePairs(open_images(data, "train", size), config, seed)
+    folder = train(opened, pairs, config, seed, device)
+    if data != "shapes":
+        opened.add_to_summary(
+            clip=caption_accuracy(ClipEmbedder.load(str(folder), device=device), open_images(data, "val", size))
+        )
+        click.echo(opened.summary()["clip"])
+    click.echo(f"CLIP in {_short(folder)}: name the folder as --clip, or as notebook parameter CLIP")
 
 
 @main.command("preset")
@@ -189,8 +215,9 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
         if not any(key in names for names in known.values()):
             everything = sorted(set().union(*known.values()))
             raise ClipgenError(f"no notebook has a parameter {key!r}: choose from {', '.join(everything)}")
-    if "DATA" in values and values["DATA"] != "shapes":
-        values["DATA"] = str(Path(values["DATA"]).expanduser().resolve())  # notebooks run in their own folder
+    for key in ("DATA", "CLIP"):  # notebooks run in their own folder
+        if values.get(key, "shapes") != "shapes" and Path(values[key]).expanduser().exists():
+            values[key] = str(Path(values[key]).expanduser().resolve())
     opened = open_run(values["RUN"])
     for index, name in enumerate(chosen):
         click.echo(f"{name}.ipynb ({index + 1} of {len(chosen)})", err=True)
@@ -254,9 +281,10 @@ def _execute(name: str, values: dict, output: Path) -> None:
         raise
     finally:
         if output.exists():
-            text, data = output.read_text(encoding="utf-8"), Path(values.get("DATA", ""))
-            if data.is_absolute():  # a copy to share names the data, not where they lie on this machine
-                text = text.replace(str(data), data.name)
+            text = output.read_text(encoding="utf-8")
+            for path in (Path(values.get(key, "")) for key in ("DATA", "CLIP")):
+                if path.is_absolute():  # a copy to share names the data, not where they lie on this machine
+                    text = text.replace(str(path), path.name)
             nbformat.write(tidied(nbformat.reads(text, as_version=4)), output)
 
 

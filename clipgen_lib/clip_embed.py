@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .runs import DATA, ClipgenError, file_hash
+from .runs import DATA, ROOT, ClipgenError, file_hash
 
 EMBEDDED = "shapes"
 
@@ -48,8 +48,8 @@ class ClipEmbedder(nn.Module):
         """Load a CLIP.
 
         Args:
-            name: `shapes` (the embedded one), a folder in open_clip's layout (open_clip_config.json and weights), or
-                an open_clip model name such as `ViT-B-32-quickgelu`.
+            name: `shapes` (the embedded one), a folder in open_clip's layout (open_clip_config.json and weights; a
+                relative path counts from the project's root), or an open_clip model name such as `ViT-B-32-quickgelu`.
             pretrained: for a model name, open_clip's tag (`openai`) or a local checkpoint file.
 
         Raises:
@@ -58,7 +58,7 @@ class ClipEmbedder(nn.Module):
         """
         import open_clip
 
-        folder = DATA / "shapes_clip" if name == EMBEDDED else Path(name)
+        folder = DATA / "shapes_clip" if name == EMBEDDED else ROOT / name
         arguments = {}
         if name == EMBEDDED or folder.is_dir():
             weights = folder / "open_clip_model.safetensors"

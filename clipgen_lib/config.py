@@ -46,6 +46,21 @@ class ClipTrainConfig:
 
 
 @dataclass(frozen=True)
+class ClassifierConfig:
+    """The classifier that judges drawn pictures of classes: a resnet18, `width` channels in its first stage."""
+
+    width: int = 32
+    steps: int = 1_600
+    batch_size: int = 128
+    lr: float = 2e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    bfloat16: bool = True
+    log_every: int = 20
+    save_every: int = 400
+
+
+@dataclass(frozen=True)
 class VQGANConfig:
     """Architecture of stage 1; the downsampling factor is patch * 2^(levels - 1)."""
 
@@ -228,6 +243,7 @@ class Preset:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     fusion_gan: FusionGANConfig = field(default_factory=FusionGANConfig)
     vqgan_clip: VQGANCLIPConfig = field(default_factory=VQGANCLIPConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
 
 def _laptop() -> Preset:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from . import shapes
 from .config import ShapesConfig
@@ -282,3 +283,28 @@ def _record(images: ImageSet, items: list[tuple[int, torch.Tensor | str]]) -> No
         if isinstance(x, str):
             name = images.paths[row].relative_to(images.root).as_posix()
             images.skipped[name] = x.replace(str(images.paths[row]), name)
+
+
+def augmented_rows(images: ImageSet, rows: np.ndarray, seed: int, step: int, flip: bool) -> tuple[np.ndarray, torch.Tensor]:
+    """Pictures of given rows for a training that needs to know which is which (CLIP, a classifier).
+
+    Each is cropped to between half and all of its area and resized back, and mirrored or not, as seed and step say.
+
+    Returns:
+        The rows that could be read, (b,), and their pictures, (b, 3, S, S) uint8; the others are in `images.skipped`.
+
+    Raises:
+        ClipgenError: none of them can be read.
+    """
+    crops = v2.Compose([v2.RandomResizedCrop(images.size, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip(0.5 * flip)])
+    good = {}
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        torch.manual_seed((seed << 32) + step)
+        for row in map(int, rows):
+            try:
+                good[row] = crops(images[row])
+            except ClipgenError as error:
+                _record(images, [(row, str(error))])
+    if not good:
+        raise ClipgenError(f"none of {len(rows)} pictures of {images.root} could be read: check the data")
+    return np.array(list(good)), torch.stack(list(good.values()))

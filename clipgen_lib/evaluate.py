@@ -14,6 +14,7 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from . import shapes
+from .classifier import Classifier
 from .clip_embed import ClipEmbedder
 from .config import EvaluateConfig
 from .data import ImageSet, ordered_batches
@@ -170,16 +171,18 @@ def r_precision(image_embeds: torch.Tensor, text_embeds: torch.Tensor, texts: li
 @torch.inference_mode()
 def evaluate_generator(
     generator: TextToImage, images: ImageSet, judge: ClipEmbedder, config: EvaluateConfig, seed: int = 0,
-    show_progress: bool = True, **settings: float,
+    show_progress: bool = True, classifier: Classifier | None = None, **settings: float,
 ) -> tuple[dict, dict]:  # fmt: skip
     """FID-k, rFID, CapS and R-precision of pictures drawn for a split's captions.
 
     FID-k compares one picture for each chosen caption with all pictures of the split; rFID the split's pictures with
     their own reconstructions; `floor` the two halves of the split, real against real. CapS is the mean cosine of
     caption and picture under the judge CLIP (not times 100), `caps_ceiling` that of real pictures with their own
-    captions, `caps_floor` with captions of other pictures.
+    captions, `caps_floor` with captions of other pictures. `classes` is the share of pictures that a classifier reads
+    as the class that was asked for: drawn ones, real ones, and the tokenizer's decodings of real ones.
 
     Args:
+        classifier: of the classes of `images`; None leaves `classes` out.
         settings: fields of SampleConfig, such as guidance.
 
     Returns:
@@ -188,13 +191,23 @@ def evaluate_generator(
     network = feature_network(config.protocol, judge)
     sets = {name: BlurredStatistics(network, config.blur) for name in ("real", "first", "second", "decoded", "drawn")}
     image_embeds, position = torch.zeros(len(images), judge.dim), 0
+    right: dict[str, list[bool]] = {"real": [], "reconstruction": [], "accuracy": []}
+
+    def classify(kind: str, pictures: torch.Tensor, rows: list[int]) -> None:
+        if classifier is not None:
+            found = classifier.read(pictures)
+            right[kind] += [name == images.classes[row] for name, row in zip(found, rows, strict=True)]
+
     for rows, batch in _with_bar(images, config.batch_size, show_progress):
         x = to_float(batch).to(judge.device)
         sets["real"].add(x)
         for name, offset in (("first", position % 2), ("second", 1 - position % 2)):
             if len(x[offset::2]):
                 sets[name].add(x[offset::2])
-        sets["decoded"].add(generator.vqgan.decode(generator.vqgan.encode(x)))
+        decoded = generator.vqgan.decode(generator.vqgan.encode(x))
+        sets["decoded"].add(decoded)
+        classify("real", x, rows)
+        classify("reconstruction", decoded, rows)
         image_embeds[rows] = judge.images(x).cpu()
         position += len(rows)
 
@@ -206,6 +219,7 @@ def evaluate_generator(
             part = prompts[i : i + config.batch_size]
             x = generator.draw_each(_prompts(generator, images, part), [seed + i + j for j in range(len(part))], **settings)
             sets["drawn"].add(x)
+            classify("accuracy", x, [row for row, _ in part])
             drawn_embeds.append(judge.images(to_float(to_uint8(x))).cpu())
             shown.append(x[: max(0, 64 - i)].cpu())
             bar.update(len(part))
@@ -228,6 +242,8 @@ def evaluate_generator(
     if images.has_captions:
         own = image_embeds[[row for row, _ in prompts]]
         numbers |= caption_scores(torch.cat(drawn_embeds), own, [text for _, text in prompts], judge, seed)
+    if classifier is not None:
+        numbers["classes"] = {kind: float(np.mean(hits)) for kind, hits in right.items()} | {"n": n_drawn}
     names = [text or f"row {row}" for row, text in prompts]
     return numbers, {"prompts": names[:64], "images": torch.cat(shown)[:64]}
 
@@ -313,6 +329,8 @@ def table(summary: dict) -> str:
             f"{'R-precision':28}{e['r_precision']:.3f}   (real pictures {e['r_precision_real']:.3f}, chance about {1 / min(100, e['n']):.2g})",
             f"{'judge':28}{e['judge']}",
         ]
+    if c := e.get("classes"):
+        lines.append(f"{'class accuracy':28}{c['accuracy']:.3f}   (real pictures {c['real']:.3f}, the tokenizer's decodings {c['reconstruction']:.3f}; by a classifier of real pictures)")  # fmt: skip
     for modality, kinds in summary.get("oracle", {}).items():
         for kind, scores in kinds.items():
             shares = "   ".join(f"{key} {100 * value:.1f}%" for key, value in scores.items() if key != "n")

@@ -1,7 +1,7 @@
-"""Train the embedded CLIP of the Shapes world: the only step of the project that sees captions.
+"""Train a small CLIP where none can be downloaded: the only training of the project that sees captions.
 
-In: scenes and captions drawn from a seed. Out: a folder in open_clip's own layout (config, safetensors in float16,
-BPE merges) that `ClipEmbedder.load` reads like any other. Loss, model and tokenizer are open_clip's.
+In: scenes of the Shapes world, or pictures with captions. Out: a folder in open_clip's own layout (config, safetensors
+in float16, BPE merges) that `ClipEmbedder.load` reads like any other. Model and tokenizer are open_clip's.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from . import shapes
 from .clip_embed import ClipEmbedder
 from .config import ClipTrainConfig
-from .images import from_arrays
+from .data import ImageSet, augmented_rows, ordered_batches
+from .images import from_arrays, to_float
 from .optim import build_optimizer, set_rate
 from .runs import ClipgenError, Run, fresh_folder, progress
-from .schedule import learning_rate
+from .schedule import batch_rows, learning_rate
 from .train import TrainingState
 
 CONTEXT = 32
@@ -54,6 +56,59 @@ def pool_scene(seed: int, index: int) -> shapes.Scene:
     return replace(scene, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
 
 
+class ScenePairs:
+    """Scenes of the Shapes world, drawn once, and captions drawn anew for each batch."""
+
+    def __init__(self, config: ClipTrainConfig, seed: int, show_progress: bool = True):
+        self.config, self.seed, self.hash = config, seed, f"scenes-{config.scenes}-{seed}"
+        self.pool = [pool_scene(seed, index) for index in range(config.scenes)]
+        self.corpus = [text for scene in self.pool[:4000] for text in shapes.captions(scene)]
+        self.pictures = np.empty((len(self.pool), shapes.CANVAS, shapes.CANVAS, 3), np.uint8)
+        with progress(len(self.pool), "drawing", show_progress) as bar:
+            for index, scene in enumerate(self.pool):
+                self.pictures[index] = shapes.render(scene)
+                bar.update()
+
+    def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        """Pictures (B, 3, H, W) in [-1, 1], a text for each, and which belong together (B, B): each to its own."""
+        rows = _batch_pairs(self.config, self.seed, step)
+        chooser = np.random.default_rng([self.seed, step])
+        texts = [shapes.caption(self.pool[row], chooser)[0] for row in rows]
+        return from_arrays(self.pictures[rows]), texts, torch.eye(len(rows))
+
+
+class ImagePairs:
+    """Pictures with captions; where these are class names, pictures are mirrored too (no name says left or right)."""
+
+    def __init__(self, images: ImageSet, config: ClipTrainConfig, seed: int):
+        self.images, self.config, self.seed, self.hash = images, config, seed, images.hash
+        self.rows = np.array([row for row, texts in enumerate(images.captions) if texts])
+        if not len(self.rows):
+            raise ClipgenError(f"{images.root} has no captions beside its pictures: CLIP learns from pairs")
+        self.corpus = sorted({text for texts in images.captions for text in texts})
+
+    def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        """As of scenes, but pictures with the same words all belong together (UniCL, arXiv 2204.03610)."""
+        rows = self.rows[batch_rows(len(self.rows), self.config.batch_size, self.seed, step)]
+        rows, pictures = augmented_rows(self.images, rows, self.seed, step, flip=self.images.classes is not None)
+        chooser = np.random.default_rng([self.seed, step])
+        texts = [self.images.captions[row][chooser.integers(len(self.images.captions[row]))] for row in rows]
+        wording = np.array(texts)
+        return to_float(pictures), texts, torch.from_numpy(wording[:, None] == wording).float()
+
+
+def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
+    """The symmetric cross-entropy of CLIP (arXiv 2103.00020, section 2.3), with several right answers where there are.
+
+    Args:
+        images, texts: (B, D) of unit norm. scale: the inverse temperature.
+        together: (B, B) of 0 and 1, symmetric; a picture's right answers share its probability. The identity gives
+            open_clip's `ClipLoss`.
+    """
+    logits, targets = scale * images @ texts.T, together / together.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
 def train_tokenizer(texts: list[str], path: Path) -> int:
     """Learn BPE merges on texts and write them as open_clip's SimpleTokenizer reads them; returns its vocabulary size."""
     from open_clip.tokenizer import SimpleTokenizer
@@ -68,44 +123,39 @@ def train_tokenizer(texts: list[str], path: Path) -> int:
     return SimpleTokenizer(bpe_path=str(path), context_length=CONTEXT).vocab_size
 
 
-def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu", show_progress: bool = True) -> Path:
-    """Train from scratch, or go on from the run's checkpoint, and write `<run>/clip/`; returns that folder.
-
-    The loss is open_clip's `ClipLoss` (the symmetric cross-entropy of Radford et al. 2021, section 2.3).
-    """
+def train_clip(
+    run: Run,
+    pairs: ScenePairs | ImagePairs,
+    config: ClipTrainConfig,
+    seed: int,
+    device: str = "cpu",
+    show_progress: bool = True,
+) -> Path:
+    """Train from scratch, or go on from the run's checkpoint, and write `<run>/clip/`; returns that folder."""
     import open_clip
     from open_clip.model import CLIP
 
     torch.manual_seed(seed)
-    pool = [pool_scene(seed, index) for index in range(config.scenes)]
-    with progress(len(pool), "drawing", show_progress) as bar:
-        pictures = np.empty((len(pool), shapes.CANVAS, shapes.CANVAS, 3), np.uint8)
-        for index, scene in enumerate(pool):
-            pictures[index] = shapes.render(scene)
-            bar.update()
     merges = run.file("clip_bpe_merges.txt.gz")
-    vocabulary = train_tokenizer([t for scene in pool[:4000] for t in shapes.captions(scene)], merges)
+    vocabulary = train_tokenizer(pairs.corpus, merges)
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT, bpe_path=str(merges))
     text_config = {**MODEL["text_cfg"], "vocab_size": vocabulary}
     model = CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], text_config).to(device)
     optimizer = build_optimizer(model, "adamw", config.lr, 0.98, config.weight_decay)
-    loss_of = open_clip.ClipLoss()
     mean, std = (torch.tensor(PREPROCESS[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
-    state = TrainingState(run, "clip", {"model": model, "optimizer": optimizer}, {"config": asdict(config), "seed": seed})
+    state = TrainingState(run, "clip", {"model": model, "optimizer": optimizer},
+                          {"config": asdict(config), "seed": seed, "data": pairs.hash})  # fmt: skip
     step = state.resume()
 
     with progress(config.steps, "training CLIP", show_progress, initial=step) as bar:
         model.train()
         while step < config.steps:
-            pairs = _batch_pairs(config, seed, step)
-            chooser = np.random.default_rng([seed, step])
-            images = from_arrays(pictures[pairs]).to(device)
-            texts = [shapes.caption(pool[i], chooser)[0] for i in pairs]
+            images, texts, together = pairs.batch(step)
             rate = learning_rate(step, config.steps, config.lr, config.warmup)
             set_rate(optimizer, rate)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
-                image_features, text_features, scale = model(((images + 1) / 2 - mean) / std, tokenizer(texts).to(device))[:3]
-            loss = loss_of(image_features.float(), text_features.float(), scale.float())
+                found = model(((images.to(device) + 1) / 2 - mean) / std, tokenizer(texts).to(device))[:3]
+            loss = contrastive_loss(*(x.float() for x in found), together.to(device))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -115,7 +165,7 @@ def train_clip(run: Run, config: ClipTrainConfig, seed: int, device: str = "cpu"
             step += 1
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
-                run.log("clip", step, loss=loss.item(), lr=rate, scale=scale.item())
+                run.log("clip", step, loss=loss.item(), lr=rate, scale=found[2].item())
                 bar.set_postfix(loss=f"{loss.item():.3f}")
                 if not math.isfinite(loss.item()):
                     raise ClipgenError(f"the clip loss is not finite by step {step}: lower its learning rate and run again from the last checkpoint")  # fmt: skip
@@ -164,3 +214,17 @@ def retrieval(clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_things:
     true = [shapes.holds(said[j][1], scene) for j, scene in zip(best, scenes, strict=True)]
     own = [said[j][0] == said[i][0] for i, j in enumerate(best)]
     return {"n": n_scenes, "true_at_1": float(np.mean(true)), "own_at_1": float(np.mean(own))}
+
+
+@torch.inference_mode()
+def caption_accuracy(clip: ClipEmbedder, images: ImageSet) -> dict[str, float]:
+    """Share of pictures whose first caption ranks first among all first captions of the set, each wording once."""
+    said = {row: texts[0] for row, texts in enumerate(images.captions) if texts}
+    wordings = sorted(set(said.values()))
+    texts = torch.cat([clip.texts(wordings[i : i + 256]) for i in range(0, len(wordings), 256)])
+    right = [
+        wordings[best] == said[row]
+        for rows, batch in ordered_batches(images, list(said), 250)
+        for row, best in zip(rows, (clip.images(to_float(batch).to(clip.device)) @ texts.T).argmax(1).tolist(), strict=True)
+    ]
+    return {"n": len(right), "wordings": len(wordings), "accuracy": float(np.mean(right))}

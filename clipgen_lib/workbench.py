@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import evaluate, train
+from .classifier import Classifier, accuracy, train_classifier
 from .clip_embed import ClipEmbedder
 from .config import Preset, load_preset
 from .data import ImageSet, open_images
 from .images import grid, to_float
 from .losses import PatchDiscriminator, adversarial_loss
-from .runs import RESULTS, ClipgenError, Run, differences, open_run, read_json, versions, write_json
+from .runs import RESULTS, ROOT, ClipgenError, Run, differences, open_run, read_json, versions, write_json
 from .sample import TextToImage, load_run
 from .store import TokenStore, extract
 from .transformer import ImageTransformer
@@ -59,9 +60,16 @@ class Workbench:
     device: str
 
     @classmethod
-    def open(cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto") -> Workbench:
-        """Open or begin a run; one begun with another preset, data or seed is refused."""
-        chosen, opened = load_preset(preset), open_run(run)
+    def open(
+        cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
+    ) -> Workbench:
+        """Open or begin a run; one begun with another preset, data, seed or CLIP is refused.
+
+        Args:
+            clip: the conditioning CLIP in place of the preset's: a folder in open_clip's layout, or an open_clip
+                model and its weights, such as `ViT-B-32-quickgelu/openai`.
+        """
+        chosen, opened = load_preset(preset, **({"clip": _clip_fields(clip)} if clip else {})), open_run(run)
         config = {"preset": asdict(chosen), "data": _portable(data), "seed": seed}
         path = opened.file("config.json")
         if path.exists():
@@ -80,12 +88,14 @@ class Workbench:
         return bench
 
     @classmethod
-    def reopen(cls, run: str, device: str = "auto") -> Workbench:
-        """Open a run that exists with the preset, data and seed it was begun with."""
+    def reopen(cls, run: str, device: str = "auto", data: str = "") -> Workbench:
+        """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its pictures lie now."""
         if not (RESULTS / run / "config.json").is_file():
             raise ClipgenError(f"there is no run {run!r} under {RESULTS.name}/: begin it with 'clipgen run --run {run}'")
         config = read_json(RESULTS / run / "config.json")
-        return cls.open(config["preset"]["name"], run, config["data"], config["seed"], device)
+        clip = config["preset"]["clip"]
+        name = "/".join(part for part in (clip["name"], clip["pretrained"]) if part)
+        return cls.open(config["preset"]["name"], run, data or config["data"], config["seed"], device, name)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -113,6 +123,11 @@ class Workbench:
 
     def vqgan(self) -> VQGAN:
         return VQGAN.load(self.run.path / "vqgan", self.device)
+
+    def classifier(self) -> Classifier | None:
+        """The judge of classes where one has been trained for this run (`train_classifier`), else None."""
+        folder = self.run.path / "classifier"
+        return Classifier.load(folder, self.device) if folder.is_dir() else None
 
     def store(self, split: str = "train") -> TokenStore:
         return TokenStore.open(self.run.path / "store" / split, self.vqgan(), self.clip)
@@ -174,6 +189,14 @@ class Workbench:
         clip_size = sum(p.numel() for p in self.clip.parameters())
         self.run.add_to_summary(transformer=scores, parameters={"clip": clip_size})
 
+    def train_classifier(self) -> dict[str, float]:
+        """The judge of classes, on real pictures of the train split; returns its accuracy on those of the val split."""
+        images, held_out = self.images(), self.images("val")
+        with self._timed("classifier"):
+            classifier = train_classifier(self.run, images, self.preset.classifier, self.seed, self.device)
+        self.run.add_to_summary(classifier=accuracy(classifier, held_out))
+        return self.run.summary()["classifier"]
+
     def preview_prompts(self, n: int = 6) -> list[str]:
         """Prompts for pictures on the way: fixed ones for shapes, else captions of the val split."""
         if self.has_oracle:
@@ -187,7 +210,7 @@ class Workbench:
         generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
         with self._timed("evaluate", resumable=False):
             numbers, shown = evaluate.evaluate_generator(
-                generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, **settings)  # fmt: skip
+                generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, classifier=self.classifier(), **settings)  # fmt: skip
             oracle = evaluate.evaluate_oracle(generator, self.preset.evaluate.n_oracle, self.seed, **settings) if self.has_oracle else None  # fmt: skip
         sample = {**asdict(self.preset.sample), **settings}
         start, texts = time.perf_counter(), shown["prompts"][:16]
@@ -213,6 +236,17 @@ class Workbench:
 def _portable(data: str) -> str:
     """The name of a data folder rather than where it lies on this machine."""
     return data if data == "shapes" else Path(data).expanduser().resolve().name
+
+
+def _clip_fields(clip: str) -> dict[str, str | None]:
+    """Name and weights of a CLIP from one word: a folder (inside the project by its place there), `shapes`, or model/weights."""
+    folder = ROOT / Path(clip).expanduser()
+    if Path(clip).is_dir() and not folder.is_dir():
+        folder = Path(clip).resolve()
+    if folder.is_dir():
+        return {"name": str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder), "pretrained": None}
+    name, _, weights = clip.partition("/")
+    return {"name": name, "pretrained": weights or None}
 
 
 def count_and_step(preset: Preset, clip_dim: int, optimise: bool = True) -> dict[str, float]:

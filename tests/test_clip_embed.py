@@ -1,5 +1,7 @@
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -11,9 +13,10 @@ from PIL import Image
 from clipgen_lib import shapes
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ClipTrainConfig
+from clipgen_lib.data import open_images
 from clipgen_lib.images import from_arrays
 from clipgen_lib.runs import DATA, ClipgenError, open_run
-from clipgen_lib.train_clip import pool_scene, retrieval, train_clip
+from clipgen_lib.train_clip import ImagePairs, ScenePairs, caption_accuracy, contrastive_loss, pool_scene, retrieval, train_clip
 
 EMBEDDED = DATA / "shapes_clip"
 
@@ -120,9 +123,50 @@ def test_twins_exchange_places():
     assert twins > 20 and readable >= 0.95 * twins  # corners of two like-coloured things may touch
 
 
+SMALL = ClipTrainConfig(scenes=64, steps=2, batch_size=16, warmup=1, log_every=1, save_every=1)
+
+
 def test_a_clip_loss_that_is_not_finite_writes_no_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(open_clip, "ClipLoss", lambda: lambda images, texts, scale: (images * texts).sum() * float("nan"))
-    config = ClipTrainConfig(scenes=64, steps=2, batch_size=16, warmup=1, log_every=1, save_every=1)
+    monkeypatch.setattr("clipgen_lib.train_clip.contrastive_loss", lambda images, *_: images.sum() * float("nan"))
     with pytest.raises(ClipgenError, match="not finite by step 1"):
-        train_clip(open_run("r", tmp_path), config, seed=0, show_progress=False)
+        train_clip(open_run("r", tmp_path), ScenePairs(SMALL, 0), SMALL, seed=0, show_progress=False)
     assert not (tmp_path / "r" / "checkpoints" / "clip.safetensors").exists()
+
+
+def test_contrastive_loss_is_that_of_open_clip():
+    torch.manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    scale = torch.tensor(20.0)
+    ours = contrastive_loss(images, texts, scale, torch.eye(6))
+    torch.testing.assert_close(ours, open_clip.ClipLoss()(images, texts, scale))
+    # two pictures of one wording share their probability, so that the best that can be reached is its entropy
+    same, perfect = torch.block_diag(torch.ones(2, 2), torch.eye(4)), torch.block_diag(torch.ones(2, 1), torch.eye(4))
+    assert contrastive_loss(perfect, perfect, torch.tensor(50.0), same).item() == pytest.approx(2 * math.log(2) / 6, abs=1e-5)
+
+
+def test_clip_learns_from_pictures_with_class_names(tmp_path):
+    """Two classes that any network can tell: after a few steps the words fit the pictures."""
+    for split in ("train", "val"):
+        for name, colour in (("night", 20), ("day", 235)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(8):
+                noise = np.random.default_rng([i, colour]).integers(-15, 16, (64, 64, 3))
+                Image.fromarray((colour + noise).astype(np.uint8)).save(tmp_path / "data" / split / name / f"{i}.png")
+    train, val = (open_images(tmp_path / "data", split, 64) for split in ("train", "val"))
+    config = replace(SMALL, steps=12, lr=1e-3, warmup=2, bfloat16=False)
+    pairs = ImagePairs(train, config, 0)
+    images, texts, together = pairs.batch(3)
+    assert (
+        images.shape == (16, 3, 64, 64) and together.sum() == 128 and set(texts) == {"a photo of a day", "a photo of a night"}
+    )
+    assert torch.equal(images, pairs.batch(3)[0]) and not torch.equal(images, pairs.batch(4)[0])
+    folder = train_clip(open_run("r", tmp_path), pairs, config, seed=0, show_progress=False)
+    assert caption_accuracy(ClipEmbedder.load(str(folder)), val) == {"n": 16, "wordings": 2, "accuracy": 1.0}
+
+
+def test_clip_needs_pairs(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "data" / f"{i}.png")
+    with pytest.raises(ClipgenError, match="has no captions"):
+        ImagePairs(open_images(tmp_path / "data", "train", 8), SMALL, 0)

@@ -8,6 +8,7 @@ from clipgen_lib import baselines, compare
 from clipgen_lib.compare import Row, Table
 from clipgen_lib.config import load_preset
 from clipgen_lib.runs import ClipgenError, open_run, read_json, save_weights
+from clipgen_lib.vqgan import VQGAN
 from clipgen_lib.workbench import Workbench
 
 
@@ -32,7 +33,7 @@ ABLATION = Table("ablation", (
     Row("near", "projection", sample={"neighbours": 2}),
     Row("centred", "means off", train={"centre": True}, text="unpaired"),
     Row("twin", "captions", text="paired"),
-), 8, 4)  # fmt: skip
+), 8, 4, ("caps", "fid_0"))  # fmt: skip
 
 
 def test_rows_are_trained_once_evaluated_and_kept(bench, tmp_path, monkeypatch):
@@ -45,7 +46,8 @@ def test_rows_are_trained_once_evaluated_and_kept(bench, tmp_path, monkeypatch):
     assert len(trainings) == 4  # two seeds, centred, twin: the others only sample otherwise
     monkeypatch.setattr(compare.train, "train_transformer", lambda *a, **k: pytest.fail("trained again"))
     assert compare.run_table(bench, ABLATION, tmp_path, steps=2) == table
-    assert "±" in compare.lines_of(table).splitlines()[1] and "±" not in compare.lines_of(table).splitlines()[2]
+    lines = compare.lines_of(table, ABLATION.columns).splitlines()
+    assert "±" in lines[1] and "±" not in lines[2]
     assert list(compare.sheets(tmp_path / "ablation", ABLATION.rows)) == [row.name for row in ABLATION.rows]
 
 
@@ -99,7 +101,7 @@ def test_words_of_the_supervised_system_are_those_that_clip_reads(bench):
 
 def test_a_training_without_its_weights_is_made_again(bench, tmp_path):
     """A clone has the rows, and of a training at most its records."""
-    table = Table("ablation", ABLATION.rows[:1], 8, 4)
+    table = replace(ABLATION, rows=ABLATION.rows[:1])
     before = compare.run_table(bench, table, tmp_path, steps=2)
     for path in (tmp_path / "ablation" / "trainings").glob("*/*/model.safetensors"):
         shutil.rmtree(path.parent)
@@ -107,3 +109,24 @@ def test_a_training_without_its_weights_is_made_again(bench, tmp_path):
         shutil.rmtree(path)
     shutil.rmtree(tmp_path / "ablation" / "rows")
     assert compare.run_table(bench, table, tmp_path, steps=2)[0]["fid_0"] == before[0]["fid_0"]
+
+
+def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
+    """Class folders, with a classifier of the real pictures beside the run."""
+    data = tmp_path / "classes"
+    for split, n in (("train", 24), ("val", 8)):
+        for i, name in enumerate(("red", "blue")):
+            (data / split / name).mkdir(parents=True)
+            for path in sorted((world / f"{split}").glob("*.png"))[i::2][: n // 2]:
+                shutil.copy(path, data / split / name)
+    small = replace(preset, evaluate=replace(preset.evaluate, n=8, batch_size=8, blur=(0, 1)),
+                    classifier=replace(preset.classifier, width=8, steps=3, batch_size=8, warmup=1))  # fmt: skip
+    bench = Workbench(open_run("base", tmp_path), small, str(data), 0, "cpu")
+    torch.manual_seed(0)
+    save_weights(bench.run.path / "vqgan", VQGAN(preset.vqgan).eval())
+    bench.extract()
+    assert bench.train_classifier() == bench.run.summary()["classifier"] and bench.run.summary()["classifier"]["n"] == 8
+    entry = compare.run_table(bench, compare.TABLES["photos"], tmp_path, steps=2, only=["plain", "retrieval"])[0]
+    real = bench.run.summary()["classifier"]["accuracy"]
+    assert entry["class_accuracy_real"]["mean"] == real and 0 <= entry["class_accuracy"]["mean"] <= 1
+    assert "oracle_error" not in entry and (tmp_path / "photos" / "table.json").is_file()

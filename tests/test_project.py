@@ -70,10 +70,11 @@ def test_readme_numbers_come_from_results():
     assert table(summary) in readme
 
 
-def test_readme_comparison_comes_from_results():
-    from clipgen_lib.compare import ROWS, entries, lines_of
+@pytest.mark.parametrize("name", ["ablation"])
+def test_readme_comparison_comes_from_results(name):
+    from clipgen_lib.compare import TABLES, entries, lines_of
 
-    folder = ROOT / "results" / "ablation"
-    made = entries(folder, ROWS)
+    folder, table = ROOT / "results" / name, TABLES[name]
+    made = entries(folder, table.rows)
     assert made == json.loads((folder / "table.json").read_text())
-    assert lines_of(made) in (ROOT / "README.md").read_text()
+    assert lines_of(made, table.columns) in (ROOT / "README.md").read_text()

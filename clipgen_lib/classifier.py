@@ -1,0 +1,108 @@
+"""A classifier of real pictures that judges drawn ones: does what was drawn for "a photo of a goldfish" look like one?
+
+In: pictures sorted into class folders. Out: `<run>/classifier/`, a timm network trained on the real pictures only. It has
+seen neither CLIP nor a drawn picture, so that, unlike CapS, it is not the judge in its own cause.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import ClassifierConfig, from_dict
+from .data import ImageSet, augmented_rows, ordered_batches
+from .images import to_float, to_uint8
+from .optim import build_optimizer, set_rate
+from .runs import ClipgenError, Run, load_strictly, progress, read_json, read_weights, save_weights
+from .schedule import batch_rows, learning_rate
+from .train import TrainingState
+
+
+class Classifier(nn.Module):
+    """A timm network and the names of its classes."""
+
+    def __init__(self, config: ClassifierConfig, names: list[str]):
+        import timm
+
+        super().__init__()
+        self.config, self.names = config, list(names)
+        shape = {"channels": tuple(config.width * 2**i for i in range(4)), "output_stride": 16}
+        self.network = timm.create_model("resnet18", num_classes=len(self.names), **shape)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, classes) logits."""
+        return self.network(images)
+
+    @torch.inference_mode()
+    def read(self, images: torch.Tensor) -> list[str]:
+        """The class of each picture (B, 3, H, W) in [-1, 1], rounded to 8 bits first, as files are."""
+        return [self.names[i] for i in self(to_float(to_uint8(images))).argmax(1).tolist()]
+
+    def describe(self) -> dict:
+        return {"config": asdict(self.config), "names": self.names}
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> Classifier:
+        """Read what `train_classifier` wrote to a folder, in eval mode."""
+        described = read_json(Path(folder) / "config.json")
+        model = cls(from_dict(ClassifierConfig, described["config"]), described["names"])
+        load_strictly(model, read_weights(Path(folder)), Path(folder))
+        return model.to(device).eval().requires_grad_(False)
+
+
+def train_classifier(
+    run: Run, images: ImageSet, config: ClassifierConfig, seed: int = 0, device: str = "cpu", show_progress: bool = True
+) -> Classifier:
+    """Train on class folders, or go on from the run's checkpoint, and write `<run>/classifier/`.
+
+    Raises:
+        ClipgenError: no class folders, or a loss that is not finite.
+    """
+    if images.classes is None:
+        raise ClipgenError(f"{images.root} has no classes: sort its pictures into a folder for each class")
+    torch.manual_seed(seed)
+    model = Classifier(config, sorted(set(images.classes))).to(device)
+    labels = torch.tensor([model.names.index(name) for name in images.classes])
+    optimizer = build_optimizer(model, "adamw", config.lr, 0.98, config.weight_decay)
+    state = TrainingState(run, "classifier", {"model": model, "optimizer": optimizer},
+                          {**model.describe(), "seed": seed, "data": images.hash})  # fmt: skip
+    start = state.resume()
+    with progress(config.steps, "training classifier", show_progress, start) as bar:
+        model.train()
+        for step in range(start, config.steps):
+            rows = batch_rows(len(images), config.batch_size, seed, step)
+            rows, pictures = augmented_rows(images, rows, seed, step, flip=True)
+            rate = learning_rate(step, config.steps, config.lr, config.warmup)
+            set_rate(optimizer, rate)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
+                logits = model(to_float(pictures).to(device))
+            loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.update()
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                run.log("classifier", step + 1, loss=loss.item(), lr=rate)
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+                if not math.isfinite(loss.item()):
+                    raise ClipgenError(f"the classifier's loss is not finite by step {step + 1}: lower its learning rate and run again from the last checkpoint")  # fmt: skip
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                state.save(step + 1)
+    save_weights(run.path / "classifier", model)
+    return model.eval().requires_grad_(False)
+
+
+def accuracy(classifier: Classifier, images: ImageSet) -> dict[str, float]:
+    """Share of a split's pictures whose class is read right."""
+    device = next(classifier.parameters()).device
+    right = [
+        found == images.classes[row]
+        for rows, batch in ordered_batches(images, range(len(images)), 250)
+        for row, found in zip(rows, classifier.read(to_float(batch).to(device)), strict=True)
+    ]
+    return {"n": len(right), "accuracy": sum(right) / len(right)}
