@@ -12,7 +12,8 @@ In: texts (or CLIP embeddings of pictures) and a seed for each. Out: one picture
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ from torch import nn
 from torchvision.transforms import v2
 
 from .clip_embed import ClipEmbedder
-from .config import FusionGANConfig, SampleConfig, VQGANCLIPConfig, replace_fields
+from .config import FusionGANConfig, SampleConfig, VQGANCLIPConfig, from_dict, replace_fields
 from .data import ImageSet
 from .images import crop, to_float
-from .runs import ClipgenError, progress
+from .runs import ClipgenError, load_strictly, progress, read_json, read_weights
 from .sample import generate, row_noise
 from .schedule import batch_rows
 from .store import TokenStore, nearest
@@ -201,6 +202,7 @@ class FusionGenerator(nn.Module):
         super().__init__()
         levels = (image_size // 4).bit_length() - 1
         widths = [config.channels * min(2**i, 4) for i in reversed(range(levels + 1))]
+        self.config, self.image_size, self.clip_dim = config, image_size, clip_dim
         self.noise_dim = config.noise_dim
         self.begin = nn.Linear(config.noise_dim, widths[0] * 16)
         condition = config.noise_dim + clip_dim
@@ -213,6 +215,17 @@ class FusionGenerator(nn.Module):
         for block in self.blocks:
             x = block(x, condition)
         return self.end(F.leaky_relu(x, 0.2)).tanh()
+
+    def describe(self) -> dict:
+        return {"config": asdict(self.config), "image_size": self.image_size, "clip_dim": self.clip_dim}
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> FusionGenerator:
+        """Read what `save_weights` wrote to a folder, in eval mode."""
+        described = read_json(folder / "config.json")
+        model = cls(from_dict(FusionGANConfig, described["config"]), described["image_size"], described["clip_dim"])
+        load_strictly(model, read_weights(folder), folder)
+        return model.to(device).eval().requires_grad_(False)
 
 
 class _Critic(nn.Module):

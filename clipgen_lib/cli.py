@@ -94,15 +94,79 @@ def train_transformer(steps: int, **run_options) -> None:
 @main.command("evaluate")
 @_run_options
 @click.option("--guidance", default=0.0, help="guidance scale  [default: the preset's]")
-def evaluate(guidance: float, **run_options) -> None:
-    """FID-k, rFID, CapS, R-precision and, on shapes, the oracle."""
+@click.option("--images", type=click.Path(path_type=Path), help="score this folder of pictures instead of a run")
+@click.option("--reference", type=click.Path(path_type=Path), help="a COCO root, a folder, or statistics of pytorch-fid (npz)")
+@click.option(
+    "--captions", type=click.Path(path_type=Path), help="name<TAB>caption lines, COCO's captions json, or {name: caption}"
+)
+@click.option("--split", default="val", show_default=True, help="of a COCO root as reference, such as val2014")
+@click.option(
+    "--protocol",
+    "protocols",
+    multiple=True,
+    help="inception, clean, torchmetrics, dmgan or clip; may be repeated  [default: inception and clip]",
+)
+@click.option("--size", default=0, help="side in pixels that both sets are brought to  [default: that of the scored pictures]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="json file for the numbers; the caption list goes beside it"
+)
+def evaluate(guidance: float, images: Path, reference: Path, captions: Path, split: str, protocols: tuple[str, ...],
+             size: int, output: Path, **run_options) -> None:  # fmt: skip
+    """Score a run, or with --images any folder of pictures.
+
+    Of a run: FID-k, rFID, KID, CapS, R-precision and, on shapes, the oracle. Of a folder: the same without rFID and oracle,
+    against --reference, with --clip as the judge, under every --protocol whose weights are on this machine.
+    """
     if not _is_first_process():
         return
-    from .evaluate import table
+    if images is None:
+        if reference or captions or protocols or size or output:
+            raise ClipgenError("--reference, --captions, --protocol, --size and --output are for a folder: name it by --images")
+        from .evaluate import table
 
-    bench = _open(**run_options)
-    bench.evaluate(guidance)
-    click.echo(table(bench.run.summary()))
+        bench = _open(**run_options)
+        bench.evaluate(guidance)
+        click.echo(table(bench.run.summary()))
+        return
+    if reference is None:
+        raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR or stats.npz")
+    from .clip_embed import ClipEmbedder
+    from .evaluate import evaluate_folder, folder_table
+    from .runs import write_atomic, write_json
+    from .workbench import clip_fields, pick_device
+
+    judge = ClipEmbedder.load(**clip_fields(run_options["clip"] or "shapes"), device=pick_device(run_options["device"]))
+    given = {"protocols": protocols} if protocols else {}
+    result = evaluate_folder(
+        images, reference, judge, captions=captions, size=size, split=split, seed=run_options["seed"], **given
+    )
+    listed = result.pop("caption_list", "")
+    click.echo(folder_table(result))
+    if output:
+        write_json(output, result)
+        if listed:
+            write_atomic(output.with_suffix(".captions.txt"), listed)
+
+
+@main.command("captions")
+@click.option(
+    "--data", default="shapes", show_default=True, help="'shapes', a COCO root, or a folder of pictures with captions"
+)
+@click.option("--split", default="val", show_default=True, help="such as val2014")
+@click.option("-n", default=30_000, show_default=True, help="pictures; a smaller set gives all of its own")
+@click.option("--seed", default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("captions.txt"), show_default=True)
+def captions(data: str, split: str, n: int, seed: int, output: Path) -> None:
+    """Write the caption list of the COCO protocol, one caption a picture by seed, for other models to draw and be scored by."""
+    from .captions import caption_facts, caption_list, choose_captions
+    from .data import open_images
+    from .runs import write_atomic
+
+    images = open_images(data, split)
+    pairs = choose_captions(images, min(n, sum(map(bool, images.captions))), seed)
+    listed = caption_list((images.paths[row].name, text) for row, text in pairs)
+    write_atomic(output, listed)
+    click.echo(f"{len(pairs)} captions of {images.name}/{images.split} in {output}, hash {caption_facts(listed)['hash']}")
 
 
 @main.command("generate")
@@ -139,7 +203,7 @@ def train_classifier(**run_options) -> None:
 
 
 @main.command("compare")
-@click.argument("table", type=click.Choice(["ablation", "systems", "photos"]))
+@click.argument("table", type=click.Choice(["ablation", "systems", "curves", "photos"]))
 @click.option("--run", "run", default="laptop", show_default=True, help="a run whose VQGAN and store all rows share")
 @click.option("--steps", default=0, help="of each transformer  [default: the preset's]")
 @click.option("--row", "only", multiple=True, help="make only these rows")

@@ -7,16 +7,36 @@ embedded one under data/shapes_clip knows the Shapes world and nothing else.
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from .runs import DATA, ROOT, ClipgenError, file_hash
 
 EMBEDDED = "shapes"
+
+
+def _plain(file: Path, folder: Path) -> str:
+    """A weights file that open_clip reads without running code: `file`, or a copy of its tensors in `folder`.
+
+    OpenAI's own files are TorchScript archives, which hold the network's code beside the tensors.
+    """
+    if not zipfile.is_zipfile(file):
+        return str(file)
+    with zipfile.ZipFile(file) as archive:
+        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return str(file)
+    warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=FutureWarning)
+    sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that lie among the tensors
+    tensors = {k: v.clone() for k, v in torch.jit.load(file, map_location="cpu").state_dict().items() if k not in sizes}
+    save_file(tensors, folder / "model.safetensors")
+    return str(folder / "model.safetensors")
 
 
 class ClipEmbedder(nn.Module):
@@ -72,9 +92,10 @@ class ClipEmbedder(nn.Module):
         else:
             source, digest = name, file_hash(Path(pretrained)) if Path(pretrained).is_file() else f"{name}/{pretrained}"
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), tempfile.TemporaryDirectory() as beside:
                 warnings.filterwarnings("error", message=".*QuickGELU.*")
-                model = open_clip.create_model(source, pretrained=pretrained, require_pretrained=True)
+                weights = _plain(Path(pretrained), Path(beside)) if pretrained and Path(pretrained).is_file() else pretrained
+                model = open_clip.create_model(source, pretrained=weights, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source, **arguments)
         except UserWarning as warning:
             raise ClipgenError(f"CLIP {name}/{pretrained}: {warning} Use the '-quickgelu' model name for these weights.") from None  # fmt: skip

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from . import baselines, evaluate, train
-from .config import replace_fields
+from .config import SampleConfig, replace_fields
 from .images import grid
-from .runs import RESULTS, ClipgenError, open_run, read_json, write_json
+from .runs import RESULTS, ClipgenError, open_run, read_json, save_weights, write_json
 from .sample import TextToImage
 from .store import TokenStore
 from .transformer import ImageTransformer
@@ -46,13 +46,16 @@ PLAIN = {
     "transformer": {"conditioning": "prefix", "condition_tokens": 1},
     "train": {"noise_cos": 1.0, "condition_dropout": 0.0, "centre": False, "embedding_weight": 0.1,
               "embedding_path": "straight-through", "embedding_form": "cosine"},
-    "sample": {"guidance": 1.0, "guidance_schedule": "constant", "neighbours": 0, "candidates": 1},
+    "sample": {"guidance": 1.0, "guidance_schedule": "constant", "neighbours": 0, "shift": False, "candidates": 1},
 }  # fmt: skip
 GUIDED = {"condition_dropout": 0.1}
 LINEAR = {"guidance": 2.0, "guidance_schedule": "linear"}
-PRESET = {"transformer": {"condition_tokens": 4}, "train": {"noise_cos": 0.7, **GUIDED}}
 ALONE = {**GUIDED, "embedding_weight": 0.0}
-BEST = {"train": ALONE, "sample": {**LINEAR, "candidates": 8}}
+BEST = {"train": {**ALONE, "noise_cos": 0.85}, "sample": {**LINEAR, "candidates": 8}}
+ONE_DRAWN = {**BEST, "sample": LINEAR}
+TWIN = {"train": ALONE, "text": "paired"}  # what noise is for, it has
+
+THREE = {"transformer": {"condition_tokens": 4}, "train": {"noise_cos": 0.7, **GUIDED}}
 
 ROWS = (
     Row("plain", "the paper's recipe", seeds=(0, 1, 2)),
@@ -70,6 +73,7 @@ ROWS = (
     Row("neighbours 1", "text replaced by its nearest training picture's embedding", sample={"neighbours": 1}),
     Row("neighbours 10", "text replaced by the mean of its 10 nearest", sample={"neighbours": 10}),
     Row("neighbours 100", "text replaced by the mean of its 100 nearest", sample={"neighbours": 100}),
+    Row("shift", "text moved by mean picture minus mean text", sample={"shift": True}, text="unpaired"),
     Row("centre and noise", "both modalities centred, then noise down to 0.7", train={"centre": True, "noise_cos": 0.7}, text="unpaired"),
     Row("rerank 8", "the best of 8 by the conditioning CLIP, which is the judge too", sample={"candidates": 8}),
     Row("no embedding loss", "token likelihood alone", train={"embedding_weight": 0.0}),
@@ -78,38 +82,50 @@ ROWS = (
     Row("embedding loss, gumbel", "sampled tokens", train={"embedding_path": "gumbel"}),
     Row("embedding loss, log", "log form", train={"embedding_form": "log"}),
     Row("embedding loss, half the batch", "on half of each batch", train={"embedding_share": 0.5}),
-    Row("preset", "the laptop preset's: noise, 4 tokens, dropout, guidance 1.5", **PRESET, sample={"guidance": 1.5}),
-    Row("preset, neighbours 10", "the same on the mean of the 10 nearest", **PRESET, sample={"guidance": 1.5, "neighbours": 10}),
-    Row("preset, rerank 8", "the same and rerank of 8", **PRESET, sample={"guidance": 1.5, "candidates": 8}),
-    Row("best, one drawn", "what helps, together: no embedding loss, dropout, guidance rising to 2", train=ALONE, sample=LINEAR, seeds=(0, 1, 2)),
-    Row("best", "the same and rerank of 8", **BEST, seeds=(0, 1, 2)),
+    Row("noise, 4 tokens, guidance", "three together", **THREE, sample={"guidance": 1.5}),
+    Row("the same, neighbours 10", "on the mean of the 10 nearest", **THREE, sample={"guidance": 1.5, "neighbours": 10}),
+    Row("the same, rerank 8", "and rerank of 8", **THREE, sample={"guidance": 1.5, "candidates": 8}),
+    Row("likelihood, guidance linear", "no embedding loss, dropout, guidance rising to 2", train=ALONE, sample=LINEAR, seeds=(0, 1, 2)),
+    Row("likelihood, neighbours 30", "the same on the mean of the 30 nearest", train=ALONE, sample={**LINEAR, "neighbours": 30}),
+    Row("likelihood, shift", "the same with texts moved by mean picture minus mean text", train=ALONE, sample={**LINEAR, "shift": True}, text="unpaired"),
+    Row("likelihood, rerank 8", "the same and rerank of 8", train=ALONE, sample=BEST["sample"], seeds=(0, 1, 2)),
+    Row("best, one drawn", "the same and noise down to 0.85, as far as a text lies from its picture", **ONE_DRAWN, seeds=(0, 1, 2)),
+    Row("best, shift, one drawn", "with texts moved by mean picture minus mean text", train=BEST["train"], sample={**LINEAR, "shift": True}, text="unpaired"),
+    Row("best", "the best recipe and rerank of 8", **BEST, seeds=(0, 1, 2)),
     Row("text twin", "trained on the embeddings of paired captions: what the gap costs", text="paired"),
     Row("text twin, guided", "the same with 4 condition tokens, dropout and guidance 1.5", transformer={"condition_tokens": 4}, train=GUIDED, sample={"guidance": 1.5}, text="paired"),
-    Row("text twin, best, one drawn", "the best recipe on paired captions, one drawn", train=ALONE, sample=LINEAR, text="paired"),
-    Row("text twin, best", "the same and rerank of 8", **BEST, text="paired"),
+    Row("text twin, best, one drawn", "the best recipe on paired captions, one drawn", **TWIN, sample=LINEAR, seeds=(0, 1, 2)),
+    Row("text twin, best", "the same and rerank of 8", **TWIN, sample=BEST["sample"]),
 )  # fmt: skip
 
 SYSTEMS = (
     Row("CLIP-GEN", "the best recipe of the ablation", **BEST),
-    Row("CLIP-GEN, one drawn", "the same without rerank", train=ALONE, sample=LINEAR),
+    Row("CLIP-GEN, one drawn", "the same without rerank", **ONE_DRAWN),
     Row("CLIP-GEN, plain", "the paper's recipe"),
     Row("retrieval", "the training picture nearest to the text", system="retrieval"),
     Row("VQGAN-CLIP", "latents optimised for CLIP similarity", system="vqgan-clip"),
-    Row("text twin", "CLIP-GEN on the embeddings of paired captions, one drawn", train=ALONE, sample=LINEAR, text="paired"),
+    Row("text twin", "CLIP-GEN on the embeddings of paired captions, one drawn", **TWIN, sample=LINEAR),
     Row("supervised", "the transformer on caption-picture pairs, words before picture (CogView)", transformer={"conditioning": "words"}, train=ALONE, sample=LINEAR, text="paired", system="supervised"),
     Row("GAN", "one-stage conditional GAN on caption-picture pairs (DF-GAN)", text="paired", system="gan"),
 )  # fmt: skip
 
 
+# FID against CapS, a curve for each method that can be guided; the scale rises linearly to the one named.
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+GUIDED_SYSTEMS = ("CLIP-GEN, one drawn", "text twin", "supervised")
+CURVES = tuple(
+    replace(row, name=f"{row.name}, guidance {scale:g}", says=f"{row.says}; scale rising to {scale:g}", sample={**LINEAR, "guidance": scale})
+    for row in SYSTEMS if row.name in GUIDED_SYSTEMS for scale in SCALES
+)  # fmt: skip
+
 # Whether what holds in the Shapes world holds for photos, whose texts lie further from their pictures.
+PHOTO_COS = 0.5
 PHOTOS = (
     Row("plain", "the paper's recipe"),
-    Row("noise", "embeddings noised down to cosine 0.3", train={"noise_cos": 0.3}),
-    Row("best, one drawn", "the best recipe of the ablation, without rerank", train=ALONE, sample=LINEAR),
-    Row("best", "the same and rerank of 8", **BEST),
-    Row("best and noise, one drawn", "with noise down to 0.3, without rerank", train={**ALONE, "noise_cos": 0.3}, sample=LINEAR),
-    Row("best and noise", "the same and rerank of 8", train={**ALONE, "noise_cos": 0.3}, sample=BEST["sample"]),
-    Row("text twin, one drawn", "the best recipe on paired captions", train=ALONE, sample=LINEAR, text="paired"),
+    Row("best, one drawn", "the best recipe of the ablation, with noise as far as a text lies from its picture here", train={**ALONE, "noise_cos": PHOTO_COS}, sample=LINEAR),
+    Row("best, shift, one drawn", "with texts moved by mean picture minus mean text", train={**ALONE, "noise_cos": PHOTO_COS}, sample={**LINEAR, "shift": True}, text="unpaired"),
+    Row("best", "the best recipe and rerank of 8", train={**ALONE, "noise_cos": PHOTO_COS}, sample=BEST["sample"]),
+    Row("text twin, one drawn", "the best recipe on paired captions", **TWIN, sample=LINEAR),
     Row("retrieval", "the training picture nearest to the text", system="retrieval"),
 )  # fmt: skip
 
@@ -123,14 +139,16 @@ class Table:
     n_captions: int
     n_oracle: int
     columns: tuple[str, ...]
+    draws_outside: bool = True  # also keep pictures for prompts outside of what was trained on
 
 
 ORACLE_COLUMNS = ("oracle_error", "colour", "shape", "held_out_shape", "two_both", "caps", "fid_0")
 TABLES = {
     table.name: table
     for table in (
-        Table("ablation", ROWS, 500, 256, ORACLE_COLUMNS),
+        Table("ablation", ROWS, 500, 256, ORACLE_COLUMNS, draws_outside=False),
         Table("systems", SYSTEMS, 256, 128, (*ORACLE_COLUMNS, "seconds_per_image")),
+        Table("curves", CURVES, 256, 0, ("caps", "fid_0", "fid_1"), draws_outside=False),
         Table("photos", PHOTOS, 1_000, 0, ("class_accuracy", "caps", "r_precision", "fid_0", "fid_1", "nll")),
     )
 }
@@ -166,7 +184,8 @@ def recipe(bench: Workbench, row: Row, seed: int = 0, steps: int = 0) -> dict:
     if steps:
         made["train"] = replace(made["train"], steps=steps)
     if row.system in ("clip-gen", "supervised"):
-        return {**made, "text": row.text, "seed": seed}
+        # a shift takes its text in sampling: the training is that of a row without it
+        return {**made, "text": row.text if row.text == "paired" or made["train"].centre else "none", "seed": seed}
     own = {"retrieval": None, "vqgan-clip": bench.preset.vqgan_clip, "gan": bench.preset.fusion_gan}[row.system]
     return {"system": row.system, "config": own, "text": row.text, "seed": seed}
 
@@ -177,28 +196,38 @@ def run_row(bench: Workbench, table: Table, row: Row, seed: int, results: Path, 
     of = {"vqgan": store.meta["vqgan_hash"], "clip": store.meta["clip_hash"], "data": store.meta["data_hash"]}
     kept = _plain_json({**made, **of})
     path = results / table.name / "rows" / f"{_slug(row.name)}-{seed}.json"
-    if path.exists() and (there := read_json(path))["recipe"] == kept:
-        return there
+    outside = path.with_name(f"{path.stem}-outside.png")
+    is_there = path.exists() and _is_same(read_json(path)["recipe"], kept)
+    if is_there and (outside.exists() or not table.draws_outside):
+        return read_json(path)
     print(f"{row.name}, seed {seed}", flush=True)
     system, facts, seconds = _system(bench, row, made, of, results / "ablation" / "trainings")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if table.draws_outside:
+        _draw_sheet(system, bench.outside_prompts(), outside)
+    if is_there:
+        return read_json(path)
     start = time.perf_counter()
     config = replace(bench.preset.evaluate, n=min(table.n_captions, bench.preset.evaluate.n))
     numbers, _ = evaluate.evaluate_generator(system, bench.images("val"), bench.judge, config, bench.seed,
                                              classifier=bench.classifier())  # fmt: skip
     oracle = {}
-    if bench.has_oracle:
+    if bench.has_oracle and table.n_oracle:
         asked = ("text", "image") if row.system == "clip-gen" else ("text",)
         n = min(table.n_oracle, bench.preset.evaluate.n_oracle)
         oracle = evaluate.evaluate_oracle(system, n, bench.seed, modalities=asked)
     drawn, prompts = time.perf_counter(), bench.preview_prompts()
-    pictures = system.draw_each(prompts, list(range(len(prompts))))
+    _draw_sheet(system, prompts, path.with_suffix(".png"))
     seconds |= {"evaluate": drawn - start, "per_image": (time.perf_counter() - drawn) / len(prompts)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid(pictures, columns=len(prompts))).save(path.with_suffix(".png"))
     result = {"name": row.name, "says": row.says, "seed": seed, "text": row.text, "recipe": kept, "evaluation": numbers,
               "oracle": oracle, "transformer": facts, "seconds": seconds}  # fmt: skip
     write_json(path, result)
     return result
+
+
+def _draw_sheet(system, prompts: list[str], path: Path) -> None:
+    """One picture for each prompt, with seeds 0, 1, ..., side by side in a file."""
+    Image.fromarray(grid(system.draw_each(prompts, list(range(len(prompts)))), columns=len(prompts))).save(path)
 
 
 def _system(bench: Workbench, row: Row, made: dict, of: dict, trainings: Path):
@@ -208,12 +237,15 @@ def _system(bench: Workbench, row: Row, made: dict, of: dict, trainings: Path):
         return baselines.Retrieval(vqgan, clip, bench.store(), bench.images()), {}, {}
     if row.system == "vqgan-clip":
         return baselines.VQGANCLIP(vqgan, clip, made["config"]), {}, {}
-    if row.system == "gan":
-        generator = baselines.train_fusion_gan(bench.images(), clip, made["config"], made["seed"])
-        return baselines.FusionGAN(vqgan, clip, generator), {}, {"train": time.perf_counter() - start}
     needed = _plain_json({**{key: value for key, value in made.items() if key != "sample"}, **of})
     # rows that differ in sampling alone share a training, named by all that decides it
     run = open_run(hashlib.sha256(json.dumps(needed, sort_keys=True).encode()).hexdigest()[:8], trainings)
+    if row.system == "gan":
+        if not (run.path / "generator").is_dir():
+            save_weights(run.path / "generator", baselines.train_fusion_gan(bench.images(), clip, made["config"], made["seed"]))
+            run.add_to_summary(seconds={"train": time.perf_counter() - start})
+        generator = baselines.FusionGenerator.load(run.path / "generator", device)
+        return baselines.FusionGAN(vqgan, clip, generator), {}, run.summary()["seconds"]
     if not (run.file("recipe.json").exists() and (run.path / "transformer").is_dir()):  # weights are not in the repository
         text_mean = bench.text_mean() if made["train"].centre else None
         stores = [_store(bench, made, split) for split in ("train", "val")]
@@ -228,7 +260,8 @@ def _system(bench: Workbench, row: Row, made: dict, of: dict, trainings: Path):
         system = baselines.Supervised(vqgan, clip, transformer, made["sample"])
     else:
         bank = bench.store().embeds(slice(None)) if made["sample"].neighbours else None
-        system = TextToImage.from_parts(vqgan, transformer, clip, bench.clip_source, made["sample"], bank)
+        offset = bench.store().mean_embed() - bench.text_mean() if made["sample"].shift else None
+        system = TextToImage.from_parts(vqgan, transformer, clip, bench.clip_source, made["sample"], bank, offset)
     return system, summary["transformer"], summary["seconds"]
 
 
@@ -243,7 +276,7 @@ def _store(bench: Workbench, made: dict, split: str) -> TokenStore:
 def metrics(result: dict) -> dict[str, float]:
     """The columns of a row's result; `oracle_error` is one minus the mean of colour and shape of one-object texts."""
     e, o = result["evaluation"], result["oracle"]
-    found = {"fid_0": e["fid"]["0"], "fid_1": e["fid"]["1"], "rfid": e["rfid"]["0"]}
+    found = {"fid_0": e["fid"]["0"], "fid_1": e["fid"]["1"], "rfid": e["rfid"]["0"]} if e["fid"] else {}
     found |= {key: e[key] for key in ("caps", "r_precision") if key in e}
     if "classes" in e:
         found |= {"class_accuracy": e["classes"]["accuracy"], "class_accuracy_real": e["classes"]["real"],
@@ -274,9 +307,18 @@ def entries(folder: Path, rows: tuple[Row, ...]) -> list[dict]:
     return table
 
 
-def sheets(folder: Path, rows: tuple[Row, ...]) -> dict[str, Path]:
-    """The picture of each row's first seed that is there: name -> file."""
-    paths = {row.name: folder / "rows" / f"{_slug(row.name)}-{row.seeds[0]}.png" for row in rows}
+def guidance_curves(table: list[dict], systems: list[dict]) -> dict[str, dict[str, dict]]:
+    """The rows of the tables `curves` and `systems` as `plots.tradeoff` draws them: a line for each guided method, a point else."""
+    curves: dict[str, dict[str, dict]] = {}
+    for entry in table:
+        name, _, scale = entry["name"].rpartition(", guidance ")
+        curves.setdefault(name, {})[scale] = entry
+    return curves | {entry["name"]: {"": entry} for entry in systems if entry["name"] not in curves}
+
+
+def sheets(folder: Path, rows: tuple[Row, ...], kind: str = "") -> dict[str, Path]:
+    """The picture of each row's first seed that is there: name -> file; `kind` "-outside" gives the prompts outside."""
+    paths = {row.name: folder / "rows" / f"{_slug(row.name)}-{row.seeds[0]}{kind}.png" for row in rows}
     return {name: path for name, path in paths.items() if path.exists()}
 
 
@@ -291,11 +333,20 @@ def lines_of(table: list[dict], columns: tuple[str, ...]) -> str:
         return f"{entry[key]['mean']:{form}}{spread}"
 
     rows = [("", *columns), *((entry["name"], *(cell(entry, key) for key in columns)) for entry in table)]
-    return "\n".join(f"{name:30}" + "".join(f"{text:>16}" for text in cells) for name, *cells in rows)
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(1, len(rows[0]))]
+    return "\n".join(
+        f"{name:31}" + "".join(f"{text:>{width}}" for text, width in zip(cells, widths, strict=True)) for name, *cells in rows
+    )
 
 
 def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+def _is_same(there: dict, wanted: dict) -> bool:
+    """Whether a row's recipe is the wanted one; a field that did not exist when it was made did what its default does."""
+    defaults = asdict(SampleConfig())
+    return {**there, "sample": {**defaults, **there["sample"]}} == wanted if "sample" in there else there == wanted
 
 
 def _plain_json(values: dict) -> dict:

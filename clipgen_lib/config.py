@@ -50,7 +50,7 @@ class ClassifierConfig:
     """The classifier that judges drawn pictures of classes: a resnet18, `width` channels in its first stage."""
 
     width: int = 32
-    steps: int = 1_600
+    steps: int = 1_200
     batch_size: int = 128
     lr: float = 2e-3
     warmup: int = 100
@@ -76,12 +76,12 @@ class VQGANConfig:
     codebook_size: int = 16_384
     code_dim: int = 8
     l2_norm: bool = True  # nearest code by cosine (else euclidean)
-    codebook_update: str = "gradient"  # or "ema"
+    codebook_update: str = "gradient"  # or "ema"; or "gumbel": tokens by a learnt projection, in released weights only
     codebook_decay: float = 0.99  # of the EMA codebook
     restart_after: int = 200  # training steps without use before a code is restarted; 0 never
 
     def __post_init__(self):
-        if self.codebook_update not in ("gradient", "ema"):
+        if self.codebook_update not in ("gradient", "ema", "gumbel"):
             raise ClipgenError(f"codebook_update is {self.codebook_update!r}: choose 'gradient' or 'ema'")
         if self.image_size % self.factor:
             raise ClipgenError(f"image_size {self.image_size} does not divide by the downsampling factor {self.factor}: change one of them")  # fmt: skip
@@ -182,6 +182,7 @@ class SampleConfig:
     guidance_schedule: str = "constant"  # or "linear", "cosine": from 1 at the first token up to `guidance` at the last
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the tokens between which there is guidance
     neighbours: int = 0  # training pictures whose mean embedding takes the place of a text's; 0 takes the text's own
+    shift: bool = False  # move a text's embedding by mean picture minus mean text; needs some texts, of whatever pictures
     candidates: int = 1  # pictures drawn for each one kept, the one that CLIP finds nearest to the prompt
     batch_size: int = 64
 
@@ -201,7 +202,7 @@ class FusionGANConfig:
 
     channels: int = 16  # at full resolution, up to four times as many below
     noise_dim: int = 64
-    steps: int = 3_000
+    steps: int = 1_500
     batch_size: int = 32
     generator_lr: float = 1e-4
     critic_lr: float = 4e-4
@@ -258,12 +259,12 @@ def _laptop() -> Preset:
             log_every=50, save_every=500, workers=0, l1_weight=0.3, l2_weight=1.0, perceptual="none", adversarial_weight=0.05,
             adversarial_ramp=(0.75, 0.9), discriminator_channels=16, discriminator_lr=2e-4, flip=False, random_crop=False,
         ),
-        transformer=TransformerConfig(layers=6, width=128, heads=4, condition_tokens=4),
+        transformer=TransformerConfig(layers=6, width=128, heads=4),
         transformer_train=TransformerTrainConfig(
-            steps=6_000, batch_size=32, optimizer="muon", lr=4e-3, warmup=50, ema_decay=0.99, log_every=50, save_every=1_000,
-            workers=0, noise_cos=0.7, embedding_weight=0.1, embedding_share=0.0625,
+            steps=8_000, batch_size=32, optimizer="muon", lr=4e-3, warmup=50, ema_decay=0.99, log_every=50, save_every=1_000,
+            workers=0, noise_cos=0.85, embedding_weight=0.0, embedding_share=0.0625,  # what pays here: results/ablation
         ),
-        sample=SampleConfig(guidance=1.5, top_p=0.95, batch_size=128),
+        sample=SampleConfig(guidance=2.0, guidance_schedule="linear", top_p=0.95, batch_size=128),
         evaluate=EvaluateConfig(n=1_000, n_oracle=512, protocol="clip", batch_size=125),
     )  # fmt: skip
 
@@ -289,7 +290,14 @@ def _smoke() -> Preset:
         ),
         transformer=replace(laptop.transformer, layers=2, width=64, heads=2),
         transformer_train=replace(
-            laptop.transformer_train, steps=40, batch_size=32, warmup=10, ema_decay=0.9, log_every=5, save_every=20
+            laptop.transformer_train,
+            embedding_weight=0.1,
+            steps=40,
+            batch_size=32,
+            warmup=10,
+            ema_decay=0.9,
+            log_every=5,
+            save_every=20,
         ),
         evaluate=replace(laptop.evaluate, n=64, n_oracle=16, batch_size=32),
     )

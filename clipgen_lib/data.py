@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torchvision.transforms import v2
 from . import shapes
 from .config import ShapesConfig
 from .images import EXTENSIONS, crop, load_image
-from .runs import DATA, ClipgenError, read_json
+from .runs import DATA, ClipgenError, file_hash, read_json
 from .schedule import batch_rows
 
 CACHE_BYTES = 2 << 30  # decoded pictures kept in memory by a loader without workers
@@ -83,6 +84,11 @@ class ImageSet(Dataset):
         for path in self.paths:
             digest.update(f"{path.relative_to(self.root).as_posix()}:{path.stat().st_size};".encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """16 hex digits of the files' bytes, in order, whatever they are called: what statistics are kept under."""
+        return file_hash(*self.paths)
 
 
 # ---------------------------------------------------------------------------------------------- opening

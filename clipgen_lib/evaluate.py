@@ -1,179 +1,154 @@
 """Evaluation: features -> statistics -> distance, and how well a picture fits its text.
 
-In: pictures (B, 3, H, W) in [-1, 1] and captions. Out: numbers, each with the protocol that made it. The feature
-network and the blur are part of a metric's name; weights that are not there are an error, never another network.
+In: a generator and a split with captions, or any two folders of pictures. Out: numbers, each with the protocol card that
+says how it was made. The feature network and the blur are part of a metric's name; weights that are not there are named
+among what is missing, and never replaced by others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from PIL import Image, UnidentifiedImageError
 
 from . import shapes
+from .captions import caption_facts, caption_list, choose_captions, texts_of
 from .classifier import Classifier
 from .clip_embed import ClipEmbedder
 from .config import EvaluateConfig
-from .data import ImageSet, ordered_batches
-from .images import blur, crop, from_arrays, to_arrays, to_float, to_uint8
-from .runs import ClipgenError, progress
+from .data import ImageSet, open_images, ordered_batches
+from .images import EXTENSIONS, blur, crop, from_arrays, jpeg, to_arrays, to_float
+from .metrics import (
+    caption_scores,
+    clip_score,
+    few_pictures,
+    frechet_distance,
+    frechet_over_n,
+    kernel_distance,
+    manifold_scores,
+    r_precision,
+    reconstruction_scores,
+)
+from .passes import (
+    BLUR_DEFINITION,
+    JUDGED,
+    STATISTICS,
+    CaptionFit,
+    Change,
+    ClassHits,
+    Embeddings,
+    FirstPictures,
+    SetStatistics,
+    StatisticsFile,
+    digest,
+    measure,
+    stream,
+)
+from .protocols import DEFINITIONS, FeatureNetwork, MissingWeights, feature_network, lpips_network
+from .runs import ClipgenError, module_hash, progress, versions
 from .sample import TextToImage
 from .vqgan import VQGAN, codebook_statistics
 
-BLUR_DEFINITION = "Gaussian, sigma = k pixels at the evaluation resolution, kernel to 4 sigma, reflected border, on both sets, before the network's resize"  # fmt: skip
-Network = Callable[[torch.Tensor], torch.Tensor]
+__all__ = ["frechet_distance", "r_precision", "feature_network"]  # part of this module's interface, defined elsewhere
+
+RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size"  # fmt: skip
+DRAWN_CODEC = "none: 8-bit arrays"
+Networks = Callable[[str, ClipEmbedder], FeatureNetwork]
 
 
-# ---------------------------------------------------------------------------------------------- features
+# ---------------------------------------------------------------------------------------------- scores of a set
 
 
-def feature_network(protocol: str, clip: ClipEmbedder) -> Network:
-    """The feature network that a protocol names: (B, 3, H, W) in [-1, 1] -> (B, d).
+def set_scores(scored: SetStatistics, reference: SetStatistics | StatisticsFile) -> dict:
+    """All that compares one set of pictures with another under one protocol.
 
-    `clip`: the image features of the given CLIP, before normalisation (CLIP-FID, arXiv 2203.06026).
-    `inception`: the TF-ported Inception of pytorch-fid with its own bilinear resize to 299 (d = 2048).
-
-    Raises:
-        ClipgenError: unknown protocol, or weights that are not on this machine.
+    Returns:
+        `fid` (k -> FID-k), `floor` (FID-k of the reference's halves), and where both keep features: `kid`, `manifold`
+        (precision, recall, density, coverage, of as many pictures `n` of either set: coverage falls where the sets
+        differ in size) and `fid_over_n`; `inception_score` where the network has a head.
     """
-    if protocol == "clip":
-        return clip.features
-    if protocol == "inception":
-        weights = Path(torch.hub.get_dir()) / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
-        if not weights.is_file():
-            raise ClipgenError(f"protocol 'inception' needs {weights.name} (release fid_weights of mseitzer/pytorch-fid on GitHub): put it at {weights}, or choose protocol 'clip'")  # fmt: skip
-        from pytorch_fid.inception import InceptionV3
-
-        network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval().to(clip.device)
-        return lambda images: network((images + 1) / 2)[0].flatten(1)
-    raise ClipgenError(f"unknown protocol {protocol!r}: choose clip or inception")
-
-
-class GaussianStatistics:
-    """Mean and covariance of features, summed in float64 over batches; memory does not grow with N."""
-
-    def __init__(self) -> None:
-        self.n, self.total, self.outer = 0, 0.0, 0.0
-
-    def add(self, features: torch.Tensor) -> None:
-        """features: (B, d), finite."""
-        x = features.detach().cpu().double()
-        if not torch.isfinite(x).all():
-            raise ClipgenError("a feature is not finite: look for NaN pixels in the pictures that are evaluated")
-        self.n, self.total, self.outer = self.n + len(x), self.total + x.sum(0), self.outer + x.T @ x
-
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (d,) and unbiased covariance (d, d), float64."""
-        if self.n < 2:
-            raise ClipgenError(f"statistics of {self.n} pictures have no covariance: give at least 2")
-        mean = self.total / self.n
-        covariance = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
-        return mean.numpy(), covariance.numpy()
+    found: dict = {"fid": scored.distance(reference)}
+    if isinstance(reference, SetStatistics):
+        found["floor"] = reference.floor()
+        real, fake = reference.sample.features(), scored.sample.features()
+        n = min(len(real), len(fake))
+        if n > 5:  # the fifth neighbour
+            found["kid"] = kernel_distance(real, fake)
+            found["manifold"] = {**manifold_scores(real[:n], fake[:n]), "n": n}  # their order is random
+        found["fid_over_n"] = frechet_over_n(fake, reference.moments(0))
+    if scored.classes is not None:
+        found["inception_score"] = scored.classes.score()
+    return found
 
 
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Squared Frechet distance of two Gaussians (arXiv 1706.08500, equation 6), in float64.
+def card(
+    network: FeatureNetwork, radii: Sequence[int], size: int, scored: dict, reference: dict, captions: dict | None
+) -> dict:
+    """The protocol card: everything that decides a number beside the pictures' content.
 
-    |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)). The trace of the root is the sum of the square
-    roots of the eigenvalues of the symmetric sigma1^(1/2) sigma2 sigma1^(1/2): no complex numbers, also where a
-    covariance is singular.
+    Args:
+        scored, reference: what is known of each set: `n`, `codec`, `split` and so on.
+        captions: `n` and `hash` of the caption list, or None where no caption is read.
     """
-    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
-    sigma1, sigma2 = np.asarray(sigma1, np.float64), np.asarray(sigma2, np.float64)
-    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
-        raise ClipgenError(f"statistics of {len(mu1)} and {len(mu2)} dimensions: use one feature network for both sets")
-    values, vectors = np.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    return {
+        "protocol": network.protocol, "definition": DEFINITIONS[network.protocol], "weights": network.weights,
+        "weights_hash": network.weights_hash, "k": list(radii), "blur": BLUR_DEFINITION, "resolution": size, "resize": RESIZE,
+        "scored": scored, "reference": reference, "captions": captions, "versions": versions(),
+    }  # fmt: skip
 
 
-class BlurredStatistics:
-    """Feature statistics of one set of pictures at every blur radius at once."""
-
-    def __init__(self, network: Network, radii: Iterable[int]):
-        self.network = network
-        self.by_radius = {k: GaussianStatistics() for k in radii}
-
-    @torch.inference_mode()
-    def add(self, images: torch.Tensor) -> None:
-        """images: (B, 3, H, W) in [-1, 1]; rounded to 8 bits first, as files are."""
-        images = to_float(to_uint8(images))
-        for k, statistics in self.by_radius.items():
-            statistics.add(self.network(blur(images, k)))
-
-    def distance(self, other: BlurredStatistics) -> dict[str, float]:
-        """FID-k for every k."""
-        return {str(k): frechet_distance(*s.moments(), *other.by_radius[k].moments()) for k, s in self.by_radius.items()}
-
-
-def few_pictures(counts: dict[str, int], dim: int) -> list[str]:
-    """A sentence for each set whose covariance of `dim` dimensions is estimated from fewer than that many pictures."""
-    return [
-        f"{what} has {n} pictures for {dim} feature dimensions: its distances are biased upwards and compare with themselves only"
-        for what, n in counts.items()
-        if n < dim
-    ]
+def codec(paths: Iterable[Path]) -> str:
+    """PNG, JPEG, ..., or mixed with their names, by the endings of files."""
+    known = Image.registered_extensions()
+    names = sorted({known.get(path.suffix.lower(), path.suffix) for path in paths})
+    return names[0] if len(names) == 1 else "mixed: " + ", ".join(names)
 
 
 # ---------------------------------------------------------------------------------------------- stage 1
 
 
 @torch.inference_mode()
-def evaluate_vqgan(vqgan: VQGAN, images: ImageSet, limit: int = 1_000, batch_size: int = 64) -> dict[str, float]:
-    """PSNR (dB, 8-bit pictures, mean over pictures) and codebook use over the first `limit` pictures of a set."""
-    device, scores, tokens = vqgan.last_layer.device, [], []
+def evaluate_vqgan(
+    vqgan: VQGAN, images: ImageSet, limit: int = 1_000, batch_size: int = 64, lpips: torch.nn.Module | None = None
+) -> dict:  # fmt: skip
+    """PSNR (dB), SSIM and LPIPS of reconstructions, means over pictures, and codebook use, over a set's first `limit` pictures.
+
+    Args:
+        lpips: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1); None takes LPIPS with AlexNet, and where its weights are not on
+            this machine `missing` says so and the rest is measured.
+    """
+    device, missing, tokens = vqgan.last_layer.device, [], []
+    try:
+        lpips = lpips or lpips_network(device)
+    except MissingWeights as error:
+        missing.append(str(error))
+    scores: dict[str, list[torch.Tensor]] = {}
     for _, batch in ordered_batches(images, range(min(limit, len(images))), batch_size):
         x = to_float(batch).to(device)
-        found = vqgan.encode(x)
-        tokens.append(found.flatten())
-        decoded = to_uint8(vqgan.decode(found)).float()
-        scores.append(peak_signal_noise_ratio(decoded, to_uint8(x).float(), data_range=(0.0, 255.0), reduction="none", dim=(1, 2, 3)))  # fmt: skip
-    psnr = torch.cat(scores)
-    return {"psnr": float(psnr.mean()), "n": len(psnr), **codebook_statistics(torch.cat(tokens), vqgan.config.codebook_size)}
+        tokens.append(vqgan.encode(x))
+        decoded = vqgan.decode(tokens[-1])
+        found = reconstruction_scores(x, decoded) | ({"lpips": lpips(decoded.clamp(-1, 1), x).flatten()} if lpips else {})
+        for key, values in found.items():
+            scores.setdefault(key, []).append(values.cpu())
+    means = {key: float(torch.cat(values).mean()) for key, values in scores.items()}
+    codes = codebook_statistics(torch.cat([t.flatten() for t in tokens]), vqgan.config.codebook_size)
+    return {**means, "n": sum(map(len, scores["psnr"])), **codes} | ({"missing": missing} if missing else {})
 
 
-# ---------------------------------------------------------------------------------------------- stage 2
-
-
-def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]]:
-    """(row, caption) pairs to evaluate on: one caption for each of n pictures, chosen by seed.
-
-    A smaller set gives further captions of its pictures until n or all of them are used.
-    """
-    order = np.random.default_rng([seed, 17]).permutation(len(images))
-    rounds = max((len(c) for c in images.captions), default=0)
-    pairs = [(int(row), images.captions[row][i]) for i in range(rounds) for row in order if i < len(images.captions[row])]
-    if not pairs:
-        raise ClipgenError(f"the {images.split} split of {images.root} has pictures but no captions: evaluate on another split")
-    return pairs[:n]
-
-
-def r_precision(image_embeds: torch.Tensor, text_embeds: torch.Tensor, texts: list[str], others: int = 99) -> float:
-    """Share of pictures whose own caption ranks first among itself and `others` captions of other pictures.
-
-    AttnGAN's protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker; captions of the same wording are not
-    drawn as others. Fewer others are used where there are not so many; chance is 1 / (others + 1).
-    """
-    draw, hits = np.random.default_rng(23), []
-    wording = np.array(texts)
-    similarity = (image_embeds @ text_embeds.T).cpu().numpy()
-    for i in range(len(texts)):
-        candidates = np.flatnonzero(wording != wording[i])
-        chosen = draw.choice(candidates, min(others, len(candidates)), replace=False)
-        hits.append(bool((similarity[i, i] > similarity[i, chosen]).all()))
-    return float(np.mean(hits))
+# ---------------------------------------------------------------------------------------------- a generator
 
 
 @torch.inference_mode()
 def evaluate_generator(
     generator: TextToImage, images: ImageSet, judge: ClipEmbedder, config: EvaluateConfig, seed: int = 0,
-    show_progress: bool = True, classifier: Classifier | None = None, **settings: float,
+    show_progress: bool = True, classifier: Classifier | None = None, networks: Networks = feature_network,
+    folder: Path = STATISTICS, resume: Path | None = None, **settings: float,
 ) -> tuple[dict, dict]:  # fmt: skip
-    """FID-k, rFID, CapS and R-precision of pictures drawn for a split's captions.
+    """FID-k, rFID, KID, CapS, R-precision and so on of pictures drawn for a split's captions.
 
     FID-k compares one picture for each chosen caption with all pictures of the split; rFID the split's pictures with
     their own reconstructions; `floor` the two halves of the split, real against real. CapS is the mean cosine of
@@ -181,71 +156,110 @@ def evaluate_generator(
     captions, `caps_floor` with captions of other pictures. `classes` is the share of pictures that a classifier reads
     as the class that was asked for: drawn ones, real ones, and the tokenizer's decodings of real ones.
 
+    What depends on the real pictures and the tokenizer alone is computed once and kept in `folder`.
+
     Args:
         classifier: of the classes of `images`; None leaves `classes` out.
+        networks: what gives the feature network of a protocol.
+        resume: folder for the checkpoint from which an interrupted drawing goes on; None begins anew.
         settings: fields of SampleConfig, such as guidance.
 
     Returns:
-        (numbers, shown): `numbers` for summary.json; `shown` holds a few `prompts` and their `images`.
+        (numbers, shown): `numbers` for summary.json, with `missing` where weights are not on this machine (`fid`, `rfid`
+        and `floor` are then empty); `shown` holds a few `prompts` and their `images`, and the caption list as text.
     """
-    network = feature_network(config.protocol, judge)
-    sets = {name: BlurredStatistics(network, config.blur) for name in ("real", "first", "second", "decoded", "drawn")}
-    image_embeds, position = torch.zeros(len(images), judge.dim), 0
-    right: dict[str, list[bool]] = {"real": [], "reconstruction": [], "accuracy": []}
+    network, missing = None, []
+    try:
+        network = networks(config.protocol, judge)
+    except MissingWeights as error:
+        missing.append(str(error))
 
-    def classify(kind: str, pictures: torch.Tensor, rows: list[int]) -> None:
-        if classifier is not None:
-            found = classifier.read(pictures)
-            right[kind] += [name == images.classes[row] for name, row in zip(found, rows, strict=True)]
-
-    for rows, batch in _with_bar(images, config.batch_size, show_progress):
-        x = to_float(batch).to(judge.device)
-        sets["real"].add(x)
-        for name, offset in (("first", position % 2), ("second", 1 - position % 2)):
-            if len(x[offset::2]):
-                sets[name].add(x[offset::2])
-        decoded = generator.vqgan.decode(generator.vqgan.encode(x))
-        sets["decoded"].add(decoded)
-        classify("real", x, rows)
-        classify("reconstruction", decoded, rows)
-        image_embeds[rows] = judge.images(x).cpu()
-        position += len(rows)
+    def sinks(parts: int, classes: Sequence[str]) -> dict:
+        statistics = {"statistics": SetStatistics(network, config.blur, parts)} if network else {}
+        return statistics | ({"classes": ClassHits(classifier, classes)} if classifier else {})
 
     prompts = choose_captions(images, config.n, seed) if images.has_captions else [(row, None) for row in range(len(images))]
-    prompts = [(row, text) for row, text in prompts[: config.n] if image_embeds[row].any()]  # only of readable pictures
-    drawn_embeds, shown = [], []
-    with progress(len(prompts), "drawing for captions", show_progress) as bar:
-        for i in range(0, len(prompts), config.batch_size):
+    real, decoded = sinks(2, images.classes), sinks(1, images.classes)
+    if images.has_captions:
+        real["embeds"] = Embeddings(judge, {row for row, _ in prompts[:JUDGED]})
+    device, vqgan = judge.device, generator.vqgan
+    same = Change("none", lambda x: x.to(device))
+    through = Change(f"decoded by {module_hash(vqgan)}", lambda x: vqgan.decode(vqgan.encode(x.to(device))))
+    measure(images, real, same, config.batch_size, "features of real pictures", show_progress, folder)
+    measure(images, decoded, through, config.batch_size, "features of reconstructions", show_progress, folder)
+
+    names = [path.relative_to(images.root).as_posix() for path in images.paths]
+    prompts = [(row, text) for row, text in prompts[: config.n] if names[row] not in images.skipped]
+    drawn = sinks(1, [images.classes[row] for row, _ in prompts] if classifier else ())
+    drawn["shown"] = FirstPictures(64)
+    if images.has_captions:
+        drawn["captions"] = CaptionFit(judge, dict(enumerate(text for _, text in prompts)))
+
+    def drawings(done: int):
+        for i in range(done * config.batch_size, len(prompts), config.batch_size):
             part = prompts[i : i + config.batch_size]
-            x = generator.draw_each(_prompts(generator, images, part), [seed + i + j for j in range(len(part))], **settings)
-            sets["drawn"].add(x)
-            classify("accuracy", x, [row for row, _ in part])
-            drawn_embeds.append(judge.images(to_float(to_uint8(x))).cpu())
-            shown.append(x[: max(0, 64 - i)].cpu())
-            bar.update(len(part))
-    n_drawn, n_real = (sets[name].by_radius[config.blur[0]].n for name in ("drawn", "real"))
-    dim = len(sets["real"].by_radius[config.blur[0]].total)
+            positions = list(range(i, i + len(part)))
+            yield positions, generator.draw_each(_prompts(generator, images, part), [seed + j for j in positions], **settings)
+
+    listed = caption_list((names[row], text or "") for row, text in prompts)
+    partial = None
+    if resume is not None:
+        weights = [module_hash(generator), generator.clip.weights_hash, asdict(generator.settings), settings, seed]
+        facts = [weights, config.batch_size, listed, *(sink.facts for sink in drawn.values() if hasattr(sink, "facts"))]
+        partial = resume / f"drawn-{digest(facts)}.safetensors"
+    stream(drawings, len(prompts), config.batch_size, drawn, "drawing for captions", show_progress, partial)
+
+    n_real = len(images) - sum(name in images.skipped for name in names)
     numbers = {
         "protocol": f"{config.protocol}-FID" + (f" with {judge.name}" if config.protocol == "clip" else ""),
         "blur": BLUR_DEFINITION,
         "resolution": images.size,
         "reference": f"{images.name}/{images.split}",
         "condition": "captions" if images.has_captions else "embeddings of the reference pictures, which have no captions",
-        "n": n_drawn,
+        "n": len(prompts),
         "n_reference": n_real,
-        "warnings": few_pictures({"the drawn set": n_drawn, "the reference": n_real, "a real half": n_real // 2}, dim),
+        "warnings": [],
         "judge": judge.name + (" (also the conditioning CLIP)" if judge.weights_hash == generator.clip.weights_hash else ""),
-        "fid": sets["drawn"].distance(sets["real"]),
-        "rfid": sets["decoded"].distance(sets["real"]),
-        "floor": sets["first"].distance(sets["second"]),
-    }
+        "fid": {}, "rfid": {}, "floor": {},
+    }  # fmt: skip
+    if network:
+        numbers |= set_scores(drawn["statistics"], real["statistics"])
+        numbers["rfid"] = decoded["statistics"].distance(real["statistics"])
+        counts = {"the drawn set": len(prompts), "the reference": n_real, "a real half": n_real // 2}
+        numbers["warnings"] = few_pictures(counts, drawn["statistics"].dim)
+        numbers["card"] = card(
+            network, config.blur, images.size, {"n": len(prompts), "codec": DRAWN_CODEC},
+            {"name": images.name, "split": images.split, "n": n_real, "codec": codec(images.paths)},
+            {**caption_facts(listed), "seed": seed} if images.has_captions else None,
+        )  # fmt: skip
     if images.has_captions:
-        own = image_embeds[[row for row, _ in prompts]]
-        numbers |= caption_scores(torch.cat(drawn_embeds), own, [text for _, text in prompts], judge, seed)
-    if classifier is not None:
-        numbers["classes"] = {kind: float(np.mean(hits)) for kind, hits in right.items()} | {"n": n_drawn}
-    names = [text or f"row {row}" for row, text in prompts]
-    return numbers, {"prompts": names[:64], "images": torch.cat(shown)[:64]}
+        numbers |= _fit_scores(drawn["captions"], seed) | _real_fit(real["embeds"], prompts, seed)
+    if classifier:
+        shares = {"real": real, "reconstruction": decoded, "accuracy": drawn}
+        numbers["classes"] = {key: held["classes"].share for key, held in shares.items()} | {"n": len(prompts)}
+    if missing:
+        numbers["missing"] = missing
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    shown = {"prompts": [text or f"row {row}" for row, text in prompts[:64]], "images": torch.stack(drawn["shown"].pictures)}
+    return numbers, {**shown, "captions": listed if images.has_captions else ""}
+
+
+def _fit_scores(fit: CaptionFit, seed: int) -> dict:
+    """CapS over all pictures; R-precision and the cosine with shuffled captions over the pairs that are kept."""
+    wording = [fit.texts[row] for row in fit.rows]
+    found = caption_scores(torch.stack(fit.pictures), torch.stack(fit.captions), wording, seed)
+    return {"caps": fit.caps, "caps_shuffled": found["shuffled"], "clip_score": clip_score(fit.caps),
+            "r_precision": found["r_precision"], "truncated_captions": fit.truncated, "judged": len(fit.rows)}  # fmt: skip
+
+
+def _real_fit(embeds: Embeddings, pairs: list[tuple[int, str]], seed: int) -> dict:
+    """What `_fit_scores` finds of drawn pictures, of real ones: between them and `caps_floor` a drawn one is to be read."""
+    pairs = [(row, text) for row, text in pairs if row in embeds.found][:JUDGED]
+    texts = [text for _, text in pairs]
+    known = torch.cat([embeds.judge.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)])
+    found = caption_scores(embeds.of([row for row, _ in pairs]), known, texts, seed)
+    return {"caps_ceiling": found["caps"], "caps_floor": found["shuffled"], "r_precision_real": found["r_precision"]}
 
 
 def _prompts(generator: TextToImage, images: ImageSet, prompts: list[tuple[int, str | None]]) -> list[str] | torch.Tensor:
@@ -256,32 +270,182 @@ def _prompts(generator: TextToImage, images: ImageSet, prompts: list[tuple[int, 
     return generator.clip.images(to_float(pictures).to(generator.device))
 
 
+# ---------------------------------------------------------------------------------------------- any folder
+
+
 @torch.inference_mode()
-def caption_scores(drawn: torch.Tensor, real: torch.Tensor, texts: list[str], judge: ClipEmbedder, seed: int = 0) -> dict:
-    """CapS with its ceiling and floor, and R-precision.
+def evaluate_folder(
+    images: Path, reference: Path, judge: ClipEmbedder, protocols: Sequence[str] = ("inception", "clip"),
+    captions: Path | None = None, size: int = 0, split: str = "val", seed: int = 0, show_progress: bool = True,
+    networks: Networks = feature_network, folder: Path = STATISTICS,
+) -> dict:  # fmt: skip
+    """Score any folder of pictures, whatever drew them, under each protocol whose weights are there.
 
     Args:
-        drawn, real: (N, D) unit-norm judge embeddings of the pictures drawn for N texts, and of the real pictures that
-            the texts describe.
+        images: every picture below this folder is scored.
+        reference: a COCO root (its `split`), a folder (every picture below it), or an npz of pytorch-fid, which allows
+            FID-0 alone.
+        captions: what the pictures were drawn for (see `read_captions`), matched by file name without its ending.
+        size: side in pixels that both sets are brought to; 0 takes the scored pictures' own, if they share one.
+        networks: what gives the feature network of a protocol.
+
+    Returns:
+        `protocols` (name -> what `set_scores` gives, with its `card` and `warnings`), `missing` (name -> why it is not
+        there), `captions` (CapS and so on), `warnings`, and the sizes of both sets.
+
+    Raises:
+        ClipgenError: fewer than 2 pictures, different sizes without `size`, a damaged reference or caption file, or no
+            protocol that can be computed.
     """
-    embeds = torch.cat([judge.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)])
-    shift = int(np.random.default_rng([seed, 19]).integers(1, max(len(texts), 2)))
-    return {
-        "caps": float((drawn * embeds).sum(1).mean()),
-        "caps_ceiling": float((real * embeds).sum(1).mean()),
-        "caps_floor": float((real * embeds.roll(shift, 0)).sum(1).mean()),
-        "r_precision": r_precision(drawn, embeds, texts),
-        "r_precision_real": r_precision(real, embeds, texts),
-        "truncated_captions": sum(judge.is_truncated(text) for text in texts),
-    }
+    config = EvaluateConfig()
+    scored = open_folder(images, size)
+    size, same = scored.size, Change("none", lambda x: x.to(judge.device))
+    texts = texts_of(scored, captions, seed) if captions else {}
+    listed = caption_list((scored.paths[row].relative_to(scored.root).as_posix(), text) for row, text in texts.items())
+    if reference.suffix == ".npz":
+        real: ImageSet | StatisticsFile = StatisticsFile(reference)
+    else:
+        is_coco = (reference / "annotations").is_dir()
+        real = open_images(reference, split, size) if is_coco else open_folder(reference, size)
+    result: dict = {"images": scored.name, "reference": reference.resolve().name, "resolution": size, "protocols": {},
+                    "missing": {}, "warnings": []}  # fmt: skip
+
+    def statistics(pictures: ImageSet, network: FeatureNetwork, parts: int, label: str) -> SetStatistics:
+        found = SetStatistics(network, config.blur, parts)
+        measure(pictures, {"statistics": found}, same, config.batch_size, f"{network.protocol}: {label}", show_progress, folder)
+        return found
+
+    for name in protocols:
+        try:
+            network = networks(name, judge)
+        except MissingWeights as error:
+            result["missing"][name] = str(error)
+            continue
+        ours = statistics(scored, network, 1, "scored pictures")
+        if isinstance(real, StatisticsFile):
+            if len(real.mu) != ours.dim:
+                result["missing"][name] = f"{reference.name} holds {len(real.mu)} dimensions, protocol {name!r} has {ours.dim}: give statistics of the same network"  # fmt: skip
+                continue
+            theirs, known = real, {"name": reference.name, "n": "not in the file", "codec": "not in the file"}
+        else:
+            theirs = statistics(real, network, 2, "reference")
+            known = {"name": real.name, "split": real.split, "n": theirs.n, "codec": codec(real.paths)}
+        counts = {"the scored set": ours.n} | ({"the reference": theirs.n} if "split" in known else {})
+        result["protocols"][name] = set_scores(ours, theirs) | {
+            "warnings": few_pictures(counts, ours.dim),
+            "card": card(network, config.blur, size, {"name": scored.name, "n": ours.n, "codec": codec(scored.paths)}, known,
+                         caption_facts(listed) if texts else None),
+        }  # fmt: skip
+    if texts:
+        fit = CaptionFit(judge, texts)
+        measure(scored, {"captions": fit}, same, config.batch_size, "captions", show_progress, folder)
+        result["captions"] = {"judge": judge.name, **_fit_scores(fit, seed)}
+        if isinstance(real, ImageSet) and real.has_captions:
+            pairs = choose_captions(real, min(len(texts), JUDGED), seed)
+            embeds = Embeddings(judge, {row for row, _ in pairs})
+            measure(real, {"embeds": embeds}, same, config.batch_size, "captions of the reference", show_progress, folder)
+            result["captions"] |= _real_fit(embeds, pairs, seed)
+        result["caption_list"] = listed
+        result["warnings"] += _caption_warnings(fit, len(scored))
+    if not result["protocols"] and not texts:
+        raise ClipgenError(" ".join(result["missing"].values()))
+    result["n"] = len(scored) - sum(path.relative_to(scored.root).as_posix() in scored.skipped for path in scored.paths)
+    result["warnings"] += _skipped_warnings(scored) + (_skipped_warnings(real) if isinstance(real, ImageSet) else [])
+    return result
 
 
-def _with_bar(images: ImageSet, batch_size: int, show: bool) -> Iterator[tuple[list[int], torch.Tensor]]:
-    with progress(len(images), "features of real pictures", show) as bar:
-        for rows, batch in ordered_batches(images, range(len(images)), batch_size):
-            bar.update(batch_size)
-            if rows:
-                yield rows, batch
+def open_folder(root: Path, size: int = 0) -> ImageSet:
+    """Every picture below a folder, without splits and captions.
+
+    Args:
+        size: short side in pixels; 0 takes the pictures' own.
+
+    Raises:
+        ClipgenError: no folder, fewer than 2 pictures, or pictures of different sizes and no `size`.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise ClipgenError(f"{root} is not a folder of pictures: check the path, or unpack the archive and give its folder")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if len(paths) < 2:
+        raise ClipgenError(f"{root} holds {len(paths)} pictures, too few to compare: give a folder of at least 2")
+    if not size:
+        sizes = {found for path in paths if (found := _picture_size(path))}
+        if len(sizes) > 1:
+            some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
+            raise ClipgenError(f"the pictures in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which side they are brought to")  # fmt: skip
+        if not sizes:
+            raise ClipgenError(f"none of the {len(paths)} pictures in {root} can be read: check the files")
+        size = min(*sizes.pop())
+    return ImageSet(root.resolve().name, "all", root, paths, size)
+
+
+def _picture_size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return None  # reading it will say why
+
+
+def _caption_warnings(fit: CaptionFit, n: int) -> list[str]:
+    found = []
+    if fit.n < n:
+        found.append(f"{n - fit.n} of {n} pictures have no caption: CapS and R-precision are of the other {fit.n}")
+    if fit.truncated:
+        found.append(f"{fit.truncated} captions are longer than CLIP's {fit.judge.tokenizer.context_length} tokens: it has read their beginning only")  # fmt: skip
+    return found
+
+
+def _skipped_warnings(images: ImageSet) -> list[str]:
+    if not images.skipped:
+        return []
+    name, why = next(iter(images.skipped.items()))
+    return [f"{len(images.skipped)} files of {images.name} were left out, the first {name} ({why})"]
+
+
+# ---------------------------------------------------------------------------------------------- are the metrics sane?
+
+
+DAMAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "none": lambda x: x,
+    "JPEG 50": lambda x: jpeg(x, 50),
+    "blur": lambda x: blur(x, 2),
+    "noise": lambda x: x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x),
+}
+
+
+@torch.inference_mode()
+def damage_scores(images: ImageSet, network: FeatureNetwork, limit: int = 1_000) -> dict[str, dict[str, float]]:
+    """One half of a set, damaged more and more, against the other half: do the metrics order the damages?
+
+    Returns:
+        damage -> `fid`, `kid`, precision, recall, density, coverage against the other half, and `psnr` and `ssim` against
+        the undamaged same half. `none` is the floor, real against real.
+    """
+    rows = range(min(limit, len(images)))
+    whole = torch.cat([to_float(batch) for _, batch in ordered_batches(images, rows, 64)])
+    first, second = whole[::2], whole[1::2]
+    reference, found = SetStatistics(network, (0,), 2), {}
+    _add(reference, first)
+    for name, damage in DAMAGES.items():
+        damaged = torch.cat([damage(part) for part in second.split(64)])
+        scored = SetStatistics(network, (0,))
+        _add(scored, damaged)
+        scores = set_scores(scored, reference)
+        pairs = reconstruction_scores(second, damaged)
+        manifold = {key: value for key, value in scores["manifold"].items() if key != "n"}
+        found[name] = {"fid": scores["fid"]["0"], "kid": scores["kid"]["mean"], **manifold,
+                       **{key: float(values.mean()) for key, values in pairs.items()}}  # fmt: skip
+    return found
+
+
+def _add(statistics: SetStatistics, pictures: torch.Tensor) -> None:
+    for part in pictures.split(64):
+        statistics.add([], part)
+
+
+# ---------------------------------------------------------------------------------------------- the Shapes world
 
 
 @torch.inference_mode()
@@ -313,28 +477,84 @@ def evaluate_oracle(
     return found
 
 
+# ---------------------------------------------------------------------------------------------- tables
+
+
 def table(summary: dict) -> str:
     """The numbers of a summary as lines a person can read."""
     e = summary["evaluation"]
     lines = [
         f"run {summary['run']}   preset {summary.get('preset')}   seed {summary.get('seed')}",
         f"{e['protocol']}, N = {e['n']} drawn against {e['n_reference']} real ({e['reference']}), {e['resolution']} px",
-        f"{'':28}" + "".join(f"k = {k:<8}" for k in e["fid"]),
+        *_radius_lines({"FID-k, generator": e["fid"], "rFID-k, tokenizer": e["rfid"], "FID-k, real halves": e["floor"]}),
+        *_set_lines(e),
     ]
-    for label, key in (("FID-k, generator", "fid"), ("rFID-k, tokenizer", "rfid"), ("FID-k, real halves", "floor")):
-        lines.append(f"{label:28}" + "".join(f"{value:<12.4g}" for value in e[key].values()))
     if "caps" in e:
-        lines += [
-            f"{'CapS':28}{e['caps']:.3f}   (real with own captions {e['caps_ceiling']:.3f}, with others' {e['caps_floor']:.3f})",
-            f"{'R-precision':28}{e['r_precision']:.3f}   (real pictures {e['r_precision_real']:.3f}, chance about {1 / min(100, e['n']):.2g})",
-            f"{'judge':28}{e['judge']}",
-        ]
+        lines += [*_caption_lines(e, e["n"]), f"{'judge':28}{e['judge']}"]
     if c := e.get("classes"):
         lines.append(f"{'class accuracy':28}{c['accuracy']:.3f}   (real pictures {c['real']:.3f}, the tokenizer's decodings {c['reconstruction']:.3f}; by a classifier of real pictures)")  # fmt: skip
     for modality, kinds in summary.get("oracle", {}).items():
         for kind, scores in kinds.items():
             shares = "   ".join(f"{key} {100 * value:.1f}%" for key, value in scores.items() if key != "n")
             lines.append(f"{'oracle, ' + modality + ' ' + kind:28}{shares}   (n = {scores['n']})")
-    for sentence in e["warnings"]:
-        lines.append(f"warning: {sentence}")
+    lines += [f"missing: {sentence}" for sentence in e.get("missing", [])]
+    lines += [f"warning: {sentence}" for sentence in e["warnings"]]
     return "\n".join(lines)
+
+
+def folder_table(result: dict) -> str:
+    """What `evaluate_folder` found as lines a person can read: each protocol with its whole card."""
+    lines = [f"{result['images']} against {result['reference']}, {result['resolution']} px"]
+    for name, scores in result["protocols"].items():
+        lines += ["", f"protocol {name}", *_radius_lines({"FID-k": scores["fid"], "FID-k, reference halves": scores.get("floor", {})})]  # fmt: skip
+        lines += [*_set_lines(scores), *_card_lines(scores["card"])]
+        lines += [f"warning: {sentence}" for sentence in scores["warnings"]]
+    if c := result.get("captions"):
+        lines += ["", *_caption_lines(c, c["judged"]), f"{'CLIPScore':28}{c['clip_score']:.2f}", f"{'judge':28}{c['judge']}"]
+    lines += [f"missing: {sentence}" for sentence in result["missing"].values()]
+    lines += [f"warning: {sentence}" for sentence in result["warnings"]]
+    return "\n".join(lines)
+
+
+def _radius_lines(rows: dict[str, dict[str, float]]) -> list[str]:
+    rows = {label: values for label, values in rows.items() if values}
+    if not rows:
+        return []
+    head = f"{'':28}" + "".join(f"k = {k:<8}" for k in next(iter(rows.values())))
+    return [head, *(f"{label:28}" + "".join(f"{value:<12.4g}" for value in values.values()) for label, values in rows.items())]
+
+
+def _set_lines(scores: dict) -> list[str]:
+    """KID, precision and so on, each line only where it was measured."""
+    lines = []
+    if kid := scores.get("kid"):
+        lines.append(f"{'KID':28}{kid['mean']:.4g} ± {kid['std']:.2g}   ({kid['subsets']} subsets of {kid['subset_size']})")
+    if m := scores.get("manifold"):
+        lines.append(f"{'precision, recall':28}{m['precision']:.3f}, {m['recall']:.3f}   (of {m['n']} pictures of either set)")
+        lines.append(f"{'density, coverage':28}{m['density']:.3f}, {m['coverage']:.3f}")
+    if score := scores.get("inception_score"):
+        lines.append(f"{'Inception Score':28}{score['mean']:.3f} ± {score['std']:.2g}   ({score['splits']} splits)")
+    if curve := scores.get("fid_over_n"):
+        lines.append(f"{'FID-0 over N':28}" + "   ".join(f"{n}: {value:.4g}" for n, value in curve.items()))
+    return lines
+
+
+def _caption_lines(scores: dict, n: int) -> list[str]:
+    known = "caps_ceiling" in scores
+    real = f"real with own captions {scores['caps_ceiling']:.3f}, with others' {scores['caps_floor']:.3f}" if known else f"with captions of other pictures {scores['caps_shuffled']:.3f}"  # fmt: skip
+    precision = f"real pictures {scores['r_precision_real']:.3f}, " if known else ""
+    return [
+        f"{'CapS':28}{scores['caps']:.3f}   ({real})",
+        f"{'R-precision':28}{scores['r_precision']:.3f}   ({precision}chance about {1 / min(100, n):.2g})",
+    ]
+
+
+def _card_lines(card: dict) -> list[str]:
+    """The protocol card, an entry a line; nested entries on the line of their own."""
+
+    def text(value: object) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {inner}" for key, inner in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return [f"  {key:26}{text(value) if value is not None else 'none'}" for key, value in card.items() if key != "protocol"]

@@ -6,6 +6,7 @@ It knows nothing of CLIP's mean and standard deviation: that is `ClipEmbedder`'s
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of a picture of any mode."""
     if image.mode.startswith(("I;16", "I", "F")):  # Pillow clips these to 8 bits; scale the range instead
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it has pixels that are not finite")
         top = 65535.0 if values.max() > 255 else 255.0
         return Image.fromarray(np.clip(values * 255 / top, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -80,6 +83,27 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Float in [-1, 1], clamped -> uint8 in [0, 255], rounded to nearest."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def eight_bit(images: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1], clamped and rounded to the 256 levels of a file, float still.
+
+    Raises:
+        ClipgenError: a pixel is not finite.
+    """
+    if not torch.isfinite(images).all():
+        raise ClipgenError("a picture has NaN or infinite pixels: look at what drew it, and at the precision it was drawn in")
+    return to_float(to_uint8(images))
+
+
+def jpeg(images: torch.Tensor, quality: int) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] as it comes back from JPEG files of that quality (1 to 95)."""
+    arrays = []
+    for array in to_arrays(images):
+        stream = io.BytesIO()
+        Image.fromarray(array).save(stream, "JPEG", quality=quality)
+        arrays.append(np.asarray(Image.open(stream)))
+    return from_arrays(np.stack(arrays)).to(images.device)
 
 
 def to_arrays(images: torch.Tensor) -> np.ndarray:

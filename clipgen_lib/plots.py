@@ -30,9 +30,12 @@ def reconstructions(originals: torch.Tensor, decoded: torch.Tensor, title: str) 
 
 
 def curves(metrics: list[dict], panels: dict[str, tuple[str, ...]], title: str) -> Figure:
-    """One panel for each entry: panel title -> the logged scalars drawn in it."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.6), squeeze=False)
-    for axis, (label, keys) in zip(axes[0], panels.items(), strict=True):
+    """One panel for each entry of which anything was logged: panel title -> the logged scalars drawn in it."""
+    panels = {
+        label: keys for label, keys in panels.items() if any(line.get(key) is not None for line in metrics for key in keys)
+    }
+    figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(3.2 * max(len(panels), 1), 2.6), squeeze=False)
+    for axis, (label, keys) in zip(axes[0], panels.items(), strict=False):
         for key in keys:
             points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
             if points:
@@ -166,20 +169,17 @@ def ablation(table: list[dict], key: str, title: str) -> Figure:
     return figure
 
 
-def tradeoff(table: list[dict], x: str, y: str, title: str, joined: tuple[str, ...] = ()) -> Figure:
-    """Two metrics of every row against each other, each point named; a line joins those of `joined`, in their order."""
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    for entry in table:
-        if x in entry and y in entry:
-            axis.errorbar(entry[x]["mean"], entry[y]["mean"], entry[y]["std"], entry[x]["std"], fmt="o", markersize=4)
-            axis.annotate(
-                entry["name"], (entry[x]["mean"], entry[y]["mean"]), fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
-    at = {entry["name"]: (entry[x]["mean"], entry[y]["mean"]) for entry in table if x in entry and y in entry}
-    if line := [at[name] for name in joined if name in at]:
-        axis.plot(*zip(*line, strict=True), color="grey", linewidth=0.8)
-    axis.set(xlabel=x, ylabel=y, title=title)
-    axis.grid(alpha=0.3)
+def tradeoff(curves: dict[str, dict[str, dict]], x: str, y: str, title: str) -> Figure:
+    """Two metrics against each other: a line for each entry of `curves`, method -> {name of a point -> row of a table}."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for label, points in curves.items():
+        places = [(row[x]["mean"], row[y]["mean"]) for row in points.values()]
+        axis.plot(*zip(*places, strict=True), marker="o", markersize=4, linewidth=0.8, label=label)
+        for name, place in zip(points, places, strict=True):
+            axis.annotate(name, place, fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axis.set(xlabel=x, ylabel=y, title=title, xscale="log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=7)
     return figure
 
 
@@ -203,5 +203,36 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
         axes[1].scatter(part[:, 0], part[:, 1], s=4, alpha=0.5, label=label)
     axes[1].set(xticks=[], yticks=[], title="first two principal axes")
     axes[1].legend(fontsize=7)
+    figure.suptitle(title)
+    return figure
+
+
+def fid_over_n(curves: dict[str, dict[str, float]], title: str) -> Figure:
+    """FID against the number of pictures it was computed from: label -> {N: FID}; a curve that still falls is bias, not quality."""
+    figure, axis = plt.subplots(figsize=(5, 3))
+    for label, curve in curves.items():
+        axis.plot([int(n) for n in curve], list(curve.values()), marker="o", label=label)
+    axis.set(xlabel="N, pictures scored", ylabel="FID-0", xscale="log", yscale="log", title=title)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def damages(found: dict[str, dict[str, float]], title: str) -> Figure:
+    """One panel for each metric, its value for pictures that are damaged more and more; what `evaluate.damage_scores` gives."""
+    metrics = list(next(iter(found.values())))
+    figure, axes = plt.subplots(2, -(-len(metrics) // 2), figsize=(11, 4.2), squeeze=False)
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        values = [scores[metric] for scores in found.values()]
+        axis.bar(range(len(values)), [v if np.isfinite(v) else 0 for v in values], color="tab:blue")
+        axis.set_title(metric)
+        axis.set_xticks(range(len(values)), list(found), fontsize=7)
+        if metric in ("fid", "kid"):  # they span decades, and an unbiased KID may be below 0
+            axis.set_yscale("symlog", linthresh=max(map(abs, values)) / 1_000)
+        for i, v in enumerate(values):
+            if not np.isfinite(v):
+                axis.annotate("infinite", (i, 0), ha="center", fontsize=7, xytext=(0, 3), textcoords="offset points")
+    for axis in axes.flat[len(metrics) :]:
+        axis.axis("off")
     figure.suptitle(title)
     return figure

@@ -103,7 +103,8 @@ def file_hash(*paths: Path) -> str:
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
     found = {"python": sys.version.split()[0]}
-    for package in ("clipgen_lib", "torch", "torchvision", "open_clip_torch", "accelerate", "torchmetrics", "numpy"):
+    for package in ("clipgen_lib", "torch", "torchvision", "open_clip_torch", "accelerate", "torchmetrics", "numpy", "pillow",
+                    "pytorch-fid", "torch-fidelity", "lpips"):  # fmt: skip
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -18,6 +18,7 @@ from torch import nn
 
 from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict, replace_fields
+from .interop import GENERATORS, load_released
 from .runs import ClipgenError, progress, read_json
 from .store import nearest
 from .transformer import ImageTransformer, KVCache, centre
@@ -165,7 +166,8 @@ class TextToImage(
     """Text or picture in, pictures out.
 
     `save_pretrained(folder)` writes config.json and model.safetensors (VQGAN and transformer); CLIP is named in the
-    config and loaded by name. `from_pretrained(folder_or_hub_id)` is the way back.
+    config and loaded by name. `from_pretrained(folder_or_hub_id)` is the way back; `clip={"name": ..., "pretrained": ...}`
+    given to it takes the place of the CLIP in the config, for weights that lie elsewhere.
     """
 
     def __init__(self, vqgan: dict, transformer: dict, clip: dict, sample: dict, bank_rows: int = 0):
@@ -175,18 +177,20 @@ class TextToImage(
         self.settings: SampleConfig = from_dict(SampleConfig, sample)
         self.clip_source = clip
         self.register_buffer("bank", torch.zeros(bank_rows, self.transformer.clip_dim, dtype=torch.float16))
+        self.register_buffer("offset", torch.zeros(self.transformer.clip_dim))
         self._clip: list[ClipEmbedder] = []  # in a list, so that its weights are not among ours
 
     @classmethod
     def from_parts(
         cls, vqgan: VQGAN, transformer: ImageTransformer, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig,
-        bank: torch.Tensor | None = None,
+        bank: torch.Tensor | None = None, offset: torch.Tensor | None = None,
     ) -> TextToImage:  # fmt: skip
         """Put trained parts together.
 
         Args:
             clip_source: how to load this CLIP again: its `name` and `pretrained`.
             bank: embeddings (M, D) of the training pictures, for `neighbours`.
+            offset: mean embedding of pictures minus that of texts, (D,), for `shift`.
         """
         if transformer.codebook_size != vqgan.config.codebook_size or transformer.n_tokens != vqgan.config.side**2:
             raise ClipgenError("VQGAN and transformer differ in codebook or token count: use both from one run")
@@ -195,10 +199,33 @@ class TextToImage(
         whole = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), 0 if bank is None else len(bank))
         if bank is not None:
             whole.bank.copy_(bank)
+        if offset is not None:
+            whole.offset.copy_(offset)
         whole.vqgan.load_state_dict(vqgan.state_dict())
         whole.transformer.load_state_dict(transformer.state_dict())
         whole._clip.append(clip)
         return whole.to(clip.device)
+
+    @classmethod
+    def from_released(cls, name: str, folder: str | Path, device: str | torch.device = "cpu") -> TextToImage:
+        """A generator that others have trained, from their published files.
+
+        Args:
+            name: `hfai-coco`: HFAiLab/clip-gen, trained on MS-COCO, from vqgan_coco.pt and gpt_coco.pt.
+            folder: where those files lie. OpenAI's ViT-B-32.pt is used from there too, and downloaded where it is not;
+                `save_pretrained` names the CLIP `openai` in both cases. Another CLIP under that file name is kept as a path.
+
+        Raises:
+            ClipgenError: unknown name; a file missing, damaged, with code in it, or of another model.
+        """
+        if name not in GENERATORS:
+            raise ClipgenError(f"unknown generator {name!r}: choose one of {', '.join(GENERATORS)}")
+        released, file = GENERATORS[name], Path(folder) / GENERATORS[name].clip_file
+        vqgan, transformer = (load_released(part, folder, device) for part in (released.vqgan, released.transformer))
+        source = {**released.clip, "pretrained": str(file.resolve())} if file.is_file() else released.clip
+        clip = ClipEmbedder.load(**source, device=device)
+        source = released.clip if clip.weights_hash == released.clip_hash else source
+        return cls.from_parts(vqgan, transformer, clip, source, released.sample)
 
     @property
     def device(self) -> torch.device:
@@ -242,7 +269,7 @@ class TextToImage(
         """One picture for each prompt and seed, the nearest of `candidates` in CLIP space: (P, 3, H, W) in [-1, 1]."""
         chosen = replace_fields(self.settings, settings)
         embeds = prompts.to(self.device) if isinstance(prompts, torch.Tensor) else self.clip.texts(list(prompts))
-        condition = self.condition(embeds, is_text=not isinstance(prompts, torch.Tensor), neighbours=chosen.neighbours)
+        condition = self.condition(embeds, not isinstance(prompts, torch.Tensor), chosen.neighbours, chosen.shift)
         pools = [
             self.draw(condition, [(s, j) if j else s for s in seeds], chosen, show_progress) for j in range(chosen.candidates)
         ]
@@ -252,12 +279,18 @@ class TextToImage(
         best = torch.cat([rerank(self.clip, p, e)[:, 0] for p, e in zip(pool.split(64), embeds.split(64), strict=True)])
         return pool[torch.arange(len(pool), device=pool.device), best]
 
-    def condition(self, embeds: torch.Tensor, is_text: bool, neighbours: int = 0) -> torch.Tensor:
-        """What the transformer takes for CLIP embeddings (P, D) of texts or of pictures: projected and centred, (P, D).
+    def condition(self, embeds: torch.Tensor, is_text: bool, neighbours: int = 0, shift: bool = False) -> torch.Tensor:
+        """What the transformer takes for CLIP embeddings (P, D) of texts or pictures: shifted, projected, centred, (P, D).
 
         Raises:
-            ClipgenError: neighbours asked for without a bank.
+            ClipgenError: neighbours asked for without a bank, or a shift without an offset.
         """
+        if is_text and shift:
+            if not self.offset.any():
+                raise ClipgenError(
+                    "shift needs the means of pictures and texts: give from_parts an offset, or set it in the preset"
+                )
+            embeds = F.normalize(embeds + self.offset.to(embeds.dtype), dim=-1)
         if is_text and neighbours:
             if not len(self.bank):
                 raise ClipgenError(f"neighbours={neighbours} needs the embeddings of the training pictures: give from_parts a bank, or train with them in the preset")  # fmt: skip
@@ -275,8 +308,9 @@ class TextToImage(
 
 
 def load_run(
-    path: Path, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig, bank: torch.Tensor | None = None
-) -> TextToImage:
+    path: Path, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig, bank: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+) -> TextToImage:  # fmt: skip
     """The generator of a run: its VQGAN, its transformer, and the CLIP they were trained with.
 
     Raises:
@@ -290,4 +324,4 @@ def load_run(
     now = {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}
     if trained_with != now:
         raise ClipgenError(f"the transformer in {path} was trained with other weights ({trained_with}) than those there now ({now}): train it again")  # fmt: skip
-    return TextToImage.from_parts(vqgan, transformer, clip, clip_source, settings, bank)
+    return TextToImage.from_parts(vqgan, transformer, clip, clip_source, settings, bank, offset)

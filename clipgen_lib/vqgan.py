@@ -26,6 +26,8 @@ from .attention import attend
 from .config import VQGANConfig, from_dict
 from .runs import ClipgenError, load_strictly, read_json, read_weights
 
+EPSILON = 1e-6  # added to the variance in every norm
+
 
 class ChannelNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467) over the channels of each position: nothing passes between positions."""
@@ -36,12 +38,14 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(x.pow(2).mean(1, keepdim=True, dtype=torch.float32) + 1e-6).to(x.dtype)
+        scale = torch.rsqrt(x.pow(2).mean(1, keepdim=True, dtype=torch.float32) + EPSILON).to(x.dtype)
         return x * scale * self.weight.to(x.dtype) + self.bias.to(x.dtype)
 
 
 def _norm(channels: int, local: bool) -> nn.Module:
-    return ChannelNorm(channels) if local else nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    if local:
+        return ChannelNorm(channels)
+    return nn.GroupNorm(32 if channels % 32 == 0 else channels // 4, channels, eps=EPSILON)
 
 
 def _zero(layer: nn.Conv2d) -> None:
@@ -190,6 +194,9 @@ class VectorQuantizer(nn.Module):
     belongs to the second. With `codebook_update="ema"` codes follow the mean of their vectors instead of the first
     loss (same paper, appendix A.1). A code unused for `restart_after` training steps takes the place of a random
     encoder output (Jukebox, arXiv 2005.00341, section 3.1).
+
+    `codebook_update="gumbel"` is the quantiser of released VQGANs trained with a Gumbel softmax (arXiv 1611.01144): the
+    token is the largest of K projections of a vector, and the codebook is only looked up. It is not trained here.
     """
 
     def __init__(self, config: VQGANConfig):
@@ -200,6 +207,7 @@ class VectorQuantizer(nn.Module):
         # unit vectors in every direction, or (euclidean) the small uniform box of taming
         codes = F.normalize(torch.randn(size, dim), dim=-1) if self.l2_norm else (torch.rand(size, dim) * 2 - 1) / size
         self.codebook = nn.Parameter(codes, requires_grad=not self.ema)
+        self.projection = nn.Linear(dim, size) if config.codebook_update == "gumbel" else None
         self.register_buffer("idle", torch.zeros(size, dtype=torch.long))  # training steps since a code was last used
         if self.ema:
             self.register_buffer("counts", torch.ones(size))
@@ -213,14 +221,21 @@ class VectorQuantizer(nn.Module):
         """(B, h, w) int64 -> (B, C, h, w)."""
         return F.embedding(tokens, self.codes()).permute(0, 3, 1, 2)
 
+    def choose(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(N, C) -> tokens (N,) int64."""
+        if self.projection is not None:
+            return self.projection(vectors).argmax(1)
+        codes = self.codes()
+        return (codes.pow(2).sum(1) - 2 * vectors @ codes.T).argmin(1)  # |z|^2 is the same for every code
+
     def forward(self, z: torch.Tensor) -> Quantized:
+        if self.training and self.projection is not None:
+            raise ClipgenError("a Gumbel quantiser draws but cannot be trained here: choose codebook_update 'gradient' or 'ema', or call .eval() on the VQGAN")  # fmt: skip
         z = z.float().permute(0, 2, 3, 1)  # (B, h, w, C)
         z = F.normalize(z, dim=-1) if self.l2_norm else z
-        flat, codes = z.reshape(-1, z.shape[-1]), self.codes()
         with torch.no_grad():
-            distance = codes.pow(2).sum(1) - 2 * flat @ codes.T  # |z|^2 is the same for every code
-            tokens = distance.argmin(1).view(z.shape[:-1])
-        chosen = F.embedding(tokens, codes)
+            tokens = self.choose(z.reshape(-1, z.shape[-1])).view(z.shape[:-1])
+        chosen = F.embedding(tokens, self.codes())
         codebook_loss = chosen.new_zeros(()) if self.ema else F.mse_loss(chosen, z.detach())
         commitment_loss = F.mse_loss(z, chosen.detach())
         straight_through = (z + (chosen - z).detach()).permute(0, 3, 1, 2)

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from . import evaluate, train
+from . import evaluate, shapes, train
 from .classifier import Classifier, accuracy, train_classifier
 from .clip_embed import ClipEmbedder
 from .config import Preset, load_preset
 from .data import ImageSet, open_images
 from .images import grid, to_float
 from .losses import PatchDiscriminator, adversarial_loss
-from .runs import RESULTS, ROOT, ClipgenError, Run, differences, open_run, read_json, versions, write_json
+from .runs import RESULTS, ROOT, ClipgenError, Run, differences, open_run, read_json, versions, write_atomic, write_json
 from .sample import TextToImage, load_run
 from .store import TokenStore, extract
 from .transformer import ImageTransformer
@@ -69,7 +69,7 @@ class Workbench:
             clip: the conditioning CLIP in place of the preset's: a folder in open_clip's layout, or an open_clip
                 model and its weights, such as `ViT-B-32-quickgelu/openai`.
         """
-        chosen, opened = load_preset(preset, **({"clip": _clip_fields(clip)} if clip else {})), open_run(run)
+        chosen, opened = load_preset(preset, **({"clip": clip_fields(clip)} if clip else {})), open_run(run)
         config = {"preset": asdict(chosen), "data": _portable(data), "seed": seed}
         path = opened.file("config.json")
         if path.exists():
@@ -136,8 +136,12 @@ class Workbench:
         """Embeddings of the training pictures, where the preset's sampling looks texts up among them."""
         return self.store().embeds(slice(None)) if self.preset.sample.neighbours else None
 
+    def offset(self) -> torch.Tensor | None:
+        """Mean picture minus mean text (D,), where the preset's sampling shifts texts by it."""
+        return self.store().mean_embed() - self.text_mean() if self.preset.sample.shift else None
+
     def text_mean(self) -> torch.Tensor:
-        """Mean embedding (D,) of up to 10,000 captions of training pictures, for a training that centres.
+        """Mean embedding (D,) of up to 10,000 captions of training pictures, for a training that centres or a shift.
 
         Whose caption is whose is not looked at: this is unpaired text, the one thing that is not a picture in a training.
         """
@@ -145,7 +149,7 @@ class Workbench:
         return torch.cat([self.clip.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)]).mean(0)
 
     def generator(self) -> TextToImage:
-        return load_run(self.run.path, self.clip, self.clip_source, self.preset.sample, self.bank())
+        return load_run(self.run.path, self.clip, self.clip_source, self.preset.sample, self.bank(), self.offset())
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -175,10 +179,10 @@ class Workbench:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint."""
         config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
         vqgan, store, held_out = self.vqgan(), self.store(), self.store("val")
-        texts, embeds, bank = self.preview_prompts(), held_out.embeds(slice(0, 6)), self.bank()
+        texts, embeds, extras = self.preview_prompts(), held_out.embeds(slice(0, 6)), (self.bank(), self.offset())
 
         def preview(transformer, step):
-            generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample, bank)
+            generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample, *extras)
             pictures = torch.cat([generator.draw_each(p, list(range(len(p))), candidates=1) for p in (texts, embeds)])
             Image.fromarray(grid(pictures, columns=len(pictures))).save(self.run.file("previews", f"{step:06d}.png"))
 
@@ -205,12 +209,22 @@ class Workbench:
         chosen = evaluate.choose_captions(images, n, self.seed) if images.has_captions else []
         return [text for _, text in chosen] or ["a photo"] * n
 
+    def outside_prompts(self, n: int = 6) -> list[str]:
+        """Prompts for what no training picture shows: held-out pairs of the Shapes world, else three that no photo shows."""
+        if self.has_oracle:
+            return [prompt.text for prompt in shapes.prompts("held_out", n, self.seed)]
+        return ["a flying penguin", "a dog with a cigar", "a lemon with face and hair"]
+
     def evaluate(self, guidance: float = 0.0) -> dict:
-        """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown."""
+        """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown.
+
+        The caption list goes beside it into captions.txt: which picture's caption each drawing had.
+        """
         generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
         with self._timed("evaluate", resumable=False):
             numbers, shown = evaluate.evaluate_generator(
-                generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, classifier=self.classifier(), **settings)  # fmt: skip
+                generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, classifier=self.classifier(),
+                resume=self.run.path / "checkpoints", **settings)  # fmt: skip
             oracle = evaluate.evaluate_oracle(generator, self.preset.evaluate.n_oracle, self.seed, **settings) if self.has_oracle else None  # fmt: skip
         sample = {**asdict(self.preset.sample), **settings}
         start, texts = time.perf_counter(), shown["prompts"][:16]
@@ -220,6 +234,8 @@ class Workbench:
         seconds = {**self.run.summary().get("seconds", {}), "per_image": per_image}
         seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
         self.run.add_to_summary(**entries, seconds=seconds)
+        if shown["captions"]:
+            write_atomic(self.run.file("captions.txt"), shown["captions"])
         return shown
 
     @contextmanager
@@ -238,7 +254,7 @@ def _portable(data: str) -> str:
     return data if data == "shapes" else Path(data).expanduser().resolve().name
 
 
-def _clip_fields(clip: str) -> dict[str, str | None]:
+def clip_fields(clip: str) -> dict[str, str | None]:
     """Name and weights of a CLIP from one word: a folder (inside the project by its place there), `shapes`, or model/weights."""
     folder = ROOT / Path(clip).expanduser()
     if Path(clip).is_dir() and not folder.is_dir():

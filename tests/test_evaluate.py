@@ -1,96 +1,56 @@
+import json
+import shutil
+import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from pytorch_fid.fid_score import calculate_frechet_distance
+from click.testing import CliRunner
+from PIL import Image
 
-from clipgen_lib import evaluate
+from clipgen_lib import cli, evaluate, passes, plots
+from clipgen_lib.captions import caption_facts, caption_list, choose_captions, read_captions
 from clipgen_lib.config import SampleConfig
 from clipgen_lib.data import open_images, ordered_batches
 from clipgen_lib.evaluate import (
-    BlurredStatistics,
-    GaussianStatistics,
-    choose_captions,
+    codec,
+    damage_scores,
+    evaluate_folder,
     evaluate_generator,
     evaluate_oracle,
     evaluate_vqgan,
-    feature_network,
+    folder_table,
     frechet_distance,
-    r_precision,
+    open_folder,
+    table,
 )
 from clipgen_lib.images import to_float
+from clipgen_lib.protocols import FeatureNetwork, MissingWeights, feature_network
 from clipgen_lib.runs import ClipgenError
 from clipgen_lib.sample import TextToImage
 
 
-def gaussian(dim, seed):
-    rng = np.random.default_rng(seed)
-    root = rng.normal(size=(dim, dim))
-    return rng.normal(size=dim), root @ root.T / dim
+class StandIn(torch.nn.Module):
+    """A fixed small network in the place of Inception: (B, 3, H, W) -> (B, 12)."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = torch.nn.Parameter(torch.randn(12, 3, 5, 5, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.nn.functional.conv2d(x, self.kernel, stride=3).relu().mean((2, 3))
 
 
-def test_frechet_closed_forms():
-    mu, sigma = gaussian(12, 0)
-    assert frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(mu, sigma, mu + 0.5, sigma) == pytest.approx(12 * 0.25)
-    a, b = np.diag(np.arange(1.0, 13)), np.diag(np.arange(13.0, 1, -1))
-    wanted = ((np.sqrt(np.diag(a)) - np.sqrt(np.diag(b))) ** 2).sum()
-    assert frechet_distance(mu, a, mu, b) == pytest.approx(wanted)
-    assert frechet_distance(mu, np.zeros((12, 12)), mu, a) == pytest.approx(np.trace(a))  # a singular covariance
-    with pytest.raises(ClipgenError, match="one feature network"):
-        frechet_distance(mu, sigma, mu[:5], sigma[:5, :5])
-
-
-def test_frechet_equals_pytorch_fid():
-    for seed in range(3):
-        a, b = gaussian(40, seed), gaussian(40, seed + 10)
-        assert frechet_distance(*a, *b) == pytest.approx(calculate_frechet_distance(*a, *b), rel=1e-6)
-
-
-def test_streamed_statistics_are_those_of_numpy():
-    features = torch.randn(103, 7) * 3 + 5
-    statistics = GaussianStatistics()
-    for part in features.split(20):
-        statistics.add(part)
-    mean, covariance = statistics.moments()
-    assert np.allclose(mean, features.double().numpy().mean(0)) and np.allclose(covariance, np.cov(features.double().numpy().T))
-    with pytest.raises(ClipgenError, match="NaN"):
-        statistics.add(torch.full((1, 7), float("nan")))
-    with pytest.raises(ClipgenError, match="at least 2"):
-        GaussianStatistics().moments()
-
-
-def test_damage_raises_the_distance(clip, world):
-    """The same < soft < softer < noise; and the blur of FID-k brings sharp and soft pictures nearer."""
-    images = open_images(world, "train")
-    x = torch.cat([to_float(b) for _, b in ordered_batches(images, range(40), 40)])
-    damaged = {"same": x, "soft": evaluate.blur(x, 1), "softer": evaluate.blur(x, 4), "noise": torch.rand_like(x) * 2 - 1}
-    found = {name: BlurredStatistics(clip.features, (0, 8)) for name in damaged}
-    for name, pictures in damaged.items():
-        found[name].add(pictures)
-    away = {name: statistics.distance(found["same"]) for name, statistics in found.items()}
-    assert away["same"]["0"] == pytest.approx(0, abs=1e-3 * away["soft"]["0"])
-    assert away["same"]["0"] < away["soft"]["0"] < away["softer"]["0"] < away["noise"]["0"]
-    assert away["soft"]["8"] < away["soft"]["0"]
-
-
-def test_networks_are_named_and_never_replaced(clip, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ClipgenError, match="pt_inception-2015-12-05-6726825d.pth"):
-        feature_network("inception", clip)
-    with pytest.raises(ClipgenError, match="choose clip or inception"):
-        feature_network("vgg", clip)
-    x = torch.rand(2, 3, 64, 64)
-    assert torch.equal(feature_network("clip", clip)(x), clip.features(x))
-
-
-def test_r_precision_from_perfect_to_chance():
-    texts = [str(i) for i in range(300)]
-    embeds = torch.nn.functional.normalize(torch.randn(300, 32, generator=torch.Generator().manual_seed(0)), dim=1)
-    assert r_precision(embeds, embeds, texts) == 1.0
-    assert r_precision(embeds.roll(1, 0), embeds, texts) < 0.05
-    assert r_precision(embeds, embeds, ["same"] * 150 + texts[150:]) == 1.0  # equal captions are no mistakes
+def stand_ins(protocol, clip):
+    """CLIP's own network, the stand-in for `inception`, and nothing else."""
+    if protocol == "clip":
+        return feature_network(protocol, clip)
+    if protocol == "inception":
+        return FeatureNetwork(
+            protocol, StandIn(), "stand-in", "0", torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
+        )
+    raise MissingWeights(f"protocol {protocol!r} needs weights")
 
 
 def test_captions_are_chosen_by_seed(world):
@@ -106,10 +66,10 @@ def generator(vqgan, transformer, clip):
     return TextToImage.from_parts(vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, SampleConfig(guidance=2.0))
 
 
-def test_the_whole_evaluation(generator, world, clip, preset):
+def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
     images = open_images(world, "val")
     config = replace(preset.evaluate, n=24, blur=(0, 1), batch_size=8)
-    numbers, shown = evaluate_generator(generator, images, clip, config)
+    numbers, shown = evaluate_generator(generator, images, clip, config, folder=tmp_path)
     assert numbers["n"] == 24 and numbers["n_reference"] == 12 and set(numbers["fid"]) == {"0", "1"}
     assert numbers["fid"]["0"] > numbers["floor"]["0"] > 0 and numbers["rfid"]["0"] > 0
     assert (
@@ -122,8 +82,52 @@ def test_the_whole_evaluation(generator, world, clip, preset):
         and numbers["reference"] == "world/val"
     )
     assert len(shown["prompts"]) == len(shown["images"]) == 24
-    guided, _ = evaluate_generator(generator, images, clip, config, guidance=5.0)
-    assert guided["caps"] != numbers["caps"]
+    assert numbers["kid"]["mean"] > 0 and 0 <= numbers["manifold"]["precision"] <= 1 and list(numbers["fid_over_n"]) == ["24"]
+    assert numbers["clip_score"] == pytest.approx(100 * numbers["caps"]) and numbers["judged"] == 24
+    card = numbers["card"]
+    assert card["protocol"] == "clip" and card["weights_hash"] == clip.weights_hash and card["k"] == [0, 1]
+    assert card["reference"] == {"name": "world", "split": "val", "n": 12, "codec": "PNG"} and card["scored"]["n"] == 24
+    assert card["captions"] == {**caption_facts(shown["captions"]), "seed": 0} and "torch" in card["versions"]
+    summary = {"run": "x", "evaluation": numbers}
+    assert "KID" in table(summary) and json.loads(json.dumps(summary)) == summary
+    guided, _ = evaluate_generator(generator, images, clip, config, folder=tmp_path, guidance=5.0)
+    assert guided["caps"] != numbers["caps"] and guided["rfid"] == numbers["rfid"] and guided["floor"] == numbers["floor"]
+
+
+def test_the_real_pictures_are_seen_once(generator, world, clip, preset, tmp_path, monkeypatch):
+    images, config = open_images(world, "val"), replace(preset.evaluate, n=12, blur=(0,))
+    first, _ = evaluate_generator(generator, images, clip, config, folder=tmp_path)
+    monkeypatch.setattr(passes, "ordered_batches", lambda *a: pytest.fail("the pictures were read again"))
+    again, _ = evaluate_generator(generator, open_images(world, "val"), clip, config, folder=tmp_path)
+    assert again == first
+
+
+def test_an_interrupted_drawing_goes_on(generator, world, clip, preset, tmp_path, monkeypatch):
+    images, config = open_images(world, "val"), replace(preset.evaluate, n=24, blur=(0,), batch_size=4)
+    whole, shown = evaluate_generator(generator, images, clip, config, folder=tmp_path)
+    monkeypatch.setattr(passes, "SAVE_SECONDS", 0)
+    draw, calls = TextToImage.draw_each, []
+
+    def killed(self, *arguments, **settings):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return draw(self, *arguments, **settings)
+
+    monkeypatch.setattr(TextToImage, "draw_each", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_generator(generator, images, clip, config, folder=tmp_path, resume=tmp_path / "run")
+    again, shown_again = evaluate_generator(generator, images, clip, config, folder=tmp_path, resume=tmp_path / "run")
+    assert len(calls) == 7 and again == whole and torch.equal(shown["images"], shown_again["images"])
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_missing_weights_leave_the_rest(generator, world, clip, preset, tmp_path):
+    config = replace(preset.evaluate, n=12, protocol="dmgan")
+    numbers, _ = evaluate_generator(generator, open_images(world, "val"), clip, config, networks=stand_ins, folder=tmp_path)
+    assert numbers["fid"] == numbers["rfid"] == numbers["floor"] == {} and "card" not in numbers
+    assert "'dmgan' needs weights" in numbers["missing"][0] and -1 < numbers["caps"] < 1
+    assert "missing: protocol 'dmgan'" in table({"run": "x", "evaluation": numbers})
 
 
 class Perfect(torch.nn.Module):
@@ -155,11 +159,195 @@ def test_the_oracle_is_not_fooled_by_an_untrained_one(generator):
     assert evaluate_oracle(generator, n=24)["text"]["one"]["both"] < 0.3
 
 
-def test_psnr_by_hand(vqgan, world):
+def test_reconstructions_by_hand(vqgan, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     images = open_images(world, "val")
     scores = evaluate_vqgan(vqgan, images)
+    assert "alexnet" in scores["missing"][0] and "lpips" not in scores and -1 < scores["ssim"] < 1
+    stand_in = lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True)
+    assert 0 < evaluate_vqgan(vqgan, images, lpips=stand_in)["lpips"] < 2
     assert scores["n"] == 12 and 0 < scores["codebook_usage"] <= 1
     x = torch.cat([to_float(b) for _, b in ordered_batches(images, range(12), 12)])
     a, b = ((t.clamp(-1, 1) + 1) * 127.5 for t in (x, vqgan.decode(vqgan.encode(x))))
     wanted = (20 * torch.log10(255 / (a - b.round()).pow(2).mean((1, 2, 3)).sqrt())).mean()
     assert scores["psnr"] == pytest.approx(wanted.item(), abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- any folder
+
+
+@pytest.fixture
+def pictures(world, tmp_path):
+    """Two folders of 20 pictures each, and a caption file of the first."""
+    images = open_images(world, "train")
+    for row, path in enumerate(images.paths):
+        folder = tmp_path / ("a" if row < 20 else "b")
+        folder.mkdir(exist_ok=True)
+        shutil.copy(path, folder / path.name)
+    (tmp_path / "captions.txt").write_text(caption_list((p.name, c[0]) for p, c in zip(images.paths, images.captions, strict=True)))  # fmt: skip
+    return tmp_path
+
+
+def score(pictures, clip, reference="b", **arguments):
+    arguments = {"protocols": ("inception", "clip", "dmgan"), "networks": stand_ins, "folder": pictures / "kept", **arguments}
+    return evaluate_folder(pictures / "a", pictures / reference, clip, show_progress=False, **arguments)
+
+
+def test_any_folder_under_every_protocol_that_is_there(pictures, clip):
+    result = score(pictures, clip, captions=pictures / "captions.txt")
+    assert list(result["protocols"]) == ["inception", "clip"] and list(result["missing"]) == ["dmgan"]
+    for name, scores in result["protocols"].items():
+        assert set(scores["fid"]) == set(scores["floor"]) == {"0", "1", "2", "4", "8"} and scores["card"]["protocol"] == name
+        assert {"kid", "manifold", "fid_over_n", "warnings"} <= scores.keys()
+        assert scores["card"]["scored"] == {"name": "a", "n": 20, "codec": "PNG"} and scores["card"]["captions"]["n"] == 20
+    assert result["protocols"]["inception"]["inception_score"]["mean"] >= 1 and result["captions"]["caps"] > 0.5
+    assert "inception_score" not in result["protocols"]["clip"] and result["n"] == 20 and result["resolution"] == 64
+    text = folder_table(result)
+    for word in ("weights_hash", "blur", "versions", "R-precision", "CLIPScore", "missing: protocol 'dmgan'", "FID-0 over N"):
+        assert word in text
+    assert score(pictures, clip, captions=pictures / "captions.txt") == result  # from what was kept
+    zero = score(pictures, clip, reference="a", protocols=("clip",))["protocols"]["clip"]
+    assert abs(zero["fid"]["0"]) < 1e-3 * result["protocols"]["clip"]["fid"]["0"] and zero["manifold"]["precision"] == 1.0
+
+
+def test_a_coco_root_as_reference_has_ceiling_and_floor(pictures, world, clip):
+    result = evaluate_folder(pictures / "a", world, clip, ("clip",), pictures / "captions.txt", show_progress=False, folder=pictures / "kept")  # fmt: skip
+    captions, card = result["captions"], result["protocols"]["clip"]["card"]
+    assert captions["caps_ceiling"] > captions["caps_floor"] and "real with own captions" in folder_table(result)
+    assert card["reference"]["split"] == "val" and card["reference"]["n"] == 12
+
+
+def test_statistics_as_reference(pictures, clip):
+    batch = torch.cat([to_float(b) for _, b in ordered_batches(open_folder(pictures / "b"), range(20), 20)])
+    features = stand_ins("inception", clip)(batch).double().numpy()
+    np.savez(pictures / "b.npz", mu=features.mean(0), sigma=np.cov(features.T))
+    result = score(pictures, clip, reference="b.npz")
+    by_folder = score(pictures, clip)["protocols"]["inception"]["fid"]
+    assert result["protocols"]["inception"]["fid"] == {"0": pytest.approx(by_folder["0"], rel=1e-4)}
+    assert "12 dimensions, protocol 'clip' has 256" in result["missing"]["clip"]
+    assert "FID-k" in folder_table(result)
+
+
+def test_mistakes_with_folders_are_one_sentence(pictures, clip, tmp_path):
+    for n, name in enumerate(("none", "one")):
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            Image.new("RGB", (64, 64)).save(tmp_path / name / f"{i}.png")
+        with pytest.raises(ClipgenError, match=f"holds {n} pictures, too few"):
+            score(tmp_path, clip, reference=name)
+    Image.new("RGB", (80, 60)).save(tmp_path / "a" / "large.png")
+    with pytest.raises(ClipgenError, match=r"2 different sizes \(64x64, 80x60, ...\): say by --size"):
+        score(pictures, clip)
+    assert score(pictures, clip, size=32)["protocols"]["clip"]["card"]["resolution"] == 32
+    with pytest.raises(ClipgenError, match="needs weights"):
+        score(pictures, clip, size=64, protocols=("dmgan",))
+    (tmp_path / "short.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ClipgenError, match="cut short"):
+        score(pictures, clip, reference="short.npz", size=64)
+    with pytest.raises(ClipgenError, match="is not a folder"):
+        score(pictures, clip, reference="nowhere", size=64)
+
+
+def test_a_picture_with_nan_pixels_is_left_out_and_named(pictures, clip):
+    values = np.full((64, 64), 0.5, np.float32)
+    values[3, 3] = np.nan
+    Image.fromarray(values).save(pictures / "a" / "nan.tif")
+    result = score(pictures, clip, protocols=("clip",))
+    assert result["n"] == 20 and "nan.tif" in result["warnings"][0] and "not finite" in result["warnings"][0]
+    assert result["protocols"]["clip"]["card"]["scored"]["codec"] == "mixed: PNG, TIFF"
+
+
+def test_captions_in_chinese_and_of_300_words(pictures, clip):
+    names = sorted(p.name for p in (pictures / "a").iterdir())
+    texts = ["一个红色的圆圈", "a red circle " * 100, "a small blue star"]
+    (pictures / "odd.txt").write_text(caption_list(zip(names, texts, strict=False)), encoding="utf-8")
+    result = score(pictures, clip, captions=pictures / "odd.txt", protocols=("clip",))
+    assert result["captions"]["judged"] == 3 and np.isfinite(result["captions"]["caps"])
+    assert result["captions"]["truncated_captions"] == 1
+    assert any("17 of 20 pictures have no caption" in w for w in result["warnings"])
+    assert any(f"1 captions are longer than CLIP's {clip.tokenizer.context_length} tokens" in w for w in result["warnings"])
+
+
+def test_caption_files(pictures, world, tmp_path):
+    by_coco = read_captions(world / "annotations" / "captions_val.json")
+    images = open_images(world, "val")
+    assert len(by_coco) == 12 and all(by_coco[p.stem] in c for p, c in zip(images.paths, images.captions, strict=True))
+    assert read_captions(world / "annotations" / "captions_val.json", seed=1) != by_coco
+    (tmp_path / "c.json").write_text(json.dumps({"x/1.png": "one", "2.jpg": "two  words"}))
+    assert read_captions(tmp_path / "c.json") == {"x/1": "one", "2": "two words"}
+    for name, content, sentence in (
+        ("d.json", '{"1.png": 3}', "neither COCO's captions"), ("e.json", '{"images": [], "annotations": [{}]}', "neither COCO's"),
+        ("f.txt", "a.png no tab\n", "line 1 of"), ("g.txt", "", "holds no captions"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ClipgenError, match=sentence):
+            read_captions(tmp_path / name)
+    with pytest.raises(ClipgenError, match="cannot be read"):
+        read_captions(tmp_path / "absent.txt")
+    (tmp_path / "h.txt").write_text("elsewhere.png\ta text\n")
+    with pytest.raises(ClipgenError, match="names none of the 20 pictures"):
+        evaluate.texts_of(open_folder(pictures / "a"), tmp_path / "h.txt")
+
+
+def test_codecs(tmp_path):
+    assert codec([tmp_path / "a.JPG", tmp_path / "b.jpeg"]) == "JPEG"
+    assert codec([tmp_path / "a.png", tmp_path / "b.jpeg"]) == "mixed: JPEG, PNG"
+
+
+def test_the_command(pictures, world):
+    run = lambda *arguments: CliRunner().invoke(cli.main, ["evaluate", *map(str, arguments)])
+    done = run(
+        "--images", pictures / "a", "--reference", world, "--captions", pictures / "captions.txt", "-o", pictures / "r.json"
+    )
+    assert done.exit_code == 0, done.output
+    assert "missing: protocol 'inception' needs pt_inception" in done.output and "protocol clip" in done.output
+    result, listed = json.loads((pictures / "r.json").read_text()), (pictures / "r.captions.txt").read_text()
+    assert result["protocols"]["clip"]["card"]["captions"] == caption_facts(listed)
+    assert "give --reference" in run("--images", pictures / "a").output
+    assert "name it by --images" in run("--protocol", "clip").output
+    wrong = run("--images", pictures / "a", "--reference", pictures / "b", "--protocol", "vgg")
+    assert wrong.exit_code == 1 and "choose from inception" in wrong.output
+    done = CliRunner().invoke(cli.main, ["captions", "--data", str(world), "-n", "500", "-o", str(pictures / "list.txt")])
+    assert done.exit_code == 0 and "12 captions of world/val" in done.output
+    assert len(read_captions(pictures / "list.txt")) == 12
+
+
+# ---------------------------------------------------------------------------------------------- real photos
+
+
+def check_order(found):
+    """Real against real < JPEG < blur < noise, for every metric that knows this order.
+
+    Precision and density do not: a picture made softer may well stay inside, or lie deeper in, the real manifold.
+    """
+    for metric, sign in (("fid", 1), ("kid", 1), ("recall", -1), ("coverage", -1), ("psnr", -1), ("ssim", -1)):
+        values = [sign * scores[metric] for scores in found.values()]
+        assert values == sorted(values) and values[0] < values[-1], (metric, values)
+    for metric in ("precision", "density"):
+        assert found["noise"][metric] < 0.5 * found["none"][metric]
+    assert all(np.isfinite(v) for scores in found.values() for key, v in scores.items() if key != "psnr")
+
+
+def test_photos_are_ordered_by_damage(shared, clip, tmp_path):
+    archive = shared / "tiny-imagenet-20.zip"
+    if not archive.is_file():
+        pytest.skip("tiny-imagenet-20.zip is not on this machine")
+    with zipfile.ZipFile(archive) as content:
+        names = [n for n in content.namelist() if "/val/" in f"/{n}" and n.lower().endswith((".jpeg", ".jpg", ".png"))]
+        content.extractall(tmp_path, names)
+    found = damage_scores(open_folder(tmp_path), feature_network("clip", clip))
+    check_order(found)
+    assert plots.damages(found, "photos").axes
+
+
+def test_few_photos_are_ordered_by_distance(shared, clip):
+    found = damage_scores(open_folder(shared / "coco-mini", 64), feature_network("clip", clip))
+    for metric in ("fid", "kid"):
+        values = [scores[metric] for scores in found.values()]
+        assert values == sorted(values)
+
+
+def test_fid_over_n_is_drawn(pictures, clip):
+    found = score(pictures, clip, protocols=("clip",))["protocols"]["clip"]["fid_over_n"]
+    assert plots.fid_over_n({"a": found}, "bias").axes[0].lines and list(found) == ["20"]
+    assert frechet_distance is evaluate.frechet_distance

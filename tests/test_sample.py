@@ -200,6 +200,20 @@ def test_texts_are_projected_and_pictures_are_not(vqgan, transformer, clip, gene
         generator("a red circle", neighbours=3)
 
 
+def test_texts_are_shifted_and_pictures_are_not(vqgan, transformer, clip, generator, tmp_path):
+    offset, text = 0.3 * torch.randn(clip.dim), clip.texts(["a red circle"])
+    source = {"name": "shapes", "pretrained": None}
+    shifted = TextToImage.from_parts(vqgan, transformer, clip, source, SampleConfig(guidance=1.0, shift=True), offset=offset)
+    moved = (text + offset) / (text + offset).norm()
+    assert torch.allclose(shifted.condition(text, True, shift=True), moved, atol=1e-6)
+    assert torch.equal(shifted.condition(text, False, shift=True), text)
+    assert torch.equal(shifted("a red circle", seed=2), shifted(moved, seed=2))
+    shifted.save_pretrained(tmp_path / "model")
+    assert torch.equal(TextToImage.from_pretrained(str(tmp_path / "model")).offset, offset)
+    with pytest.raises(ClipgenError, match="give from_parts an offset"):
+        generator("a red circle", shift=True)
+
+
 def test_means_of_both_modalities_are_taken_off(generator, clip):
     text = clip.texts(["a red circle"])
     assert torch.equal(generator.condition(text, True), text)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from clipgen_lib.config import VQGANConfig
 from clipgen_lib.runs import ClipgenError, save_weights
-from clipgen_lib.vqgan import VQGAN, VectorQuantizer, codebook_statistics
+from clipgen_lib.vqgan import VQGAN, VectorQuantizer, _norm, codebook_statistics
 
 
 @pytest.fixture(params=[True, False], ids=["cosine", "euclidean"])
@@ -107,6 +107,24 @@ def test_downsampling_factors(preset, mult, patch):
     assert config.factor == patch * 2 ** (len(mult) - 1)
     tokens = VQGAN(config).encode(torch.zeros(1, 3, 64, 64))
     assert tokens.shape == (1, config.side, config.side)
+
+
+@pytest.mark.parametrize("channels, groups", [(128, 32), (96, 32), (64, 32), (32, 32), (48, 12), (16, 4)])
+def test_groups_of_the_norm(channels, groups):
+    assert _norm(channels, local=False).num_groups == groups
+
+
+def test_a_gumbel_quantiser_draws_and_is_not_trained(preset):
+    torch.manual_seed(0)
+    model = VQGAN(replace(preset.vqgan, codebook_update="gumbel", l2_norm=False)).eval()
+    images, quantizer = torch.rand(2, 3, 64, 64), model.quantizer
+    decoded, quantized = model(images)
+    logits = model.quant_conv(model.encoder(images)).permute(0, 2, 3, 1) @ quantizer.projection.weight.T
+    assert torch.equal(quantized.tokens, (logits + quantizer.projection.bias).argmax(-1))
+    assert torch.equal(model.encode(images), quantized.tokens) and len(quantized.tokens.unique()) > 1
+    assert torch.allclose(model.decode(quantized.tokens), decoded.clamp(-1, 1), atol=1e-5)
+    with pytest.raises(ClipgenError, match="cannot be trained here"):
+        model.train()(images)
 
 
 def test_saved_and_loaded_is_bit_equal(vqgan, tmp_path):

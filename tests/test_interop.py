@@ -1,0 +1,540 @@
+"""Released weights: key maps against the published names and shapes, and equality with the published formulas.
+
+The reference below is written from the papers and the released files' names, apart from the library: a model is a list
+of steps, each with its published name, from which the shapes follow and by which it is computed.
+"""
+
+import itertools
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict, replace
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from clipgen_lib import clip_embed, interop
+from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.config import TransformerConfig, VQGANConfig, load_preset
+from clipgen_lib.runs import ClipgenError, save_weights
+from clipgen_lib.sample import TextToImage
+from clipgen_lib.transformer import ImageTransformer
+from clipgen_lib.vqgan import VQGAN
+
+# ---------------------------------------------------------------------------------------------- reference
+
+RES = {
+    "taming": ("norm1", "conv1", "norm2", "conv2", "nin_shortcut"),
+    "llamagen": ("norm1", "conv1", "norm2", "conv2", "nin_shortcut"),
+    "hfai": ("block.0", "block.2", "block.3", "block.6", "shortcut"),
+}
+
+
+def steps(style, channels, mult, blocks, z, dim):
+    """Encoder and decoder as lists of (kind, published name, channels in, channels out)."""
+    last, widths = len(mult) - 1, [channels * m for m in mult]
+
+    def name(side, level, kind, i, flat):
+        if style == "hfai":
+            return f"{side}.{'down' if side == 'encoder' else 'up'}.{flat}" + (".conv" if kind in ("down", "up") else "")
+        inner = {"res": f"block.{i}", "attn": f"attn.{i}", "down": "downsample.conv", "up": "upsample.conv"}[kind]
+        if style == "llamagen":
+            return f"{side}.conv_blocks.{level if side == 'encoder' else last - level}.{inner.replace('block', 'res')}"
+        return f"{side}.{'down' if side == 'encoder' else 'up'}.{level}.{inner}"
+
+    def levels(side, order, blocks, resampling, width):
+        flat = itertools.count()
+        for level in order:
+            for i in range(blocks):
+                yield "res", name(side, level, "res", i, next(flat)), width, (width := widths[level])
+                if level == last:
+                    yield "attn", name(side, level, "attn", i, next(flat)), width, width
+            if level != order[-1]:
+                yield resampling, name(side, level, resampling, 0, next(flat)), width, width
+
+    def middle(side):
+        inner = ("block_1", "attn_1", "block_2") if style == "taming" else "012"
+        for kind, part in zip(("res", "attn", "res"), inner, strict=True):
+            yield kind, f"{side}.mid.{part}", widths[-1], widths[-1]
+
+    hfai = style == "hfai"
+    out = {side: [f"{side}.final.{i}" for i in (0, 2)] if hfai else [f"{side}.norm_out", f"{side}.conv_out"] for side in ("encoder", "decoder")}  # fmt: skip
+    encoder = [
+        ("conv3", "encoder.conv_in", 3, channels),
+        *levels("encoder", range(last + 1), blocks, "down", channels),
+        *middle("encoder"),
+        ("norm", out["encoder"][0], widths[-1], widths[-1]),
+        ("conv3", out["encoder"][1], widths[-1], z),
+        ("conv1", "encoder.final.3" if hfai else "quant_conv", z, dim),
+    ]
+    decoder = [
+        ("conv1", "decoder.quant_conv_in" if hfai else "post_quant_conv", dim, z),
+        ("conv3", "decoder.conv_in", z, widths[-1]),
+        *middle("decoder"),
+        *levels("decoder", range(last, -1, -1), blocks + 1, "up", widths[-1]),
+        ("norm", out["decoder"][0], widths[0], widths[0]),
+        ("conv3", out["decoder"][1], widths[0], 3),
+    ]
+    return encoder, decoder
+
+
+def shapes_of(style, kind, name, a, b):
+    def layer(part, *shape):
+        return {f"{name}{part}.weight": shape, f"{name}{part}.bias": shape[:1]}
+
+    if kind == "norm":
+        return layer("", a)
+    if kind == "attn" and style == "hfai":
+        fused = {f"{name}.attn.in_proj_weight": (3 * a, a), f"{name}.attn.in_proj_bias": (3 * a,)}
+        return layer(".norm", a) | fused | layer(".attn.out_proj", a, a)
+    if kind == "attn":
+        return layer(".norm", a) | {k: v for part in ("q", "k", "v", "proj_out") for k, v in layer(f".{part}", a, a, 1, 1).items()}  # fmt: skip
+    if kind == "res":
+        norm1, conv1, norm2, conv2, shortcut = (f".{part}" for part in RES[style])
+        found = layer(norm1, a) | layer(conv1, b, a, 3, 3) | layer(norm2, b) | layer(conv2, b, b, 3, 3)
+        return found | (layer(shortcut, b, a, 1, 1) if a != b else {})
+    return layer("", b, a, *(1, 1) if kind == "conv1" else (3, 3))
+
+
+def vqgan_shapes(style, codes, channels=128, mult=(1, 1, 2, 2, 4), blocks=2, z=256, dim=256, gumbel=False):
+    found = {}
+    for step in itertools.chain(*steps(style, channels, mult, blocks, z, dim)):
+        found |= shapes_of(style, *step)
+    if gumbel:
+        return found | {"quantize.proj.weight": (codes, dim, 1, 1), "quantize.proj.bias": (codes,), "quantize.embed.weight": (codes, dim)}  # fmt: skip
+    if style == "llamagen":
+        found["quantize.codebook_used"] = (65_536,)
+    return found | {"quantizer.embedding.weight" if style == "hfai" else "quantize.embedding.weight": (codes, dim)}
+
+
+def gpt_shapes(codes=16_384, layers=24, width=1_024, length=256, dim=512):
+    found = {"pos_emb": (1, length, width), "tok_emb.weight": (codes, width), "norm.weight": (width,), "norm.bias": (width,),
+             "cond_proj.weight": (width, dim), "cond_proj.bias": (width,), "head.weight": (codes, width), "head.bias": (codes,)}  # fmt: skip
+    for i in range(layers):
+        found[f"blocks.{i}.mask"] = (length, length)
+        found |= {f"blocks.{i}.encoder.self_attn.in_proj_weight": (3 * width, width), f"blocks.{i}.encoder.self_attn.in_proj_bias": (3 * width,)}  # fmt: skip
+        for part, a, b in (("self_attn.out_proj", width, width), ("linear1", 4 * width, width), ("linear2", width, 4 * width)):
+            found |= {f"blocks.{i}.encoder.{part}.weight": (a, b), f"blocks.{i}.encoder.{part}.bias": (a,)}
+        for part in ("norm1", "norm2"):
+            found |= {f"blocks.{i}.encoder.{part}.weight": (width,), f"blocks.{i}.encoder.{part}.bias": (width,)}
+    return found
+
+
+class Reference:
+    """The published computation on published tensors: a dict by name, of any size."""
+
+    def __init__(self, style, tensors, *sizes):
+        self.style, self.t = style, tensors
+        self.encoder, self.decoder = steps(style, *sizes)
+        self.epsilon = 1e-5 if style == "hfai" else 1e-6
+
+    def norm(self, x, name):
+        grouped = x.reshape(len(x), 32, -1)
+        grouped = grouped - grouped.mean(2, keepdim=True)
+        grouped = grouped / (grouped.pow(2).mean(2, keepdim=True) + self.epsilon).sqrt()
+        return grouped.view_as(x) * self.t[f"{name}.weight"][:, None, None] + self.t[f"{name}.bias"][:, None, None]
+
+    def conv(self, x, name, **options):
+        return F.conv2d(x, self.t[f"{name}.weight"], self.t[f"{name}.bias"], **options)
+
+    def res(self, x, name, a, b):
+        norm1, conv1, norm2, conv2, shortcut = (f"{name}.{part}" for part in RES[self.style])
+        h = self.norm(x, norm1)
+        h = self.norm(self.conv(h * h.sigmoid(), conv1, padding=1), norm2)
+        return (x if a == b else self.conv(x, shortcut)) + self.conv(h * h.sigmoid(), conv2, padding=1)
+
+    def attn(self, x, name, width):
+        flat = self.norm(x, f"{name}.norm").flatten(2)  # (B, width, positions)
+        if self.style == "hfai":
+            weight, bias = self.t[f"{name}.attn.in_proj_weight"], self.t[f"{name}.attn.in_proj_bias"]
+            q, k, v = (weight @ flat + bias[:, None]).split(width, dim=1)
+            out = (self.t[f"{name}.attn.out_proj.weight"], self.t[f"{name}.attn.out_proj.bias"])
+        else:
+            q, k, v = (self.t[f"{name}.{p}.weight"][..., 0, 0] @ flat + self.t[f"{name}.{p}.bias"][:, None] for p in "qkv")
+            out = (self.t[f"{name}.proj_out.weight"][..., 0, 0], self.t[f"{name}.proj_out.bias"])
+        share = torch.einsum("bci,bcj->bij", q, k).div(width**0.5).softmax(2)
+        return x + (out[0] @ torch.einsum("bij,bcj->bci", share, v) + out[1][:, None]).view_as(x)
+
+    def run(self, plan, x):
+        for kind, name, a, b in plan:
+            if kind == "norm":
+                x = self.norm(x, name)
+                x = x * x.sigmoid()
+            elif kind == "res":
+                x = self.res(x, name, a, b)
+            elif kind == "attn":
+                x = self.attn(x, name, a)
+            elif kind == "down":
+                x = self.conv(F.pad(x, (0, 1, 0, 1)), name, stride=2)
+            elif kind == "up":
+                x = self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), name, padding=1)
+            else:
+                x = self.conv(x, name, padding=int(kind == "conv3"))
+        return x
+
+    def __call__(self, images):
+        """Latents (B, C, h, w), tokens (B, h, w) and reconstructions."""
+        latents = self.run(self.encoder, images)
+        if "quantize.proj.weight" in self.t:
+            tokens, codes = self.conv(latents, "quantize.proj").argmax(1), self.t["quantize.embed.weight"]
+        else:
+            codes = self.t["quantizer.embedding.weight" if self.style == "hfai" else "quantize.embedding.weight"]
+            vectors = latents
+            if self.style == "llamagen":
+                codes, vectors = codes / codes.norm(dim=1, keepdim=True), latents / latents.norm(dim=1, keepdim=True)
+            tokens = (vectors[:, None] - codes[:, :, None, None]).pow(2).sum(2).argmin(1)
+        return latents, tokens, self.run(self.decoder, codes[tokens].permute(0, 3, 1, 2))
+
+
+def gpt_reference(t, embeds, tokens, heads):
+    """Pre-norm blocks over [condition, t0 .. t(L-2)], all with biases and exact GELU."""
+
+    def linear(x, name):
+        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+    x = torch.cat([linear(embeds, "cond_proj")[:, None], t["tok_emb.weight"][tokens[:, :-1]]], 1)
+    x = x + t["pos_emb"][:, : x.shape[1]]
+    ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    for i in range(sum(name.endswith(".mask") for name in t)):
+        block = f"blocks.{i}.encoder"
+        h = norm(x, f"{block}.norm1") @ t[f"{block}.self_attn.in_proj_weight"].T + t[f"{block}.self_attn.in_proj_bias"]
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in h.chunk(3, -1))  # (B, heads, L, E / heads)
+        share = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(ahead, -torch.inf).softmax(-1)
+        x = x + linear((share @ v).transpose(1, 2).flatten(2), f"{block}.self_attn.out_proj")
+        h = linear(norm(x, f"{block}.norm2"), f"{block}.linear1")
+        x = x + linear(h * (1 + torch.erf(h / 2**0.5)) / 2, f"{block}.linear2")
+    return linear(norm(x, "norm"), "head")
+
+
+def filled(shapes, seed=0):
+    """Random tensors under which activations neither die nor explode, biases and norms not at their initial values."""
+    draw = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, shape in shapes.items():
+        scale = 1 if len(shape) < 2 or "emb" in name else torch.Size(shape[1:]).numel() ** -0.5
+        found[name] = torch.randn(shape, generator=draw) * (0.2 if len(shape) == 1 else scale)
+        if len(shape) == 1 and name.endswith("weight"):
+            found[name] += 1
+        if name.endswith(".mask"):
+            found[name] = torch.ones(shape, dtype=torch.bool).triu(1)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- names, shapes, counts
+
+DISCRIMINATOR = 78_841_287 - 76_073_859
+MASKS = 24 * 256 * 256
+RELEASED = {  # name in the manifests, published shapes, tensors that are not parameters of the generator, all parameters
+    "taming-f16-1024": ("taming_f16_1024", vqgan_shapes("taming", 1_024), 0, 72_141_699),
+    "taming-f16-16384": ("taming_f16_16384", vqgan_shapes("taming", 16_384), 0, 76_073_859),
+    "taming-gumbel-f8": ("taming_gumbel_f8", vqgan_shapes("taming", 8_192, mult=(1, 1, 2, 4), gumbel=True), 0, 68_995_971),
+    "hfai-vqgan-coco": ("hfai_vqgan_coco", vqgan_shapes("hfai", 16_384), DISCRIMINATOR, 78_841_287),
+    "hfai-gpt-coco": ("hfai_gpt_coco", gpt_shapes(), MASKS, 338_242_560),
+    "llamagen-f16": ("llamagen_vq_f16", vqgan_shapes("llamagen", 16_384, dim=8), 65_536, 71_948_939),
+    "llamagen-f8": ("llamagen_vq_f8", vqgan_shapes("llamagen", 16_384, mult=(1, 2, 2, 4), dim=8), 65_536, 70_175_371),
+}
+
+
+@pytest.fixture(scope="module")
+def released(shared):
+    if not (shared / "released").is_dir():
+        pytest.skip("the facts of released models in shared/data are not on this machine")
+    return shared / "released"
+
+
+def on_meta(shapes):
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_every_release_is_here():
+    assert set(RELEASED) == set(interop.RELEASES)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_shapes_are_those_of_the_published_file(name, released):
+    manifest = json.loads((released / "manifests.json").read_text())[RELEASED[name][0]]
+    published = {key: tuple(shape) for key, shape in manifest["tensors"].items()}
+    assert manifest["parameters"] == RELEASED[name][3]
+    assert {key: shape for key, shape in published.items() if not key.startswith("discriminator.")} == RELEASED[name][1]
+    module = interop.build(interop.RELEASES[name].build, interop.RELEASES[name].family, on_meta(published))
+    assert count(module) == manifest["parameters"] - RELEASED[name][2]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_key_is_consumed_and_every_parameter_filled(name):
+    _, shapes, apart, total = RELEASED[name]
+    release, tensors = interop.RELEASES[name], on_meta(shapes)
+    extra = {"hfai-vqgan-coco": "discriminator.head.weight"}.get(name, "loss.discriminator.main.0.weight")
+    tensors |= on_meta({extra: (1, 512, 4, 4)}) if "gpt" not in name and "llamagen" not in name else {}
+    module = interop.build(release.build, release.family, tensors)
+    assert count(module) == total - apart
+    first = next(iter(shapes))
+    for wrong, reason in (
+        (tensors | on_meta({"encoder.more.weight": (3,)}), "unknown: encoder.more.weight"),
+        (tensors | on_meta({"image_mean": (512,), "quantizer.idle": (16_384,)}), "unknown: image_mean, quantizer.idle"),
+        ({key: value for key, value in tensors.items() if key != first}, "nothing for: "),
+        (tensors | {first: tensors[first][:1, :1]}, f"of another shape: {first}"),
+    ):
+        with pytest.raises(interop.Mismatch, match=reason):
+            interop.build(release.build, release.family, wrong)
+
+
+def test_the_coco_preset_is_the_size_of_the_released_models():
+    coco = load_preset("coco")
+    with torch.device("meta"):
+        taming = VQGAN(replace(coco.vqgan, code_dim=256, l2_norm=False))
+        assert count(taming) == 78_841_287 - DISCRIMINATOR == 76_073_859  # HFAiLab's, without its discriminator
+        assert count(VQGAN(coco.vqgan)) == 71_948_939 - 65_536  # LlamaGen's, without the buffer of codes used
+        assert count(ImageTransformer(coco.transformer, 16_384, 256, 512)) == 338_242_560 - MASKS  # HFAiLab's
+
+
+# ---------------------------------------------------------------------------------------------- the same function
+
+SMALL = {"channels": 32, "mult": (1, 2, 4), "blocks": 1, "z": 12, "dim": 6}
+SMALL_CONFIG = VQGANConfig(
+    image_size=32, channels=32, channel_mult=(1, 2, 4), res_blocks=1, z_channels=12, codebook_size=40, code_dim=6, l2_norm=False
+)
+FAMILIES = {
+    "taming": ("taming", interop.TAMING, SMALL_CONFIG),
+    "gumbel": ("taming", interop.TAMING, replace(SMALL_CONFIG, codebook_update="gumbel")),
+    "llamagen": ("llamagen", interop.LLAMAGEN, replace(SMALL_CONFIG, l2_norm=True)),
+    "hfai": ("hfai", interop.HFAI_VQGAN, SMALL_CONFIG),
+}
+
+
+def differences(module, images, latents, tokens, reconstruction):
+    with torch.inference_mode():
+        again, quantized = module(images)
+        assert torch.equal(module.encode(images), tokens) and torch.equal(quantized.tokens, tokens)
+        assert torch.allclose(module.decode(tokens), reconstruction.clamp(-1, 1), atol=1e-4)
+        return (module.quant_conv(module.encoder(images)) - latents).abs().max(), (again - reconstruction).abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_vqgan_computes_the_published_formulas(name):
+    style, family, config = FAMILIES[name]
+    tensors = filled(vqgan_shapes(style, 40, gumbel=name == "gumbel", **SMALL))
+    if style == "hfai":  # faint first features: there the epsilon of the norms counts
+        tensors["encoder.conv_in.weight"] *= 0.02
+        tensors["encoder.conv_in.bias"] *= 0.02
+    reference = Reference(style, tensors, *SMALL.values())
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents, tokens, reconstruction = reference(images)
+    assert len(tokens.unique()) > 8 and reconstruction.std() > 0.1
+    module = interop.build(partial(VQGAN, config), family, tensors)
+    assert max(differences(module, images, latents, tokens, reconstruction)) < 1e-4
+    if style == "hfai":  # and what goes wrong without that
+        plain = interop.build(partial(VQGAN, config), family._replace(epsilon=1e-6), tensors)
+        assert (plain(images)[0] - reconstruction).abs().max() > 1e-3
+
+
+def test_the_transformer_computes_the_published_formulas():
+    tensors = filled(gpt_shapes(codes=40, layers=2, width=32, length=16, dim=8))
+    config = TransformerConfig(layers=2, width=32, heads=4)
+    module = interop.build(partial(ImageTransformer, config, 40, 16, 8), interop.HFAI_GPT, tensors)
+    draw = torch.Generator().manual_seed(1)
+    embeds, tokens = F.normalize(torch.randn(3, 8, generator=draw), dim=1), torch.randint(0, 40, (3, 16), generator=draw)
+    wanted = gpt_reference(tensors, embeds, tokens, heads=4)
+    assert wanted.std() > 0.1 and (module(embeds, tokens) - wanted).abs().max() < 1e-4
+
+
+def read_small(path):
+    with safe_open(path, framework="pt") as stream:
+        sizes, tensors = json.loads(stream.metadata()["config"]), {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    return sizes, *({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("model.", "io."))
+
+
+def test_hfai_vqgan_as_the_original_computes_it(released):
+    sizes, tensors, io = read_small(released / "hfai_vqgan_small.safetensors")
+    config = VQGANConfig(
+        image_size=sizes["resolution"], channels=sizes["ch"], channel_mult=tuple(sizes["ch_mult"]), l2_norm=False,
+        res_blocks=sizes["num_res_blocks"], z_channels=sizes["z_channels"], codebook_size=sizes["codebook_size"],
+        code_dim=sizes["code_dim"],
+    )  # fmt: skip
+    module = interop.build(partial(VQGAN, config), interop.HFAI_VQGAN, tensors)
+    assert max(differences(module, **io)) < 1e-4
+
+
+def test_hfai_transformer_as_the_original_computes_it(released):
+    sizes, tensors, io = read_small(released / "hfai_gpt_small.safetensors")
+    config = TransformerConfig(layers=sizes["n_layer"], width=sizes["n_embed"], heads=sizes["n_head"])
+    make = partial(ImageTransformer, config, sizes["vocab_size"], sizes["block_size"], sizes["n_cond_embed"])
+    module = interop.build(make, interop.HFAI_GPT, tensors)
+    assert (module(io["embeddings"], io["tokens"]) - io["logits"]).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("echo this must never run",)
+
+
+@pytest.fixture
+def small_release(monkeypatch, clip):
+    """HFAiLab's releases in small sizes; their published tensors."""
+    config = replace(SMALL_CONFIG, image_size=16)  # 4 x 4 tokens
+    make = partial(ImageTransformer, TransformerConfig(layers=2, width=32, heads=4), 40, 16, clip.dim)
+    for name, build in (("hfai-vqgan-coco", partial(VQGAN, config)), ("hfai-gpt-coco", make)):
+        monkeypatch.setitem(interop.RELEASES, name, interop.RELEASES[name]._replace(build=build))
+    vqgan = filled(vqgan_shapes("hfai", 40, **SMALL) | {"discriminator.head.weight": (1, 8, 4, 4)})
+    return vqgan, filled(gpt_shapes(codes=40, layers=2, width=32, length=16, dim=clip.dim))
+
+
+def test_broken_and_foreign_files_are_one_sentence(tmp_path, small_release, capfd):
+    path, source = tmp_path / "vqgan_coco.pt", "get it from github.com/HFAiLab/clip-gen"
+
+    def refused(reason, path=path, name="hfai-vqgan-coco"):
+        with pytest.raises(ClipgenError) as caught:
+            interop.load_released(name, path)
+        assert reason in str(caught.value) and source in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert str(tmp_path) in refused("vqgan_coco.pt of hfai-vqgan-coco is missing", tmp_path)
+    torch.save({"model": small_release[0], "epoch": 3}, path)
+    whole = path.read_bytes()
+    assert torch.equal(
+        interop.load_released("hfai-vqgan-coco", path).quantizer.codebook, small_release[0]["quantizer.embedding.weight"]
+    )
+    for damaged in (b"", whole[:5], whole[: len(whole) // 2], whole[:-3], b"<!DOCTYPE html><html>not found</html>"):
+        path.write_bytes(damaged)
+        assert str(path) in refused("cut short, damaged or no weights at all")
+    for layout in (True, False):
+        torch.save({"model": small_release[0], "more": Code()}, path, _use_new_zipfile_serialization=layout)
+        refused("it holds code, posix.system, which is not run")
+    assert "must never run" not in capfd.readouterr().out
+    torch.save(small_release[0], path)
+    refused("no tensors under 'model'")
+    torch.save({"model": small_release[1]}, path)
+    refused("unknown: pos_emb, tok_emb.weight, ")
+    tensors = tmp_path / "vqgan.safetensors"
+    save_file(small_release[0], tensors)
+    assert interop.load_released("hfai-vqgan-coco", tensors).config == replace(SMALL_CONFIG, image_size=16)
+    tensors.write_bytes(tensors.read_bytes()[:-9])
+    refused("cut short", tensors)
+    with pytest.raises(ClipgenError, match="unknown release 'vqgan': choose one of taming-f16-1024"):
+        interop.load_released("vqgan", tmp_path)
+
+
+def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path, monkeypatch):
+    """Published checkpoints of taming keep a callback's state under its class, which need not be installed."""
+    module = ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    tensors = filled(vqgan_shapes("taming", 40, **SMALL)) | {"loss.discriminator.main.0.weight": torch.zeros(3)}
+    torch.save({"state_dict": tensors, "callbacks": {module.ModelCheckpoint: {"best": 0.0}}}, tmp_path / "last.ckpt")
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    assert interop.read_tensors(tmp_path / "last.ckpt", "state_dict").keys() == tensors.keys()
+
+
+def test_a_torchscript_archive_is_read_for_its_tensors(tmp_path):
+    """OpenAI's own CLIP files are such archives, with three sizes among the tensors."""
+    module = torch.nn.Linear(3, 2)
+    module.register_buffer("context_length", torch.tensor(77))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.script(module).save(tmp_path / "archive.pt")
+    found = load_file(clip_embed._plain(tmp_path / "archive.pt", tmp_path))
+    assert torch.equal(found.pop("weight"), module.weight) and torch.equal(found.pop("bias"), module.bias) and not found
+    torch.save(module.state_dict(), tmp_path / "plain.pt")
+    assert clip_embed._plain(tmp_path / "plain.pt", tmp_path) == str(tmp_path / "plain.pt")
+
+
+# ---------------------------------------------------------------------------------------------- the generator
+
+
+@pytest.fixture
+def generator(small_release, clip, tmp_path, monkeypatch):
+    """`hfai-coco` in small sizes, with the embedded CLIP in place of OpenAI's; `asked` is what was loaded."""
+    monkeypatch.setattr(ClipEmbedder, "load", lambda **asked: (setattr(clip, "asked", asked), clip)[1])
+    torch.save({"model": small_release[0], "epoch": 3}, tmp_path / "vqgan_coco.pt")
+    torch.save({"model": small_release[1], "epoch": 3}, tmp_path / "gpt_coco.pt")
+    return TextToImage.from_released("hfai-coco", tmp_path)
+
+
+def test_a_released_generator_draws(generator, small_release, clip):
+    pictures = generator(["a red circle", "a blue star"], n=2, seed=5)
+    assert pictures.shape == (2, 2, 3, 16, 16) and not torch.equal(pictures[0], pictures[1])
+    assert torch.allclose(generator("a blue star", seed=6)[0, 0], pictures[1, 1], atol=1e-5)
+    assert asdict(generator.settings) | {"guidance": 1.0, "top_k": 500, "top_p": 0.95} == asdict(generator.settings)
+    text, tokens = clip.texts(["a red circle"]), torch.randint(0, 40, (1, 16))
+    wanted = gpt_reference(small_release[1], text, tokens, heads=4)
+    assert (generator.transformer(text, tokens) - wanted).abs().max() < 1e-4
+    reference = Reference("hfai", small_release[0], *SMALL.values())
+    codes = small_release[0]["quantizer.embedding.weight"][tokens.view(1, 4, 4)].permute(0, 3, 1, 2)
+    assert (generator.vqgan.decode_codes(codes) - reference.run(reference.decoder, codes)).abs().max() < 1e-4
+
+
+def test_which_clip_it_takes(generator, clip, tmp_path, monkeypatch):
+    openai = {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}
+    assert generator.clip_source == openai and clip.asked == openai | {"device": "cpu"}
+    file = tmp_path / "ViT-B-32.pt"
+    file.write_bytes(b"")
+    another = TextToImage.from_released("hfai-coco", tmp_path)
+    assert another.clip_source == openai | {"pretrained": str(file)} and clip.asked["pretrained"] == str(file)
+    monkeypatch.setattr(clip, "weights_hash", "40d365715913c9da")  # OpenAI's own file: others may download it by its name
+    assert TextToImage.from_released("hfai-coco", tmp_path).clip_source == openai and clip.asked["pretrained"] == str(file)
+
+
+def test_a_generator_that_cannot_be_put_together(generator, tmp_path):
+    with pytest.raises(ClipgenError, match="unknown generator 'coco': choose one of hfai-coco"):
+        TextToImage.from_released("coco", tmp_path)
+    (tmp_path / "gpt_coco.pt").unlink()
+    with pytest.raises(ClipgenError, match="gpt_coco.pt of hfai-gpt-coco is missing: get it from github.com/HFAiLab/clip-gen"):
+        TextToImage.from_released("hfai-coco", tmp_path)
+
+
+def test_saved_and_loaded_is_bit_equal(generator, tmp_path):
+    generator.save_pretrained(tmp_path / "model")
+    again = TextToImage.from_pretrained(str(tmp_path / "model"))
+    assert all(torch.equal(a, b) for a, b in zip(generator.state_dict().values(), again.state_dict().values(), strict=True))
+    assert torch.equal(again("a red circle", seed=3), generator("a red circle", seed=3))
+    other = {"name": "ViT-B-32-quickgelu", "pretrained": "elsewhere/ViT-B-32.pt"}
+    assert TextToImage.from_pretrained(str(tmp_path / "model"), clip=other).clip_source == other
+
+
+def test_pushed_to_a_hub_is_what_was_saved(generator, tmp_path, monkeypatch):
+    pushed = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, folder_path, **_):
+            pushed.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    generator.push_to_hub("someone/generator")
+    generator.save_pretrained(tmp_path / "model")
+    assert pushed.keys() >= {"config.json", "model.safetensors", "README.md"}
+    assert all(pushed[name] == (tmp_path / "model" / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    assert str(tmp_path).encode() not in pushed["config.json"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loaded_vqgan_can_be_saved_as_ours(name, tmp_path):
+    style, family, config = FAMILIES[name]
+    module = interop.build(partial(VQGAN, config), family, filled(vqgan_shapes(style, 40, gumbel=name == "gumbel", **SMALL)))
+    save_weights(tmp_path / "vqgan", module)
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(VQGAN.load(tmp_path / "vqgan")(images)[0], module(images)[0])
