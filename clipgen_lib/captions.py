@@ -6,6 +6,7 @@ In: a split with captions, or a caption file. Out: (row, caption) pairs and thei
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
         ClipgenError: the file cannot be read, or names none of them.
     """
     known = read_captions(path, seed)
-    bare = {Path(name).name: text for name, text in known.items()}
+    bare = _unambiguous(known, images.paths)
     found = {}
     for row, file in enumerate(images.paths):
         text = known.get(_stem(file.relative_to(images.root).as_posix())) or bare.get(file.stem)
@@ -93,6 +94,13 @@ def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
     if not found:
         raise ClipgenError(f"{path} names none of the {len(images)} pictures in {images.root} (a picture is {images.paths[0].name}, a caption's name {next(iter(known))}): use the pictures' file names")  # fmt: skip
     return found
+
+
+def _unambiguous(known: dict[str, str], files: list[Path]) -> dict[str, str]:
+    """Captions by bare name, where one caption and one picture have that name."""
+    captions = Counter(Path(name).name for name in known)
+    pictures = Counter(path.stem for path in files)
+    return {bare: text for name, text in known.items() if captions[bare := Path(name).name] == 1 and pictures[bare] == 1}
 
 
 def _stem(name: str) -> str:

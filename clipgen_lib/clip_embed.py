@@ -101,7 +101,8 @@ class ClipEmbedder(nn.Module):
             raise ClipgenError(f"CLIP {name}/{pretrained}: {warning} Use the '-quickgelu' model name for these weights.") from None  # fmt: skip
         except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
             raise ClipgenError(f"CLIP {name}/{pretrained or folder} cannot be loaded ({error}): check the name against open_clip.list_pretrained(), or give a local checkpoint file as `pretrained`") from error  # fmt: skip
-        return cls(model, tokenizer, name if pretrained is None else f"{name}/{pretrained}", digest).to(device)
+        shown = name if not Path(name).is_absolute() else Path(name).name  # results name no place on a machine
+        return cls(model, tokenizer, shown if pretrained is None else f"{shown}/{Path(pretrained).name}", digest).to(device)
 
     @property
     def device(self) -> torch.device:

@@ -20,7 +20,7 @@ from PIL import Image
 from . import baselines, evaluate, train
 from .config import SampleConfig, replace_fields
 from .images import grid
-from .runs import RESULTS, ClipgenError, open_run, read_json, save_weights, write_json
+from .runs import RESULTS, ClipgenError, module_hash, open_run, read_json, save_weights, write_json
 from .sample import TextToImage
 from .store import TokenStore
 from .transformer import ImageTransformer
@@ -119,7 +119,7 @@ CURVES = tuple(
 )  # fmt: skip
 
 # Whether what holds in the Shapes world holds for photos, whose texts lie further from their pictures.
-PHOTO_COS = 0.5
+PHOTO_COS = 0.65  # mean cosine of a training photo and its text under results/tiny-imagenet-20-clip
 PHOTOS = (
     Row("plain", "the paper's recipe"),
     Row("best, one drawn", "the best recipe of the ablation, with noise as far as a text lies from its picture here", train={**ALONE, "noise_cos": PHOTO_COS}, sample=LINEAR),
@@ -194,10 +194,17 @@ def run_row(bench: Workbench, table: Table, row: Row, seed: int, results: Path, 
     """The numbers of one row and seed, from its file where that is there and of the same recipe."""
     made, store = recipe(bench, row, seed, steps), bench.store()
     of = {"vqgan": store.meta["vqgan_hash"], "clip": store.meta["clip_hash"], "data": store.meta["data_hash"]}
-    kept = _plain_json({**made, **of})
+    config = replace(bench.preset.evaluate, n=min(table.n_captions, bench.preset.evaluate.n))
+    classifier, n_oracle = bench.classifier(), min(table.n_oracle, bench.preset.evaluate.n_oracle)
+    measured = {"evaluate": {**asdict(config), "n_oracle": n_oracle}, "judge": bench.judge.weights_hash,
+                "classifier": module_hash(classifier) if classifier else None}  # fmt: skip
+    kept = _plain_json({**made, **of, **measured})
     path = results / table.name / "rows" / f"{_slug(row.name)}-{seed}.json"
     outside = path.with_name(f"{path.stem}-outside.png")
-    is_there = path.exists() and _is_same(read_json(path)["recipe"], kept)
+    there = read_json(path)["recipe"] if path.exists() else kept
+    if other := [key for key in of if there[key] != of[key]]:
+        raise ClipgenError(f"{path.parent.parent} holds rows of another run (another {other[0]}): move that folder away, or compare with the run they are of")  # fmt: skip
+    is_there = path.exists() and _is_same(there, kept)
     if is_there and (outside.exists() or not table.draws_outside):
         return read_json(path)
     print(f"{row.name}, seed {seed}", flush=True)
@@ -208,14 +215,12 @@ def run_row(bench: Workbench, table: Table, row: Row, seed: int, results: Path, 
     if is_there:
         return read_json(path)
     start = time.perf_counter()
-    config = replace(bench.preset.evaluate, n=min(table.n_captions, bench.preset.evaluate.n))
     numbers, _ = evaluate.evaluate_generator(system, bench.images("val"), bench.judge, config, bench.seed,
-                                             classifier=bench.classifier())  # fmt: skip
+                                             classifier=classifier)  # fmt: skip
     oracle = {}
-    if bench.has_oracle and table.n_oracle:
+    if bench.has_oracle and n_oracle:
         asked = ("text", "image") if row.system == "clip-gen" else ("text",)
-        n = min(table.n_oracle, bench.preset.evaluate.n_oracle)
-        oracle = evaluate.evaluate_oracle(system, n, bench.seed, modalities=asked)
+        oracle = evaluate.evaluate_oracle(system, n_oracle, bench.seed, modalities=asked)
     drawn, prompts = time.perf_counter(), bench.preview_prompts()
     _draw_sheet(system, prompts, path.with_suffix(".png"))
     seconds |= {"evaluate": drawn - start, "per_image": (time.perf_counter() - drawn) / len(prompts)}
@@ -293,14 +298,19 @@ def metrics(result: dict) -> dict[str, float]:
 
 
 def entries(folder: Path, rows: tuple[Row, ...]) -> list[dict]:
-    """The table in a folder: one entry for each row that has a result: name, what it is, seeds, and mean and std of every metric."""
+    """The table in a folder: one entry for each row that has a result: name, what it is, seeds, and mean and std of every metric.
+
+    A result that was made by another recipe than the row has now is left out.
+    """
     table = []
     for row in rows:
         results = [read_json(p) for s in row.seeds if (p := folder / "rows" / f"{_slug(row.name)}-{s}.json").exists()]
+        results = [result for result in results if _is_of(row, result["recipe"])]
         if results:
             columns = [metrics(result) for result in results]
+            shared = [key for key in columns[0] if all(key in c for c in columns)]
             spread = {key: {"mean": float(np.mean([c[key] for c in columns])), "std": float(np.std([c[key] for c in columns]))}
-                      for key in columns[0]}  # fmt: skip
+                      for key in shared}  # fmt: skip
             table.append(
                 {"name": row.name, "says": row.says, "text": row.text, "seeds": [r["seed"] for r in results], **spread}
             )
@@ -344,9 +354,25 @@ def _slug(name: str) -> str:
 
 
 def _is_same(there: dict, wanted: dict) -> bool:
-    """Whether a row's recipe is the wanted one; a field that did not exist when it was made did what its default does."""
-    defaults = asdict(SampleConfig())
-    return {**there, "sample": {**defaults, **there["sample"]}} == wanted if "sample" in there else there == wanted
+    """Whether a row's recipe is the wanted one, as far as it says: older rows do not name how they were measured."""
+    return _filled(there) == {key: value for key, value in wanted.items() if key in there}
+
+
+def _is_of(row: Row, recipe: dict) -> bool:
+    """Whether a recipe is the plain one with the row's changes; what the presets decide is not looked at."""
+    if "train" not in recipe:
+        return recipe["system"] == row.system
+    recipe = _filled(recipe)
+    wanted = {part: {**PLAIN[part], **getattr(row, part)} for part in PLAIN}
+    if wanted["transformer"]["conditioning"] == "words":
+        del wanted["transformer"]["condition_tokens"]  # as many as CLIP reads
+    wanted = _plain_json(wanted)
+    return all(recipe[part][key] == value for part, values in wanted.items() for key, value in values.items())
+
+
+def _filled(recipe: dict) -> dict:
+    """A sampling field that did not exist when a row was made did what its default does."""
+    return {**recipe, "sample": {**_plain_json(asdict(SampleConfig())), **recipe["sample"]}} if "sample" in recipe else recipe
 
 
 def _plain_json(values: dict) -> dict:

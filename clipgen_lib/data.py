@@ -78,6 +78,11 @@ class ImageSet(Dataset):
         return self._captions is not None
 
     @property
+    def is_named_by_class(self) -> bool:
+        """Whether the captions are no more than the names of classes: then a mirrored picture has the same one."""
+        return self.classes is not None and self._captions == [(CLASS_PROMPT.format(name),) for name in self.classes]
+
+    @property
     def hash(self) -> str:
         """16 hex digits of the relative paths and file sizes: the same for the same files, wherever they lie."""
         digest = hashlib.sha256(str(self.size).encode())

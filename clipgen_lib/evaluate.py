@@ -161,7 +161,8 @@ def evaluate_generator(
     Args:
         classifier: of the classes of `images`; None leaves `classes` out.
         networks: what gives the feature network of a protocol.
-        resume: folder for the checkpoint from which an interrupted drawing goes on; None begins anew.
+        resume: folder for the checkpoint from which an interrupted drawing goes on; None begins anew. It stays there
+            for the caller to delete when the numbers are safe.
         settings: fields of SampleConfig, such as guidance.
 
     Returns:
@@ -169,6 +170,7 @@ def evaluate_generator(
         and `floor` are then empty); `shown` holds a few `prompts` and their `images`, and the caption list as text.
     """
     network, missing = None, []
+    classifier = classifier if images.classes else None
     try:
         network = networks(config.protocol, judge)
     except MissingWeights as error:
@@ -233,22 +235,25 @@ def evaluate_generator(
             {**caption_facts(listed), "seed": seed} if images.has_captions else None,
         )  # fmt: skip
     if images.has_captions:
-        numbers |= _fit_scores(drawn["captions"], seed) | _real_fit(real["embeds"], prompts, seed)
+        owners = dict(enumerate(row for row, _ in prompts))
+        numbers |= _fit_scores(drawn["captions"], seed, owners) | _real_fit(real["embeds"], prompts, seed)
     if classifier:
         shares = {"real": real, "reconstruction": decoded, "accuracy": drawn}
         numbers["classes"] = {key: held["classes"].share for key, held in shares.items()} | {"n": len(prompts)}
     if missing:
         numbers["missing"] = missing
-    if partial is not None:
-        partial.unlink(missing_ok=True)
     shown = {"prompts": [text or f"row {row}" for row, text in prompts[:64]], "images": torch.stack(drawn["shown"].pictures)}
     return numbers, {**shown, "captions": listed if images.has_captions else ""}
 
 
-def _fit_scores(fit: CaptionFit, seed: int) -> dict:
-    """CapS over all pictures; R-precision and the cosine with shuffled captions over the pairs that are kept."""
+def _fit_scores(fit: CaptionFit, seed: int, owners: dict[int, int] | None = None) -> dict:
+    """CapS over all pictures; R-precision and the cosine with shuffled captions over the pairs that are kept.
+
+    `owners`: row -> the real picture that its caption describes, where several rows share one.
+    """
     wording = [fit.texts[row] for row in fit.rows]
-    found = caption_scores(torch.stack(fit.pictures), torch.stack(fit.captions), wording, seed)
+    described = [owners[row] for row in fit.rows] if owners else ()
+    found = caption_scores(torch.stack(fit.pictures), torch.stack(fit.captions), wording, seed, described)
     return {"caps": fit.caps, "caps_shuffled": found["shuffled"], "clip_score": clip_score(fit.caps),
             "r_precision": found["r_precision"], "truncated_captions": fit.truncated, "judged": len(fit.rows)}  # fmt: skip
 
@@ -258,7 +263,8 @@ def _real_fit(embeds: Embeddings, pairs: list[tuple[int, str]], seed: int) -> di
     pairs = [(row, text) for row, text in pairs if row in embeds.found][:JUDGED]
     texts = [text for _, text in pairs]
     known = torch.cat([embeds.judge.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)])
-    found = caption_scores(embeds.of([row for row, _ in pairs]), known, texts, seed)
+    rows = [row for row, _ in pairs]
+    found = caption_scores(embeds.of(rows), known, texts, seed, rows)
     return {"caps_ceiling": found["caps"], "caps_floor": found["shuffled"], "r_precision_real": found["r_precision"]}
 
 
@@ -416,7 +422,9 @@ DAMAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @torch.inference_mode()
-def damage_scores(images: ImageSet, network: FeatureNetwork, limit: int = 1_000) -> dict[str, dict[str, float]]:
+def damage_scores(
+    images: ImageSet, network: FeatureNetwork, limit: int = 1_000, device: str | torch.device = "cpu"
+) -> dict[str, dict[str, float]]:
     """One half of a set, damaged more and more, against the other half: do the metrics order the damages?
 
     Returns:
@@ -424,14 +432,16 @@ def damage_scores(images: ImageSet, network: FeatureNetwork, limit: int = 1_000)
         the undamaged same half. `none` is the floor, real against real.
     """
     rows = range(min(limit, len(images)))
+    if len(rows) < 16:
+        raise ClipgenError(f"{images.root} has {len(rows)} pictures, too few to halve and compare: use at least 16")
     whole = torch.cat([to_float(batch) for _, batch in ordered_batches(images, rows, 64)])
     first, second = whole[::2], whole[1::2]
     reference, found = SetStatistics(network, (0,), 2), {}
-    _add(reference, first)
+    _add(reference, first.to(device))
     for name, damage in DAMAGES.items():
         damaged = torch.cat([damage(part) for part in second.split(64)])
         scored = SetStatistics(network, (0,))
-        _add(scored, damaged)
+        _add(scored, damaged.to(device))
         scores = set_scores(scored, reference)
         pairs = reconstruction_scores(second, damaged)
         manifold = {key: value for key, value in scores["manifold"].items() if key != "n"}

@@ -8,7 +8,7 @@ coverage, FID over N) looks at a sample of at most SAMPLE rows that is chosen by
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -283,35 +283,44 @@ def clip_score(caps: float) -> float:
     return max(100 * caps, 0.0)
 
 
-def caption_scores(pictures: torch.Tensor, texts: torch.Tensor, wording: list[str], seed: int = 0) -> dict[str, float]:
+def caption_scores(
+    pictures: torch.Tensor, texts: torch.Tensor, wording: list[str], seed: int = 0, owners: Sequence[int] = ()
+) -> dict[str, float]:
     """How N pictures fit N captions: `caps` with their own, `shuffled` with those of others, and R-precision.
 
     Args:
         pictures, texts: (N, D) embeddings of unit norm, row i of both belonging together.
+        owners: the real picture that each caption describes, where one picture has several; none are alike by default.
     """
+    owner = np.asarray(owners) if len(owners) else np.arange(len(wording))
     shift = int(np.random.default_rng([seed, 19]).integers(1, max(len(wording), 2)))
+    other = torch.from_numpy(owner != np.roll(owner, shift)) if len(wording) > 1 else torch.ones(1, dtype=torch.bool)
     return {
         "caps": float((pictures * texts).sum(1).mean()),
-        "shuffled": float((pictures * texts.roll(shift, 0)).sum(1).mean()),
-        "r_precision": r_precision(pictures, texts, wording),
+        "shuffled": float((pictures * texts.roll(shift, 0)).sum(1)[other].mean()),
+        "r_precision": r_precision(pictures, texts, wording, owners=owner),
     }
 
 
-def r_precision(image_embeds: torch.Tensor, text_embeds: torch.Tensor, texts: list[str], others: int = 99) -> float:
+def r_precision(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, texts: list[str], others: int = 99, owners: Sequence[int] = ()
+) -> float:
     """Share of pictures whose own caption ranks first among itself and `others` captions of other pictures.
 
-    AttnGAN's protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker; captions of the same wording are not
-    drawn as others. Fewer others are used where there are not so many; chance is 1 / (others + 1).
+    AttnGAN's protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker; captions of the same wording, or of the
+    same picture, are not drawn as others. Fewer others are used where there are not so many; chance is 1 / (others + 1).
 
     Args:
         image_embeds, text_embeds: (N, D), row i of both belonging to text i.
+        owners: the real picture that each text describes, where one picture has several.
     """
     draw, hits = np.random.default_rng(23), []
     wording = np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
+    owner = np.asarray(owners) if len(owners) else np.arange(len(texts))
     for first in range(0, len(texts), 1_000):
         similarity = (image_embeds[first : first + 1_000] @ text_embeds.T).cpu().numpy()
         for i, row in enumerate(similarity, first):
-            candidates = np.flatnonzero(wording != wording[i])
+            candidates = np.flatnonzero((wording != wording[i]) & (owner != owner[i]))
             chosen = draw.choice(candidates, min(others, len(candidates)), replace=False)
             hits.append(bool((row[i] > row[chosen]).all()))
     return float(np.mean(hits))

@@ -124,6 +124,9 @@ def progress(total: int, label: str, show: bool = True, initial: int = 0) -> tqd
 # ---------------------------------------------------------------------------------------------- runs
 
 
+MERGED = ("seconds", "parameters", "skipped")  # entries of summary.json that several steps write
+
+
 @dataclass(frozen=True)
 class Run:
     """One folder under results/ and the few files every step shares."""
@@ -179,11 +182,10 @@ class Run:
         return read_json(path) if path.exists() else {"run": self.name}
 
     def add_to_summary(self, **entries: object) -> dict:
-        """Merge entries into summary.json, dictionaries one level deep, and return the whole."""
+        """Put entries into summary.json, those of several steps (MERGED) into what is there, and return the whole."""
         summary = self.summary()
         for key, value in entries.items():
-            both_dicts = isinstance(value, dict) and isinstance(summary.get(key), dict)
-            summary[key] = {**summary[key], **value} if both_dicts else value
+            summary[key] = {**summary.get(key, {}), **value} if key in MERGED else value
         write_json(self.file("summary.json"), summary)
         return summary
 

@@ -318,7 +318,8 @@ class TrainingState:
 
     def save(self, step: int) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.path, {**state, "rng": torch.get_rng_state(), "step": step}, self.meta)
+        gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        save_checkpoint(self.path, {**state, "rng": torch.get_rng_state(), "rng_gpu": gpu, "step": step}, self.meta)
 
     def resume(self) -> int:
         """Load the checkpoint where there is one; returns the step to go on from."""
@@ -330,6 +331,8 @@ class TrainingState:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             torch.set_rng_state(state["rng"])
+            if len(gpu := state.get("rng_gpu", [])) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(gpu)
             step = state["step"]
         self.run.rewind(self.stage, step)
         return step

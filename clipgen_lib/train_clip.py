@@ -7,6 +7,7 @@ in float16, BPE merges) that `ClipEmbedder.load` reads like any other. Model and
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 from dataclasses import asdict, replace
@@ -81,7 +82,8 @@ class ImagePairs:
     """Pictures with captions; where these are class names, pictures are mirrored too (no name says left or right)."""
 
     def __init__(self, images: ImageSet, config: ClipTrainConfig, seed: int):
-        self.images, self.config, self.seed, self.hash = images, config, seed, images.hash
+        self.images, self.config, self.seed = images, config, seed
+        self.hash = hashlib.sha256(repr([images.hash, images.captions]).encode()).hexdigest()[:16]
         self.rows = np.array([row for row, texts in enumerate(images.captions) if texts])
         if not len(self.rows):
             raise ClipgenError(f"{images.root} has no captions beside its pictures: CLIP learns from pairs")
@@ -90,7 +92,7 @@ class ImagePairs:
     def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """As of scenes, but pictures with the same words all belong together (UniCL, arXiv 2204.03610)."""
         rows = self.rows[batch_rows(len(self.rows), self.config.batch_size, self.seed, step)]
-        rows, pictures = augmented_rows(self.images, rows, self.seed, step, flip=self.images.classes is not None)
+        rows, pictures = augmented_rows(self.images, rows, self.seed, step, flip=self.images.is_named_by_class)
         chooser = np.random.default_rng([self.seed, step])
         texts = [self.images.captions[row][chooser.integers(len(self.images.captions[row]))] for row in rows]
         wording = np.array(texts)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -21,7 +22,7 @@ from . import evaluate, shapes, train
 from .classifier import Classifier, accuracy, train_classifier
 from .clip_embed import ClipEmbedder
 from .config import Preset, load_preset
-from .data import ImageSet, open_images
+from .data import ImageSet, open_images, ordered_batches
 from .images import grid, to_float
 from .losses import PatchDiscriminator, adversarial_loss
 from .runs import RESULTS, ROOT, ClipgenError, Run, differences, open_run, read_json, versions, write_atomic, write_json
@@ -145,8 +146,23 @@ class Workbench:
 
         Whose caption is whose is not looked at: this is unpaired text, the one thing that is not a picture in a training.
         """
-        texts = [text for texts in self.images().captions[:10_000] for text in texts[:1]]
+        texts = [texts[0] for texts in self.images().captions if texts]
+        if not texts:
+            raise ClipgenError(f"{self.images().root} has no captions to take the mean of: put name.txt beside name.jpg, or do without shift and centre")  # fmt: skip
+        if len(texts) > 10_000:
+            texts = [texts[i] for i in np.random.default_rng([self.seed, 41]).choice(len(texts), 10_000, replace=False)]
         return torch.cat([self.clip.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)]).mean(0)
+
+    @torch.inference_mode()
+    def text_image_pairs(self, n: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of up to n pictures of the val split and of the first caption of each, both (n, D) on the CPU."""
+        images = self.images("val")
+        rows = [row for row, texts in enumerate(images.captions) if texts][:n]
+        pictures, texts = [], []
+        for part, batch in ordered_batches(images, rows, 100):
+            pictures.append(self.clip.images(to_float(batch).to(self.device)).cpu())
+            texts.append(self.clip.texts([images.captions[row][0] for row in part]).cpu())
+        return torch.cat(pictures), torch.cat(texts)
 
     def generator(self) -> TextToImage:
         return load_run(self.run.path, self.clip, self.clip_source, self.preset.sample, self.bank(), self.offset())
@@ -196,6 +212,8 @@ class Workbench:
     def train_classifier(self) -> dict[str, float]:
         """The judge of classes, on real pictures of the train split; returns its accuracy on those of the val split."""
         images, held_out = self.images(), self.images("val")
+        if held_out.classes is None:
+            raise ClipgenError(f"the val split of {held_out.root} has no classes to try a classifier on: sort its pictures into a folder for each class")  # fmt: skip
         with self._timed("classifier"):
             classifier = train_classifier(self.run, images, self.preset.classifier, self.seed, self.device)
         self.run.add_to_summary(classifier=accuracy(classifier, held_out))
@@ -236,6 +254,8 @@ class Workbench:
         self.run.add_to_summary(**entries, seconds=seconds)
         if shown["captions"]:
             write_atomic(self.run.file("captions.txt"), shown["captions"])
+        for partial in (self.run.path / "checkpoints").glob("drawn-*"):  # the numbers are on disk
+            partial.unlink()
         return shown
 
     @contextmanager
@@ -262,6 +282,8 @@ def clip_fields(clip: str) -> dict[str, str | None]:
     if folder.is_dir():
         return {"name": str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder), "pretrained": None}
     name, _, weights = clip.partition("/")
+    if "/" in weights:
+        raise ClipgenError(f"CLIP {clip!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai")  # fmt: skip
     return {"name": name, "pretrained": weights or None}
 
 

@@ -159,6 +159,10 @@ def test_clip_learns_from_pictures_with_class_names(tmp_path):
     assert (
         images.shape == (16, 3, 64, 64) and together.sum() == 128 and set(texts) == {"a photo of a day", "a photo of a night"}
     )
+    renamed = ImagePairs(train, config, 0)
+    train._captions = [("one",) for _ in train.captions]
+    assert ImagePairs(train, config, 0).hash != renamed.hash  # a checkpoint of other captions is refused
+    train._captions = [(f"a photo of a {name}",) for name in train.classes]
     assert torch.equal(images, pairs.batch(3)[0]) and not torch.equal(images, pairs.batch(4)[0])
     folder = train_clip(open_run("r", tmp_path), pairs, config, seed=0, show_progress=False)
     assert caption_accuracy(ClipEmbedder.load(str(folder)), val) == {"n": 16, "wordings": 2, "accuracy": 1.0}

@@ -57,6 +57,20 @@ def test_rows_are_trained_once_evaluated_and_kept(bench, tmp_path, monkeypatch):
     assert list(compare.sheets(tmp_path / "ablation", ABLATION.rows)) == [row.name for row in ABLATION.rows]
 
 
+def test_rows_of_another_recipe_or_run_are_not_mixed_in(bench, tmp_path):
+    table = replace(ABLATION, rows=ABLATION.rows[:2])
+    compare.run_table(bench, table, tmp_path, steps=2)
+    path = tmp_path / "ablation" / "rows" / "guided-0.json"
+    stale = read_json(path)
+    stale["recipe"]["sample"]["guidance"] = 3.0
+    write_json(path, stale)
+    assert [entry["name"] for entry in compare.entries(tmp_path / "ablation", table.rows)] == ["plain"]
+    stale["recipe"]["vqgan"] = "another"
+    write_json(path, stale)
+    with pytest.raises(ClipgenError, match="rows of another run"):
+        compare.run_table(bench, table, tmp_path, steps=2)
+
+
 def test_every_system_runs_in_the_same_harness(bench, tmp_path):
     table = compare.run_table(bench, compare.TABLES["systems"], tmp_path, steps=2)
     assert [entry["name"] for entry in table] == [row.name for row in compare.SYSTEMS]
@@ -136,3 +150,24 @@ def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
     real = bench.run.summary()["classifier"]["accuracy"]
     assert entry["class_accuracy_real"]["mean"] == real and 0 <= entry["class_accuracy"]["mean"] <= 1
     assert "oracle_error" not in entry and (tmp_path / "photos" / "table.json").is_file()
+
+
+def test_a_row_is_measured_again_when_its_judges_change(bench, tmp_path):
+    table = replace(ABLATION, rows=ABLATION.rows[1:2])
+    compare.run_table(bench, table, tmp_path, steps=2)
+    path = tmp_path / "ablation" / "rows" / "guided-0.json"
+    before = path.stat().st_mtime_ns
+    compare.run_table(bench, table, tmp_path, steps=2)
+    assert path.stat().st_mtime_ns == before
+    compare.run_table(bench, replace(table, n_captions=6), tmp_path, steps=2)
+    assert path.stat().st_mtime_ns > before and read_json(path)["evaluation"]["n"] == 6
+
+
+def test_a_val_split_without_classes_is_one_sentence(tmp_path, preset, world):
+    for name in ("train/red", "train/blue", "val"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for path in sorted((world / "train").glob("*.png"))[:2]:
+            shutil.copy(path, tmp_path / "data" / name)
+    bench = Workbench(open_run("r", tmp_path), preset, str(tmp_path / "data"), 0, "cpu")
+    with pytest.raises(ClipgenError, match="no classes to try a classifier on"):
+        bench.train_classifier()

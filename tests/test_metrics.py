@@ -251,6 +251,17 @@ def test_psnr_and_ssim_by_hand():
     assert torch.isinf(same["psnr"]).all() and torch.allclose(same["ssim"], torch.ones(3))
 
 
+def test_captions_of_one_picture_are_not_each_others_rivals():
+    """Five captions to a picture, a perfect encoder: every picture finds one of its own."""
+    pictures = torch.nn.functional.normalize(torch.randn(20, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    embeds, owners = pictures.repeat(5, 1), list(range(20)) * 5
+    texts = [f"caption {i}" for i in range(100)]
+    assert r_precision(embeds, embeds, texts) < 0.5  # the same embedding is never above itself
+    assert r_precision(embeds, embeds, texts, owners=owners) == 1.0
+    scores = caption_scores(embeds, embeds, texts, owners=owners)
+    assert scores["r_precision"] == 1.0 and scores["shuffled"] < 0.5
+
+
 def test_r_precision_from_perfect_to_chance():
     texts = [str(i) for i in range(300)]
     embeds = torch.nn.functional.normalize(normal(300, 32), dim=1)
