@@ -343,10 +343,9 @@ def lines_of(table: list[dict], columns: tuple[str, ...]) -> str:
         return f"{entry[key]['mean']:{form}}{spread}"
 
     rows = [("", *columns), *((entry["name"], *(cell(entry, key) for key in columns)) for entry in table)]
-    widths = [max(len(row[i]) for row in rows) + 2 for i in range(1, len(rows[0]))]
-    return "\n".join(
-        f"{name:31}" + "".join(f"{text:>{width}}" for text, width in zip(cells, widths, strict=True)) for name, *cells in rows
-    )
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
+    lines = ("".join(f"{text:>{width}}" for text, width in zip(cells, widths[1:], strict=True)) for _, *cells in rows)
+    return "\n".join(f"{row[0]:{widths[0]}}{line}" for row, line in zip(rows, lines, strict=True))
 
 
 def _slug(name: str) -> str:
