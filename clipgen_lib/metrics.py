@@ -345,4 +345,4 @@ def distance_speed(dim: int = 2_048, seed: int = 0) -> dict[str, float]:
     between = time.perf_counter()
     theirs = calculate_frechet_distance(*moments)
     seconds = {"ours": between - start, "pytorch_fid": time.perf_counter() - between}
-    return {**seconds, "ratio": seconds["pytorch_fid"] / seconds["ours"], "difference": abs(ours / theirs - 1)}
+    return {**seconds, "ratio": seconds["pytorch_fid"] / seconds["ours"], "difference": float(abs(ours / theirs - 1))}
