@@ -243,8 +243,9 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
     pairs = ScenePairs(config, seed) if data == "shapes" else ImagePairs(open_images(data, "train", size), config, seed)
     folder = train(opened, pairs, config, seed, device)
     if data != "shapes":
+        clip = ClipEmbedder.load(str(folder), device=device)
         opened.add_to_summary(
-            clip=caption_accuracy(ClipEmbedder.load(str(folder), device=device), open_images(data, "val", size))
+            clip={split: caption_accuracy(clip, open_images(data, split, size)) for split in ("train", "val")}
         )
         click.echo(opened.summary()["clip"])
     click.echo(f"CLIP in {_short(folder)}: name the folder as --clip, or as notebook parameter CLIP")

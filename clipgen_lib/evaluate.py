@@ -30,7 +30,6 @@ from .metrics import (
     frechet_over_n,
     kernel_distance,
     manifold_scores,
-    r_precision,
     reconstruction_scores,
 )
 from .passes import (
@@ -53,7 +52,7 @@ from .runs import ClipgenError, module_hash, progress, versions
 from .sample import TextToImage
 from .vqgan import VQGAN, codebook_statistics
 
-__all__ = ["frechet_distance", "r_precision", "feature_network"]  # part of this module's interface, defined elsewhere
+__all__ = ["frechet_distance", "feature_network"]  # part of this module's interface, defined elsewhere
 
 RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size"  # fmt: skip
 DRAWN_CODEC = "none: 8-bit arrays"

@@ -220,13 +220,20 @@ def retrieval(clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_things:
 
 @torch.inference_mode()
 def caption_accuracy(clip: ClipEmbedder, images: ImageSet) -> dict[str, float]:
-    """Share of pictures whose first caption ranks first among all first captions of the set, each wording once."""
+    """How well CLIP fits pictures to their first captions, each wording once.
+
+    Returns:
+        `n` pictures, `wordings`, `accuracy` (share of pictures whose caption ranks first of all wordings) and `cosine` (mean
+        of picture and own caption: how far a text lies from its picture, which is how far noise should reach).
+    """
     said = {row: texts[0] for row, texts in enumerate(images.captions) if texts}
     wordings = sorted(set(said.values()))
     texts = torch.cat([clip.texts(wordings[i : i + 256]) for i in range(0, len(wordings), 256)])
-    right = [
-        wordings[best] == said[row]
-        for rows, batch in ordered_batches(images, list(said), 250)
-        for row, best in zip(rows, (clip.images(to_float(batch).to(clip.device)) @ texts.T).argmax(1).tolist(), strict=True)
-    ]
-    return {"n": len(right), "wordings": len(wordings), "accuracy": float(np.mean(right))}
+    place = {wording: i for i, wording in enumerate(wordings)}
+    right, cosines = [], []
+    for rows, batch in ordered_batches(images, list(said), 250):
+        similarity = clip.images(to_float(batch).to(clip.device)) @ texts.T
+        own = torch.tensor([place[said[row]] for row in rows], device=clip.device)
+        right += (similarity.argmax(1) == own).tolist()
+        cosines += similarity.gather(1, own[:, None])[:, 0].tolist()
+    return {"n": len(right), "wordings": len(wordings), "accuracy": float(np.mean(right)), "cosine": float(np.mean(cosines))}

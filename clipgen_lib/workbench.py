@@ -21,7 +21,7 @@ from PIL import Image
 from . import evaluate, shapes, train
 from .classifier import Classifier, accuracy, train_classifier
 from .clip_embed import ClipEmbedder
-from .config import Preset, load_preset
+from .config import Preset, SampleConfig, load_preset
 from .data import ImageSet, open_images, ordered_batches
 from .images import grid, to_float
 from .losses import PatchDiscriminator, adversarial_loss
@@ -133,13 +133,14 @@ class Workbench:
     def store(self, split: str = "train") -> TokenStore:
         return TokenStore.open(self.run.path / "store" / split, self.vqgan(), self.clip)
 
-    def bank(self) -> torch.Tensor | None:
-        """Embeddings of the training pictures, where the preset's sampling looks texts up among them."""
-        return self.store().embeds(slice(None)) if self.preset.sample.neighbours else None
+    def bank_and_offset(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What some sampling needs beside the weights, each None where it does not.
 
-    def offset(self) -> torch.Tensor | None:
-        """Mean picture minus mean text (D,), where the preset's sampling shifts texts by it."""
-        return self.store().mean_embed() - self.text_mean() if self.preset.sample.shift else None
+        Embeddings of the training pictures (N, D), where texts are looked up among them; mean picture minus mean text
+        (D,), where texts are shifted by it.
+        """
+        bank = self.store().embeds(slice(None)) if sample.neighbours else None
+        return bank, self.store().mean_embed() - self.text_mean() if sample.shift else None
 
     def text_mean(self) -> torch.Tensor:
         """Mean embedding (D,) of up to 10,000 captions of training pictures, for a training that centres or a shift.
@@ -165,7 +166,9 @@ class Workbench:
         return torch.cat(pictures), torch.cat(texts)
 
     def generator(self) -> TextToImage:
-        return load_run(self.run.path, self.clip, self.clip_source, self.preset.sample, self.bank(), self.offset())
+        return load_run(
+            self.run.path, self.clip, self.clip_source, self.preset.sample, *self.bank_and_offset(self.preset.sample)
+        )
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -195,7 +198,7 @@ class Workbench:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint."""
         config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
         vqgan, store, held_out = self.vqgan(), self.store(), self.store("val")
-        texts, embeds, extras = self.preview_prompts(), held_out.embeds(slice(0, 6)), (self.bank(), self.offset())
+        texts, embeds, extras = self.preview_prompts(), held_out.embeds(slice(0, 6)), self.bank_and_offset(self.preset.sample)
 
         def preview(transformer, step):
             generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample, *extras)
