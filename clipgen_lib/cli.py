@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from .config import PRESETS
-from .runs import ROOT, ClipgenError, open_run
+from .runs import DATA, ROOT, ClipgenError, open_run
 
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 
@@ -194,6 +194,25 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
     images = generator(prompt, n=n, seed=seed, show_progress=True, **chosen)[0]
     Image.fromarray(grid(images, columns=min(n, 8))).save(output)
     click.echo(f"{n} pictures of {prompt!r} in {output}")
+
+
+@main.command("export")
+@click.option("--run", "run", default="reference", show_default=True, help="a trained run under results/")
+@click.option(
+    "--to",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=DATA / "shapes_generator",
+    help="[default: data/shapes_generator]",
+)
+@click.option("-n", default=1_024, show_default=True, help="prompts of each kind for the oracle")
+@click.option("--candidates", default=16, show_default=True, help="of the oracle's second column")
+@click.option("--device", default="auto", show_default=True)
+def export(run: str, folder: Path, n: int, candidates: int, device: str) -> None:
+    """Write a run's generator in float16 for TextToImage.from_pretrained, and measure what was written."""
+    from .workbench import Workbench
+
+    click.echo(Workbench.reopen(run, device).export(folder, n, candidates))
 
 
 @main.command("train-classifier")

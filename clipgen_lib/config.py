@@ -269,6 +269,20 @@ def _laptop() -> Preset:
     )  # fmt: skip
 
 
+def _reference() -> Preset:
+    """`laptop` with five times the scenes, four times the codes and hours instead of minutes: the weights of `shapes`."""
+    laptop = _laptop()
+    return replace(
+        laptop,
+        shapes=ShapesConfig(n_train=100_000, n_val=1_000),
+        vqgan=replace(laptop.vqgan, codebook_size=1_024, restart_after=100),
+        vqgan_train=replace(laptop.vqgan_train, steps=12_000),
+        transformer=replace(laptop.transformer, width=192, heads=6),
+        transformer_train=replace(laptop.transformer_train, steps=24_000, save_every=2_000),
+        evaluate=replace(laptop.evaluate, n_oracle=1_024),
+    )
+
+
 def _smoke() -> Preset:
     """Everything of `laptop`, so small that each notebook takes seconds; its pictures are not worth looking at."""
     laptop = _laptop()
@@ -342,7 +356,7 @@ def _imagenet() -> Preset:
     )
 
 
-PRESETS = {"smoke": _smoke, "laptop": _laptop, "gpu64": _gpu64, "coco": _coco, "imagenet": _imagenet}
+PRESETS = {"smoke": _smoke, "laptop": _laptop, "reference": _reference, "gpu64": _gpu64, "coco": _coco, "imagenet": _imagenet}
 
 
 def load_preset(name: str, **overrides: dict) -> Preset:

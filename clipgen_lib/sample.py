@@ -6,6 +6,8 @@ Filters are pure functions of logits. `TextToImage` is the whole inference path 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +21,12 @@ from torch import nn
 from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict, replace_fields
 from .interop import GENERATORS, load_released
-from .runs import ClipgenError, progress, read_json
+from .runs import DATA, ClipgenError, fresh_folder, progress, read_json
 from .store import nearest
 from .transformer import ImageTransformer, KVCache, centre
 from .vqgan import VQGAN
+
+PRETRAINED = {"shapes": DATA / "shapes_generator"}  # generators that come with the project
 
 Seed = int | tuple[int, int]  # a pair names a candidate: (seed of the picture, number of the candidate)
 
@@ -205,6 +209,23 @@ class TextToImage(
         whole.transformer.load_state_dict(transformer.state_dict())
         whole._clip.append(clip)
         return whole.to(clip.device)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: object) -> TextToImage:
+        """A generator by the name of one that comes with the project (`shapes`), a folder of `save_pretrained`, or a hub id.
+
+        Args:
+            options: `clip`, or whatever `PyTorchModelHubMixin.from_pretrained` takes (revision, cache_dir, ...).
+        """
+        with contextlib.redirect_stdout(None):  # the mixin prints where it reads from
+            return super().from_pretrained(PRETRAINED.get(str(name), name), **options)
+
+    def export(self, folder: Path) -> None:
+        """Write float16 weights as `from_pretrained` reads them; the folder's former content goes when all is written."""
+        with fresh_folder(folder) as fresh:
+            copy.deepcopy(self).half().save_pretrained(fresh)
+            (fresh / "README.md").unlink()  # a model card that says nothing of this model
+            (fresh / "model.safetensors").chmod(0o644)
 
     @classmethod
     def from_released(cls, name: str, folder: str | Path, device: str | torch.device = "cpu") -> TextToImage:

@@ -261,6 +261,26 @@ class Workbench:
             partial.unlink()
         return shown
 
+    def export(self, folder: Path, n: int, candidates: int) -> dict:
+        """Write the generator to a folder in float16, and on shapes ask the oracle of what was written.
+
+        Args:
+            n: prompts of each kind. candidates: pictures for each one kept in the second column; the first keeps every one.
+
+        Returns:
+            What summary.json says under `export`: `bytes` of weights, and `oracle` by the number of candidates.
+        """
+        self.generator().export(folder)
+        written = TextToImage.from_pretrained(folder, clip=self.clip_source).to(self.device)
+        found: dict = {"bytes": (folder / "model.safetensors").stat().st_size}
+        if self.has_oracle:
+            found["oracle"] = {
+                str(count): evaluate.evaluate_oracle(written, n, self.seed, modalities=("text",), candidates=count)["text"]
+                for count in (1, candidates)
+            }
+        self.run.add_to_summary(export=found)
+        return found
+
     @contextmanager
     def _timed(self, step: str, resumable: bool = True) -> Iterator[None]:
         """Wall seconds of a step into summary.json; the parts of an interrupted and resumed step add up."""

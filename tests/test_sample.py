@@ -222,3 +222,15 @@ def test_means_of_both_modalities_are_taken_off(generator, clip):
     for is_text, mean in ((True, 0.3 * text[0].flip(0)), (False, 0.5 * text[0].roll(1))):
         expected = (text - mean) / (text - mean).norm()
         assert torch.allclose(generator.condition(text, is_text), expected, atol=1e-6)
+
+
+def test_exported_weights_are_half_as_large_and_draw_the_same(generator, tmp_path):
+    generator.export(tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"config.json", "model.safetensors"}
+    parameters = sum(v.numel() for v in generator.state_dict().values())
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 2.1 * parameters + 20_000
+    again = TextToImage.from_pretrained(tmp_path / "out")
+    assert again.transformer.head.weight.dtype == torch.float32 and generator.transformer.head.weight.dtype == torch.float32
+    prompt = "a red circle"
+    assert torch.allclose(generator(prompt, n=2), again(prompt, n=2), atol=0.02)
