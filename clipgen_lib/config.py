@@ -277,8 +277,8 @@ def _reference() -> Preset:
         shapes=ShapesConfig(n_train=100_000, n_val=1_000),
         vqgan=replace(laptop.vqgan, codebook_size=1_024, restart_after=100),
         vqgan_train=replace(laptop.vqgan_train, steps=12_000),
-        transformer=replace(laptop.transformer, width=192, heads=6),
-        transformer_train=replace(laptop.transformer_train, steps=24_000, save_every=2_000),
+        transformer=replace(laptop.transformer, width=256, condition_tokens=4),
+        transformer_train=replace(laptop.transformer_train, steps=10_000, batch_size=64, lr=3e-3, warmup=100, ema_decay=0.995),
         evaluate=replace(laptop.evaluate, n_oracle=1_024),
     )
 
