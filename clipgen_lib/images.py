@@ -135,6 +135,27 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     return F.conv2d(rows, kernel[..., :, None], groups=images.shape[1])
 
 
+def png(image: torch.Tensor, scale: int = 1) -> bytes:
+    """A PNG file of one picture (3, H, W) in [-1, 1], each pixel a square of `scale`."""
+    stream = io.BytesIO()
+    _enlarged(to_arrays(image[None])[0], scale).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def gif(images: torch.Tensor, scale: int = 1, milliseconds: int = 120, rest: int = 600) -> bytes:
+    """A GIF file that goes through frames (B, 3, H, W) in [-1, 1], there and back for ever; it rests at either end."""
+    frames = [_enlarged(array, scale).quantize(dither=Image.Dither.NONE) for array in to_arrays(images)]
+    durations = [rest] + [milliseconds] * (len(frames) - 2) + [rest]
+    stream = io.BytesIO()
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:] + frames[-2:0:-1],
+                   duration=durations + durations[-2:0:-1], loop=0)  # fmt: skip
+    return stream.getvalue()
+
+
+def _enlarged(array: np.ndarray, scale: int) -> Image.Image:
+    return Image.fromarray(array.repeat(scale, 0).repeat(scale, 1))
+
+
 def grid(images: torch.Tensor, columns: int, gap: int = 2) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> one uint8 picture, row by row on white, `gap` pixels apart."""
     arrays = to_arrays(images)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +32,21 @@ from .vqgan import VQGAN
 PRETRAINED = {"shapes": DATA / "shapes_generator"}  # generators that come with the project
 
 Seed = int | tuple[int, int]  # a pair names a candidate: (seed of the picture, number of the candidate)
+Prompts = str | list[str] | torch.Tensor  # texts, pictures (P, 3, H, W) in [-1, 1], or CLIP embeddings of pictures (P, D)
+
+
+class Asked(NamedTuple):
+    """P prompts as the models take them."""
+
+    embeds: torch.Tensor  # (P, D), CLIP's own: candidates are ranked by these
+    condition: torch.Tensor  # (P, D), what the transformer takes for them
+
+
+class Look(NamedTuple):
+    """A look at pictures that are being drawn."""
+
+    images: torch.Tensor  # (B, 3, H, W) in [-1, 1]; what is not drawn yet is mid grey, 0
+    share: float  # of the tokens that are drawn, from 0 to 1
 
 
 def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
@@ -109,44 +127,91 @@ def row_noise(seeds: list[Seed], length: int, device: torch.device) -> torch.Ten
 
 @torch.inference_mode()
 def generate(
-    transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[Seed], settings: SampleConfig, show_progress: bool = False
-) -> torch.Tensor:
+    transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[Seed], settings: SampleConfig, show_progress: bool = False,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Sample tokens for each embedding.
 
     Args:
         embeds: (B, D) of unit norm.
         seeds: one for each row; the same embedding and seed give the same tokens in a batch of any size.
+        known: the first tokens of each row, (B, T) int64 with T < L; only those behind them are drawn.
 
     Returns:
         (B, L) int64.
+    """
+    return deque(token_by_token(transformer, embeds, seeds, settings, show_progress, known), maxlen=1).pop()
+
+
+@torch.inference_mode()
+def token_by_token(
+    transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[Seed], settings: SampleConfig, show_progress: bool = False,
+    known: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:  # fmt: skip
+    """The sampling loop, with a look at its tokens after every step; arguments are those of `generate`.
+
+    Yields:
+        (B, L) int64, -1 where nothing is drawn yet; the same tensor each time, so copy what is to be kept.
     """
     if len(seeds) != len(embeds):
         raise ClipgenError(f"{len(seeds)} seeds for {len(embeds)} embeddings: give one for each")
     if transformer.training:
         raise ClipgenError("the transformer is in training mode: call .eval() before sampling")
-    parts = []
-    with progress(len(embeds) * transformer.n_tokens, "sampling", show_progress) as bar:
-        for first in range(0, len(embeds), settings.batch_size):
-            part = slice(first, first + settings.batch_size)
-            parts.append(_generate_batch(transformer, embeds[part], seeds[part], settings, bar))
-    return torch.cat(parts)
+    tokens = torch.full((len(embeds), transformer.n_tokens), -1, device=embeds.device)
+    first = 0 if known is None else _place_known(tokens, known, transformer.codebook_size)
+    with progress(len(embeds) * (transformer.n_tokens - first), "sampling", show_progress) as bar:
+        for start in range(0, len(embeds), settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            for i, choice in _batch_steps(transformer, embeds[part], seeds[part], settings, tokens[part, :first]):
+                tokens[part, i] = choice
+                bar.update(len(choice))
+                yield tokens
 
 
-def _generate_batch(transformer, embeds, seeds, settings, bar) -> torch.Tensor:
-    batch, guided = len(embeds), settings.guidance != 1
+def _place_known(tokens: torch.Tensor, known: torch.Tensor, codebook_size: int) -> int:
+    """Write known tokens (B, T) to the front of (B, L) and return T."""
+    if len(known) != len(tokens) or known.shape[1] >= tokens.shape[1]:
+        raise ClipgenError(f"known tokens are {tuple(known.shape)}: give a row for each of the {len(tokens)} embeddings, shorter than the {tokens.shape[1]} of a picture")  # fmt: skip
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < codebook_size:
+        raise ClipgenError(f"known tokens lie outside 0 to {codebook_size - 1}: use those of the VQGAN that this transformer was trained with")  # fmt: skip
+    tokens[:, : known.shape[1]] = known
+    return known.shape[1]
+
+
+def _batch_steps(transformer, embeds, seeds, settings, known) -> Iterator[tuple[int, torch.Tensor]]:
+    """Position and tokens (B,) of each step of one batch."""
+    guided, first = settings.guidance != 1, known.shape[1]
     if guided:  # both halves in one forward pass
-        embeds = torch.cat([embeds, torch.zeros_like(embeds)])
+        embeds, known = torch.cat([embeds, torch.zeros_like(embeds)]), known.repeat(2, 1)
     noise = row_noise(seeds, transformer.n_tokens, embeds.device)
     tokens = torch.zeros(len(embeds), transformer.n_tokens, dtype=torch.long, device=embeds.device)
+    tokens[:, :first] = known
     cache = KVCache(transformer, len(embeds))
-    for i in range(transformer.n_tokens):
+    for i in range(first, transformer.n_tokens):
         logits = transformer(embeds, tokens[:, : i + 1], cache)[:, -1]
         if guided:
             logits = guide(*logits.chunk(2), guidance_at(i, transformer.n_tokens, settings))
         choice = pick(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p), noise[:, i])
         tokens[:, i] = choice.repeat(2) if guided else choice
-        bar.update(batch)
-    return tokens[:batch]
+        yield i, choice
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
+    """The point at `share` of the way from unit vectors a (..., D) to b along the great circle between them.
+
+    0 gives a and 1 gives b, exactly; equal shares are equal angles, and every point is of unit norm.
+
+    Raises:
+        ClipgenError: a and b point in opposite directions, so that no way is the shortest.
+    """
+    half = torch.atan2((a - b).norm(dim=-1, keepdim=True), (a + b).norm(dim=-1, keepdim=True))  # keeps small angles exact
+    if bool((half > math.pi / 2 - 1e-4).any()):
+        raise ClipgenError("two embeddings point in opposite directions and nothing lies between them: choose another pair")
+    turns = (
+        2 * half / math.pi
+    )  # half turns, the unit of sinc; sin(sx) / sin(x) is s sinc(sx) / sinc(x), which x = 0 does not break
+    left, right = (s * torch.sinc(s * turns) / torch.sinc(turns) for s in (1 - share, share))
+    return left * a + right * b
 
 
 def rerank(clip: ClipEmbedder, images: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
@@ -260,28 +325,19 @@ class TextToImage(
 
     @torch.inference_mode()
     def __call__(
-        self, prompts: str | list[str] | torch.Tensor, n: int = 1, seed: int = 0, show_progress: bool = False,
-        **settings: object,
-    ) -> torch.Tensor:  # fmt: skip
-        """Draw n pictures for each prompt.
+        self, prompts: Prompts, n: int = 1, seed: int = 0, show_progress: bool = False, **settings: object
+    ) -> torch.Tensor:
+        """Draw n pictures for each prompt; given pictures, these are variations of them.
 
         Args:
-            prompts: texts, or CLIP embeddings of pictures (P, D) of unit norm.
+            prompts: texts, pictures (P, 3, H, W) in [-1, 1], or CLIP embeddings of pictures (P, D) of unit norm.
             seed: picture j of every prompt uses seed + j, whatever else is in the batch.
             settings: fields of SampleConfig for this call: guidance, candidates, temperature, top_k, top_p, batch_size.
 
         Returns:
             (P, n, 3, H, W) float in [-1, 1].
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if len(prompts) == 0 or n < 1:
-            raise ClipgenError("nothing to draw: give at least one prompt and n >= 1")
-        if isinstance(prompts, torch.Tensor):
-            repeated = prompts.repeat_interleave(n, 0)
-        else:
-            repeated = [text for text in prompts for _ in range(n)]
-        seeds = [seed + j for _ in range(len(prompts)) for j in range(n)]
-        return self.draw_each(repeated, seeds, show_progress, **settings).unflatten(0, (len(prompts), n))
+        return self.draw_each(*_repeat(_listed(prompts), n, seed), show_progress, **settings).unflatten(0, (-1, n))
 
     @torch.inference_mode()
     def draw_each(
@@ -289,16 +345,116 @@ class TextToImage(
     ) -> torch.Tensor:
         """One picture for each prompt and seed, the nearest of `candidates` in CLIP space: (P, 3, H, W) in [-1, 1]."""
         chosen = replace_fields(self.settings, settings)
-        embeds = prompts.to(self.device) if isinstance(prompts, torch.Tensor) else self.clip.texts(list(prompts))
-        condition = self.condition(embeds, not isinstance(prompts, torch.Tensor), chosen.neighbours, chosen.shift)
-        pools = [
-            self.draw(condition, [(s, j) if j else s for s in seeds], chosen, show_progress) for j in range(chosen.candidates)
-        ]
-        if chosen.candidates == 1:
-            return pools[0]
-        pool = torch.stack(pools, dim=1)
-        best = torch.cat([rerank(self.clip, p, e)[:, 0] for p, e in zip(pool.split(64), embeds.split(64), strict=True)])
-        return pool[torch.arange(len(pool), device=pool.device), best]
+        return self._draw_best(self._ask(prompts, chosen), seeds, chosen, show_progress)
+
+    @torch.inference_mode()
+    def draw_progressively(
+        self, prompt: Prompts, n: int = 1, seed: int = 0, every: int = 0, **settings: object
+    ) -> Iterator[Look]:
+        """Draw n pictures for one prompt and show them on the way.
+
+        Args:
+            every: tokens of a picture between two looks; 0 takes a row of its squares.
+            settings: fields of SampleConfig, as in a plain call. Candidates are seen one round after the other.
+
+        Yields:
+            Looks with images (n, 3, H, W). The last has share 1 and the pictures of the plain call.
+        """
+        chosen, every = replace_fields(self.settings, settings), every or self.vqgan.config.side
+        prompts, seeds = _repeat(_listed(prompt), n, seed)
+        if len(seeds) != n:
+            raise ClipgenError(f"{len(seeds) // n} prompts to draw progressively: give one")
+        asked, pools = self._ask(prompts, chosen), []
+        for j in range(chosen.candidates):
+            steps = token_by_token(self.transformer, asked.condition, _candidates(seeds, j), chosen)
+            for step, tokens in enumerate(steps, start=1):
+                share = float((tokens >= 0).float().mean())
+                if step % every == 0 and share < 1:
+                    yield Look(self._unfinished(tokens, chosen.batch_size), (j + share) / chosen.candidates)
+            pools.append(self._decode(tokens, chosen.batch_size))
+        yield Look(self._nearest(pools, asked.embeds), 1.0)
+
+    @torch.inference_mode()
+    def complete(
+        self, images: torch.Tensor, prompts: Prompts, rows: int = 0, n: int = 1, seed: int = 0, show_progress: bool = False,
+        **settings: object,
+    ) -> torch.Tensor:  # fmt: skip
+        """Keep the upper part of pictures and draw the rest.
+
+        What is kept is its tokens: the picture shows it as the VQGAN does, and its lowest pixels may change a little
+        with what comes below them.
+
+        Args:
+            images: (P, 3, H, W) in [-1, 1], of the VQGAN's size.
+            prompts: one for all of them, or one for each.
+            rows: rows of the token grid that are kept; 0 takes half of them.
+
+        Returns:
+            (P, n, 3, H, W) float in [-1, 1], picture j of each with seed + j.
+        """
+        side, size = self.vqgan.config.side, self.vqgan.config.image_size
+        chosen, rows = replace_fields(self.settings, settings), rows or side // 2
+        if not 0 < rows < side:
+            raise ClipgenError(f"rows is {rows} of a grid of {side}: keep at least 1 and at most {side - 1}")
+        if images.shape[1:] != (3, size, size):
+            raise ClipgenError(f"pictures to complete are {tuple(images.shape)}: give (P, 3, {size}, {size})")
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        if len(prompts) != len(images):
+            raise ClipgenError(f"{len(prompts)} prompts for {len(images)} pictures: give one for all or one for each")
+        known = self.vqgan.encode(images.to(self.device))[:, :rows].flatten(1)
+        prompts, seeds = _repeat(prompts, n, seed)
+        asked = self._ask(prompts, chosen)
+        return self._draw_best(asked, seeds, chosen, show_progress, known.repeat_interleave(n, 0)).unflatten(0, (-1, n))
+
+    @torch.inference_mode()
+    def blend(
+        self, a: Prompts, b: Prompts, shares: list[float], n: int = 1, seed: int = 0, show_progress: bool = False,
+        **settings: object,
+    ) -> torch.Tensor:  # fmt: skip
+        """Draw what lies between two prompts, each a text, a picture (1, 3, H, W) or an embedding (1, D).
+
+        Args:
+            shares: how much of b is in it, from 0 to 1: points on the great circle between the two embeddings.
+
+        Returns:
+            (len(shares), n, 3, H, W) float in [-1, 1], picture j of each share with seed + j.
+        """
+        chosen = replace_fields(self.settings, settings)
+        ends = [self._ask(_listed(prompt), chosen) for prompt in (a, b)]
+        if any(len(end.embeds) != 1 for end in ends):
+            raise ClipgenError("a blend has one prompt at each end: give a text, a picture (1, 3, H, W) or an embedding (1, D)")
+        shares, seeds = _repeat(list(shares), n, seed)
+        between = Asked(*(torch.cat([slerp(x, y, share) for share in shares]) for x, y in zip(*ends, strict=True)))
+        return self._draw_best(between, seeds, chosen, show_progress).unflatten(0, (-1, n))
+
+    def walk(
+        self, a: Prompts, b: Prompts, frames: int = 16, seed: int = 0, show_progress: bool = False, **settings: object
+    ) -> torch.Tensor:
+        """Pictures at equal steps from one prompt to another, all of one seed: (frames, 3, H, W) in [-1, 1]."""
+        if frames < 2:
+            raise ClipgenError(f"a walk of {frames} frames: give at least 2, its two ends")
+        shares = torch.linspace(0, 1, frames).tolist()
+        return self.blend(a, b, shares, 1, seed, show_progress, **settings)[:, 0]
+
+    @torch.inference_mode()
+    def embed(self, prompts: Prompts) -> torch.Tensor:
+        """CLIP embeddings (P, D) of texts or of pictures (P, 3, H, W) in [-1, 1]; embeddings stay what they are."""
+        if not isinstance(prompts, torch.Tensor):
+            return self.clip.texts(list(_listed(prompts)))
+        if prompts.ndim == 4 and prompts.shape[1] == 3:
+            return self.clip.images(prompts.to(self.device))
+        if prompts.ndim != 2 or prompts.shape[1] != self.transformer.clip_dim:
+            raise ClipgenError(f"a prompt of shape {tuple(prompts.shape)} is neither pictures (P, 3, H, W) nor embeddings (P, {self.transformer.clip_dim}): give one of them, or texts")  # fmt: skip
+        return prompts.to(self.device)
+
+    @torch.inference_mode()
+    def similarity(self, images: torch.Tensor, prompt: Prompts) -> torch.Tensor:
+        """CLIP scores (B,) of pictures (B, 3, H, W) in [-1, 1]: cosines with one prompt."""
+        return self.embed(images) @ self.embed(prompt)[0]
+
+    def _ask(self, prompts: list[str] | torch.Tensor, chosen: SampleConfig) -> Asked:
+        embeds = self.embed(prompts)
+        return Asked(embeds, self.condition(embeds, not isinstance(prompts, torch.Tensor), chosen.neighbours, chosen.shift))
 
     def condition(self, embeds: torch.Tensor, is_text: bool, neighbours: int = 0, shift: bool = False) -> torch.Tensor:
         """What the transformer takes for CLIP embeddings (P, D) of texts or pictures: shifted, projected, centred, (P, D).
@@ -320,12 +476,60 @@ class TextToImage(
 
     @torch.inference_mode()
     def draw(
-        self, condition: torch.Tensor, seeds: list[Seed], settings: SampleConfig, show_progress: bool = False
+        self, condition: torch.Tensor, seeds: list[Seed], settings: SampleConfig, show_progress: bool = False,
+        known: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """One picture for each row of `condition` (B, D) and seed, from known first tokens (B, T) on: (B, 3, H, W) in [-1, 1]."""
+        return self._decode(generate(self.transformer, condition, seeds, settings, show_progress, known), settings.batch_size)
+
+    def _draw_best(
+        self, asked: Asked, seeds: list[int], chosen: SampleConfig, show_progress: bool, known: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One picture for each row of `condition` (B, D) and seed: (B, 3, H, W) float in [-1, 1]."""
-        tokens = generate(self.transformer, condition, seeds, settings, show_progress)
+        pools = [
+            self.draw(asked.condition, _candidates(seeds, j), chosen, show_progress, known) for j in range(chosen.candidates)
+        ]
+        return self._nearest(pools, asked.embeds)
+
+    def _nearest(self, pools: list[torch.Tensor], embeds: torch.Tensor) -> torch.Tensor:
+        """Of one picture of each prompt in every pool the nearest to its embedding."""
+        if len(pools) == 1:
+            return pools[0]
+        pool = torch.stack(pools, dim=1)
+        best = torch.cat([rerank(self.clip, p, e)[:, 0] for p, e in zip(pool.split(64), embeds.split(64), strict=True)])
+        return pool[torch.arange(len(pool), device=pool.device), best]
+
+    def _decode(self, tokens: torch.Tensor, batch_size: int) -> torch.Tensor:
         side = self.vqgan.config.side
-        return torch.cat([self.vqgan.decode(t.view(-1, side, side)) for t in tokens.split(settings.batch_size)])
+        return torch.cat([self.vqgan.decode(t.view(-1, side, side)) for t in tokens.split(batch_size)])
+
+    def _unfinished(self, tokens: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Pictures of tokens (B, L) with -1 for those not drawn, whose squares are mid grey.
+
+        The decoder sees the last token drawn in their place: a drawn square may change a little when its neighbour comes.
+        """
+        drawn, side = tokens >= 0, self.vqgan.config.side
+        last = tokens.gather(1, (drawn.sum(1, keepdim=True) - 1).clamp(min=0)).clamp(min=0)
+        images = self._decode(torch.where(drawn, tokens, last), batch_size)
+        return images * F.interpolate(drawn.view(-1, 1, side, side).to(images.dtype), images.shape[-2:])
+
+
+def _listed(prompts: Prompts) -> list[str] | torch.Tensor:
+    return [prompts] if isinstance(prompts, str) else prompts
+
+
+def _repeat(things: list | torch.Tensor, n: int, seed: int) -> tuple[list | torch.Tensor, list[int]]:
+    """Each thing n times over, and the seeds: picture j of every one has seed + j."""
+    if len(things) == 0 or n < 1:
+        raise ClipgenError("nothing to draw: give at least one prompt and n >= 1")
+    seeds = [seed + j for _ in range(len(things)) for j in range(n)]
+    if isinstance(things, torch.Tensor):
+        return things.repeat_interleave(n, 0), seeds
+    return [thing for thing in things for _ in range(n)], seeds
+
+
+def _candidates(seeds: list[int], number: int) -> list[Seed]:
+    """Seeds of the candidates of one number; those of number 0 are the pictures drawn without rerank."""
+    return [(seed, number) if number else seed for seed in seeds]
 
 
 def load_run(

@@ -1,10 +1,12 @@
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from clipgen_lib.images import blur, crop, from_arrays, grid, load_image, to_arrays, to_float, to_uint8
+from clipgen_lib.images import blur, crop, from_arrays, gif, grid, load_image, png, to_arrays, to_float, to_uint8
 from clipgen_lib.runs import ClipgenError
 
 
@@ -92,3 +94,24 @@ def test_crop_and_grid():
     assert torch.equal(crop(image, 6), image[:, :, 2:8])
     assert torch.equal(crop(image, 6, (0.0, 1.0)), image[:, :, 4:])
     assert grid(torch.zeros(5, 3, 8, 8), columns=3, gap=2).shape == (18, 28, 3)
+
+
+def test_png_enlarges_every_pixel():
+    image = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    array = np.asarray(Image.open(io.BytesIO(png(image, 3))))
+    assert array.shape == (12, 18, 3)
+    for y, x in ((0, 0), (2, 1)):
+        assert np.array_equal(array[y::3, x::3], to_arrays(image[None])[0])
+
+
+def test_gif_goes_there_and_back_for_ever():
+    levels = [-1.0, -0.5, 0.5, 1.0]
+    frames = torch.tensor(levels).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    film = Image.open(io.BytesIO(gif(frames, scale=2, milliseconds=100, rest=500)))
+    assert film.info["loop"] == 0 and film.size == (16, 16) and film.n_frames == 6
+    found, durations = [], []
+    for i in range(film.n_frames):
+        film.seek(i)
+        found.append(int(np.asarray(film.convert("RGB"))[0, 0, 0]))
+        durations.append(film.info["duration"])
+    assert found == [0, 64, 191, 255, 191, 64] and durations == [500, 100, 100, 500, 100, 100]

@@ -4,7 +4,19 @@ import torch
 
 from clipgen_lib.config import SampleConfig
 from clipgen_lib.runs import ClipgenError
-from clipgen_lib.sample import TextToImage, filter_logits, generate, guidance_at, guide, pick, project, rerank, row_noise
+from clipgen_lib.sample import (
+    TextToImage,
+    filter_logits,
+    generate,
+    guidance_at,
+    guide,
+    pick,
+    project,
+    rerank,
+    row_noise,
+    slerp,
+    token_by_token,
+)
 from clipgen_lib.store import nearest
 
 PLAIN = SampleConfig(guidance=1.0)
@@ -234,3 +246,159 @@ def test_exported_weights_are_half_as_large_and_draw_the_same(generator, tmp_pat
     assert again.transformer.head.weight.dtype == torch.float32 and generator.transformer.head.weight.dtype == torch.float32
     prompt = "a red circle"
     assert torch.allclose(generator(prompt, n=2), again(prompt, n=2), atol=0.02)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_known_tokens_stay_and_the_rest_goes_on_from_them(transformer, clip, guidance):
+    embeds, settings = clip.texts(["a red circle", "a blue star", "a green heart"]), SampleConfig(guidance=guidance)
+    plain = generate(transformer, embeds, [1, 2, 3], settings)
+    for length in (0, 1, 40, 63):  # its own beginning leads to its own end
+        assert torch.equal(generate(transformer, embeds, [1, 2, 3], settings, known=plain[:, :length]), plain)
+    other = (plain + 1) % transformer.codebook_size
+    for batch_size in (2, 64):
+        chosen = SampleConfig(guidance=guidance, batch_size=batch_size)
+        found = generate(transformer, embeds, [1, 2, 3], chosen, known=other[:, :32])
+        assert torch.equal(found[:, :32], other[:, :32]) and not torch.equal(found[:, 32:], plain[:, 32:])
+
+
+def test_known_tokens_that_do_not_fit(transformer, clip):
+    embeds, whole = clip.texts(["a red circle"]), torch.zeros(1, 64, dtype=torch.long)
+    for known in (whole, whole[:, :8].repeat(2, 1)):
+        with pytest.raises(ClipgenError, match="a row for each of the 1"):
+            generate(transformer, embeds, [0], PLAIN, known=known)
+    for wrong in (-1, transformer.codebook_size):
+        with pytest.raises(ClipgenError, match="outside 0 to 31"):
+            generate(transformer, embeds, [0], PLAIN, known=whole[:, :8] + wrong)
+
+
+def test_tokens_come_one_by_one(transformer, clip):
+    embeds, settings = clip.texts(["a red circle", "a blue star", "a green heart"]), SampleConfig(guidance=2.0, batch_size=2)
+    looks = [tokens.clone() for tokens in token_by_token(transformer, embeds, [1, 2, 3], settings)]
+    whole = generate(transformer, embeds, [1, 2, 3], settings)
+    assert len(looks) == 2 * 64 and torch.equal(looks[-1], whole)
+    for step, look in enumerate(looks, start=1):  # two rows in the first batch, one in the second
+        drawn = torch.tensor([[min(step, 64)], [min(step, 64)], [max(step - 64, 0)]]) > torch.arange(64)
+        assert torch.equal(look, torch.where(drawn, whole, -1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"candidates": 3}, {"batch_size": 2}, {"candidates": 2, "batch_size": 1, "top_k": 5}])
+def test_drawing_progressively_ends_in_the_plain_picture(generator, settings):
+    looks = list(generator.draw_progressively("a red circle", n=3, seed=4, **settings))
+    assert torch.equal(looks[-1].images, generator("a red circle", n=3, seed=4, **settings)[0])
+    shares = [look.share for look in looks]
+    assert shares == sorted(set(shares)) and 0 < shares[0] < 1 and shares[-1] == 1
+    assert all(look.images.shape == (3, 3, 64, 64) for look in looks)
+
+
+def test_squares_not_drawn_are_mid_grey(generator):
+    looks = list(generator.draw_progressively("a red circle", n=2, seed=4, every=20))
+    assert [round(look.share * 64) for look in looks] == [20, 40, 60, 64]
+    final = looks[-1].images
+    for look, drawn in zip(looks[:-1], (20, 40, 60), strict=True):
+        squares = look.images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+        assert (squares[:, drawn:] == 0).all() and (squares[:, :drawn] != 0).flatten(2).any(2).all()
+    assert torch.allclose(looks[2].images[:, :, :40], final[:, :, :40], atol=1e-5), "far from what comes nothing changes"
+
+
+def test_progressive_calls_that_make_no_sense(generator):
+    with pytest.raises(ClipgenError, match="2 prompts"):
+        next(generator.draw_progressively(["a red circle", "a blue star"], n=3))
+    with pytest.raises(ClipgenError, match="temperature is 0"):
+        next(generator.draw_progressively("a red circle", temperature=0))
+
+
+def test_completion_keeps_the_upper_half(generator, transformer):
+    images = generator(["a red circle", "a blue star"], seed=20)[:, 0]
+    tokens = generator.vqgan.encode(images).flatten(1)
+    for rows, prompts in ((4, "a green heart"), (2, ["a green heart", "a pink ring"])):
+        done = generator.complete(images, prompts, rows=rows, n=2, seed=7)
+        assert done.shape == (2, 2, 3, 64, 64)
+        texts = generator.embed([prompts] * 2 if isinstance(prompts, str) else prompts)
+        known = tokens[:, : 8 * rows].repeat_interleave(2, 0)
+        expected = generate(
+            transformer, texts.repeat_interleave(2, 0), [7, 8, 7, 8], generator.settings, known=known
+        )  # picture j of each with seed + j
+        assert torch.equal(expected[:, : 8 * rows], known)
+        assert torch.allclose(done.flatten(0, 1), generator.vqgan.decode(expected.view(-1, 8, 8)), atol=1e-5)
+    assert torch.equal(
+        generator.complete(images, "a green heart", n=2, seed=7), generator.complete(images, "a green heart", 4, 2, 7)
+    )
+
+
+def test_completion_shows_the_upper_half_as_the_tokenizer_does(generator):
+    """The decoder reaches a few squares: above those nothing depends on what is drawn."""
+    images = generator(["a red circle"], seed=20)[:, 0]
+    done = generator.complete(images, "a green heart", rows=6, n=3)[0]
+    reconstructed = generator.vqgan.decode(generator.vqgan.encode(images))
+    reach = 2 * 8
+    assert torch.allclose(done[:, :, : 48 - reach], reconstructed[:, :, : 48 - reach].expand(3, -1, -1, -1), atol=1e-4)
+
+
+def test_completions_that_make_no_sense(generator):
+    images = torch.zeros(2, 3, 64, 64)
+    for rows in (-1, 8):
+        with pytest.raises(ClipgenError, match=f"rows is {rows} of a grid of 8"):
+            generator.complete(images, "x", rows=rows)
+    with pytest.raises(ClipgenError, match="1 prompts for 2 pictures"):
+        generator.complete(images, ["x"])
+    with pytest.raises(ClipgenError, match=r"give \(P, 3, 64, 64\)"):
+        generator.complete(images[..., :32], "x")
+
+
+def test_slerp_goes_along_the_great_circle(clip):
+    a, b = clip.texts(["a red circle"]), clip.texts(["a blue star"])
+    assert torch.equal(slerp(a, b, 0), a) and torch.equal(slerp(a, b, 1), b)
+    points = torch.cat([slerp(a, b, share) for share in (0, 0.25, 0.5, 0.75, 1)])
+    assert torch.allclose(points.norm(dim=1), torch.ones(5), atol=1e-6)
+    angles = (points[1:] * points[:-1]).sum(1).acos()
+    assert torch.allclose(angles, torch.arccos((a * b).sum()).expand(4) / 4, atol=1e-3)
+    assert torch.allclose(slerp(a, a, 0.3), a), "no way to go"
+    right, up = torch.eye(2)
+    assert torch.allclose(slerp(right, up, 1 / 3), torch.tensor([3**0.5 / 2, 0.5]))
+    with pytest.raises(ClipgenError, match="opposite"):
+        slerp(a, -a, 0.5)
+
+
+def test_blends_and_walks_begin_and_end_at_the_plain_pictures(generator):
+    a, b = "a red circle", "a blue star"
+    picture = generator(a, seed=30)[0]
+    blended = generator.blend(a, b, [0, 0.5, 1], n=2, seed=3)
+    assert blended.shape == (3, 2, 3, 64, 64)
+    assert torch.allclose(blended[0], generator(a, n=2, seed=3)[0], atol=1e-5)
+    assert torch.allclose(blended[2], generator(b, n=2, seed=3)[0], atol=1e-5)
+    middle = slerp(generator.embed(a), generator.embed(b), 0.5)
+    assert torch.allclose(blended[1], generator(middle, n=2, seed=3)[0], atol=1e-5)
+    mixed = generator.blend(picture, b, [0, 1], seed=3)[:, 0]
+    assert torch.allclose(mixed, torch.cat([generator(picture, seed=3)[0], generator(b, seed=3)[0]]), atol=1e-5)
+    frames = generator.walk(a, b, frames=5, seed=3)
+    assert frames.shape == (5, 3, 64, 64) and torch.allclose(frames[[0, 2, 4]], blended[:, 0], atol=1e-5)
+    assert torch.allclose(generator.walk(a, b, 2, seed=3, candidates=2)[0], generator(a, seed=3, candidates=2)[0, 0], atol=1e-5)
+    for wrong in (
+        lambda: generator.walk(a, b, frames=1),
+        lambda: generator.blend(a, b, []),
+        lambda: generator.blend([a, b], b, [0.5]),
+    ):
+        with pytest.raises(ClipgenError):
+            wrong()
+
+
+def test_each_end_of_a_blend_is_conditioned_as_what_it_is(generator):
+    """With means taken off, a text loses the texts' and a picture the pictures'."""
+    text, picture = "a red circle", generator("a blue star")[0]
+    generator.transformer.text_mean.copy_(0.3 * generator.embed(text)[0].flip(0))
+    generator.transformer.image_mean.copy_(0.5 * generator.embed(text)[0].roll(1))
+    ends = generator.condition(generator.embed(text), True), generator.condition(generator.embed(picture), False)
+    expected = generator.draw(slerp(*ends, 0.4), [6], generator.settings)
+    assert torch.allclose(generator.blend(text, picture, [0.4], seed=6)[0], expected, atol=1e-5)
+
+
+def test_pictures_go_in_as_prompts(generator, clip):
+    pictures = generator(["a red circle", "a blue star"])[:, 0]
+    assert torch.equal(generator.embed(pictures), clip.images(pictures))
+    assert torch.equal(generator.embed(clip.images(pictures)), clip.images(pictures))
+    assert torch.allclose(generator(pictures, n=2, seed=1), generator(clip.images(pictures), n=2, seed=1), atol=1e-5)
+    scores = generator.similarity(pictures, "a red circle")
+    assert torch.allclose(scores, (clip.images(pictures) @ clip.texts(["a red circle"]).T)[:, 0])
+    for wrong in (pictures[0], pictures[:, :1], clip.images(pictures)[:, :-1]):
+        with pytest.raises(ClipgenError, match="neither pictures"):
+            generator(wrong)
