@@ -270,6 +270,17 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
     click.echo(f"CLIP in {_short(folder)}: name the folder as --clip, or as notebook parameter CLIP")
 
 
+@main.command("doctor")
+def doctor() -> None:
+    """Say what this machine has, which weights are here, and which preset fits; nothing is downloaded."""
+    from .doctor import diagnose
+
+    page, problem = diagnose()
+    click.echo(page)
+    if problem:
+        raise ClipgenError(problem)
+
+
 @main.command("preset")
 @click.argument("name", type=click.Choice(list(PRESETS)))
 @click.option("--step/--no-step", default=True, show_default=True, help="take one optimiser step of each stage")

@@ -39,6 +39,30 @@ def _plain(file: Path, folder: Path) -> str:
     return str(folder / "model.safetensors")
 
 
+def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | None:
+    """Where the weights of a CLIP (see `ClipEmbedder.load`) lie on this machine, None where they do not; asks no network."""
+    folder = _folder(name)
+    if name == EMBEDDED or folder.is_dir():
+        found = [folder / file for file in ("open_clip_model.safetensors", "open_clip_config.json")]
+        return found[0] if all(path.is_file() for path in found) else None
+    if Path(pretrained or "").is_file():
+        return Path(pretrained)
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip.pretrained import get_pretrained_cfg
+
+    source = get_pretrained_cfg(name, pretrained or "")
+    repository, _, file = source.get("hf_hub", "").rpartition("/")
+    for known in [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]:
+        if repository and isinstance(cached := try_to_load_from_cache(repository, known), str):
+            return Path(cached)
+    beside = Path("~/.cache/clip").expanduser() / Path(source.get("url", "")).name  # where it keeps what comes by address
+    return beside if not repository and beside.is_file() else None
+
+
+def _folder(name: str) -> Path:
+    return DATA / "shapes_clip" if name == EMBEDDED else ROOT / name
+
+
 class ClipEmbedder(nn.Module):
     """An open_clip model behind two methods; its weights never change and never collect gradients."""
 
@@ -78,7 +102,7 @@ class ClipEmbedder(nn.Module):
         """
         import open_clip
 
-        folder = DATA / "shapes_clip" if name == EMBEDDED else ROOT / name
+        folder = _folder(name)
         arguments = {}
         if name == EMBEDDED or folder.is_dir():
             weights = folder / "open_clip_model.safetensors"

@@ -325,7 +325,7 @@ def _gpu64() -> Preset:
         vqgan_train=VQGANTrainConfig(steps=60_000, batch_size=128, lr=2e-4, compile=True),
         transformer=TransformerConfig(layers=12, width=768, heads=12, condition_tokens=4, dropout=0.1),
         transformer_train=TransformerTrainConfig(
-            steps=60_000, batch_size=256, lr=4e-4, noise_cos=0.32, compile=True
+            steps=60_000, batch_size=256, accumulate=4, lr=4e-4, noise_cos=0.32, compile=True
         ),
         sample=SampleConfig(guidance=3.0, batch_size=256),
         evaluate=EvaluateConfig(n=10_000),
@@ -337,7 +337,7 @@ def _coco() -> Preset:
     return Preset(
         clip=ClipConfig("ViT-B-32-quickgelu", "openai"),
         vqgan=VQGANConfig(image_size=256),
-        vqgan_train=VQGANTrainConfig(steps=250_000, batch_size=64),
+        vqgan_train=VQGANTrainConfig(steps=250_000, batch_size=64, accumulate=2),
         transformer=TransformerConfig(gradient_checkpointing=True),
         transformer_train=TransformerTrainConfig(steps=200_000, batch_size=256, lr=2e-4, noise_cos=0.32, accumulate=4),
         sample=SampleConfig(guidance=3.0, top_k=4_096, batch_size=32),
@@ -350,7 +350,7 @@ def _imagenet() -> Preset:
     coco = _coco()
     return replace(
         coco,
-        vqgan_train=replace(coco.vqgan_train, steps=500_000, batch_size=128),
+        vqgan_train=replace(coco.vqgan_train, steps=500_000, batch_size=128, accumulate=4),
         transformer_train=replace(coco.transformer_train, steps=500_000, batch_size=512, accumulate=8),
         evaluate=replace(coco.evaluate, n=50_000),
     )

@@ -7,13 +7,13 @@ loop's; the formulas are those of VQGAN (arXiv 2012.09841, equations 4 to 7) wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .clip_embed import ClipEmbedder
+from .protocols import VGG16, weights_file
 from .runs import ClipgenError
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -81,9 +81,7 @@ def perceptual_loss(kind: str, clip: ClipEmbedder | None = None) -> Perceptual:
             raise ClipgenError("perceptual loss 'clip' needs a CLIP: give one, or choose 'lpips' or 'none' in the preset")
         return lambda real, fake: _feature_distance(clip, real, fake)
     if kind == "lpips":
-        backbone = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
-        if not backbone.exists():
-            raise ClipgenError(f"LPIPS needs torchvision's VGG16 weights: put vgg16-397923af.pth (from torchvision's model page) at {backbone}, or set perceptual to 'clip' in the preset")  # fmt: skip
+        weights_file(VGG16, "the perceptual loss LPIPS", "set perceptual to 'clip' in the preset")
         import lpips
 
         network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)

@@ -38,6 +38,7 @@ class Weights:
 FID_INCEPTION = Weights("pt_inception-2015-12-05-6726825d.pth", "6726825d0af5f729", "release fid_weights of mseitzer/pytorch-fid on GitHub")  # fmt: skip
 TORCHVISION_INCEPTION = Weights("inception_v3_google-0cc3c7bd.pth", "0cc3c7bd", "the page of inception_v3 in torchvision's documentation of models")  # fmt: skip
 ALEXNET = Weights("alexnet-owt-7be5be79.pth", "7be5be79", "the page of alexnet in torchvision's documentation of models")
+VGG16 = Weights("vgg16-397923af.pth", "397923af", "the page of vgg16 in torchvision's documentation of models")
 
 DEFINITIONS = {
     "inception": "pytorch-fid: the TensorFlow Inception of 2015 as ported by pytorch-fid, its 2,048 pooled features; its bilinear resize to 299, not antialiased",
@@ -116,9 +117,14 @@ def feature_network(protocol: str, clip: ClipEmbedder) -> FeatureNetwork:
     return FeatureNetwork(protocol, module.eval().requires_grad_(False).to(clip.device), weights.file, file_hash(path), head)
 
 
+def hub_folder() -> Path:
+    """Where torch's hub, and so this library, looks for weights files."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
 def weights_file(weights: Weights, needed_by: str, otherwise: str) -> Path:
     """Where a weights file lies; not there, or not the published one, is one sentence."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = hub_folder()
     path = folder / weights.file
     if not path.is_file():
         shown = f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else folder

@@ -1,0 +1,371 @@
+"""What this machine has and which preset fits it, before anything is trained.
+
+In: nothing, or a `Machine`. Out: facts as plain data, and a table of them as text. Nothing is downloaded, no network is asked
+and no weights are read: memory is counted on tensors that have shapes but no content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from packaging.requirements import Requirement
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .clip_embed import EMBEDDED, find_weights
+from .config import PRESETS, ClipConfig, Preset, TransformerConfig, VQGANConfig, load_preset
+from .data import CACHE_BYTES
+from .losses import PatchDiscriminator, adversarial_loss
+from .protocols import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, Weights, hub_folder
+from .runs import DATA, RESULTS, ROOT, versions
+from .transformer import ImageTransformer
+from .vqgan import VQGAN
+
+STATE_BYTES = 5 * 4  # of a parameter: weight, gradient, two moments and the EMA, in float32
+MARGIN = 1.1  # what an allocator loses between tensors, and gradients on their way
+CUDA_GIGABYTES = 1.0  # context of the driver and workspaces of its libraries
+PYTHON_GIGABYTES = 1.5  # a process with torch and the other packages loaded
+WORKER_GIGABYTES = 0.5  # each process that decodes pictures
+CORE_SPEED = 50e9  # operations a second that a training reaches on one core
+LONGEST_DAYS = 3.0  # of a training on a CPU before this page calls it too long
+
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Sizes are in GB of 10^9 bytes."""
+
+    cores: int
+    ram: float
+    disk: float  # free where results/ lies
+    gpus: tuple[tuple[str, float], ...] = ()  # name and memory of each that torch sees
+    others: tuple[str, ...] = ()  # devices that torch sees beside these, such as mps
+
+
+@dataclass(frozen=True)
+class File:
+    """Weights that something here asks for."""
+
+    name: str
+    serves: str
+    path: Path | None  # where they lie; None where they are not on this machine
+    cure: str
+
+
+def this_machine() -> Machine:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    place = next(folder for folder in (RESULTS, *RESULTS.parents) if folder.exists())
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    others = ("mps",) if torch.backends.mps.is_available() else ()
+    return Machine(
+        cores, _ram(), shutil.disk_usage(place).free / 1e9, tuple((g.name, g.total_memory / 1e9) for g in gpus), others
+    )
+
+
+def _ram() -> float:
+    """GB of memory, or what the container is allowed of it."""
+    import psutil
+
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else ""
+    return min(psutil.virtual_memory().total, int(allowed) if allowed.isdigit() else 1 << 62) / 1e9
+
+
+def weights_here(presets: tuple[str, ...] = tuple(PRESETS)) -> list[File]:
+    """Every weights file that a preset, a protocol or a metric asks for, whether it is here or not."""
+    users: dict[ClipConfig, list[str]] = {}
+    for name in presets:
+        users.setdefault(load_preset(name).clip, []).append(name)
+    found = []
+    for clip, names in users.items():
+        cure = "restore data/shapes_clip from the repository" if clip.name == EMBEDDED else "open_clip downloads them on first use, or copy its Hugging Face cache here"  # fmt: skip
+        found.append(File(clip_name(clip), f"CLIP of {', '.join(names)}", find_weights(clip.name, clip.pretrained), cure))
+    folder = DATA / "shapes_generator"
+    whole = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    cure = "restore it from the repository, or make it: clipgen run --preset reference, then clipgen export"
+    found.append(File(_short(folder), 'TextToImage.from_pretrained("shapes")', folder if whole else None, cure))
+    for weights, serves in (
+        (FID_INCEPTION, "FID protocols inception, clean, torchmetrics"),
+        (TORCHVISION_INCEPTION, "FID protocol dmgan"),
+        (ALEXNET, "LPIPS as a metric"),
+        (VGG16, "LPIPS as a loss: " + ", ".join(name for name in presets if _needs_vgg(load_preset(name)))),
+    ):
+        found.append(_hub_file(weights, serves))
+    return found
+
+
+def _hub_file(weights: Weights, serves: str) -> File:
+    path = hub_folder() / weights.file
+    return File(weights.file, serves, path if path.is_file() else None, f"put it into {_short(hub_folder())}, from {weights.source}")  # fmt: skip
+
+
+def clip_name(clip: ClipConfig) -> str:
+    return f"{clip.name}/{clip.pretrained}" if clip.pretrained else _short(ROOT / "data" / "shapes_clip")
+
+
+def missing_packages() -> list[str]:
+    """Packages of the library and its notebooks that are not installed or too old, each with what is asked for."""
+    found = []
+    for text in importlib.metadata.requires("clipgen_lib") or []:
+        wanted = Requirement(text)
+        if wanted.marker and not wanted.marker.evaluate({"extra": "notebooks"}):
+            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            if wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True):
+                continue
+        found.append(f"{wanted.name}{wanted.specifier}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- what a preset needs
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the larger of a preset's two trainings takes, in GB of 10^9 bytes.
+
+    An estimate. Counted: state (parameters x 20 bytes), tensors kept for the backward pass at the preset's batch, frozen CLIP
+    and VGG. Assumed: a tenth more for what lies between, 1 GB of CUDA, 1.5 GB of Python, 0.5 GB a worker. Not counted: what
+    CLIP itself keeps on the way, `torch.compile`, evaluation.
+    """
+
+    device: float  # on each GPU, or in memory where there is none
+    ram: float
+    disk: float  # checkpoints and weights; pictures and token store come on top
+    pictures: int  # a pass and process, of stage 1
+
+
+def need(preset: Preset, gpus: int = 1) -> Need:
+    """What a preset takes on a number of GPUs that share its batch; 0 is the CPU."""
+    stage1, stage2, config = preset.vqgan_train, preset.transformer_train, preset.vqgan
+    device, processes = ("cuda" if gpus else "cpu"), max(gpus, 1)
+    pictures, rows = (-(-train.batch_size // (train.accumulate * processes)) for train in (stage1, stage2))
+    critic = (stage1.discriminator_channels, stage1.discriminator_layers)
+    vqgan, vgg, kept1 = _count_vqgan(config, critic, stage1.perceptual == "lpips", pictures, device)
+    transformer, kept2 = _count_transformer(preset.transformer, config, _clip_dim(preset), rows, device)
+    decoded = stage2.embedding_share * rows if stage2.embedding_weight else 0  # through the decoder: at most a whole VQGAN
+    clip = 4 * (151_000_000 if preset.clip.pretrained else 6_000_000)  # ViT-B/32, or the embedded one
+    larger = max(STATE_BYTES * vqgan + kept1, STATE_BYTES * transformer + kept2 + decoded * kept1 / pictures)
+    on_device = MARGIN * (larger + vgg + clip) / 1e9 + (CUDA_GIGABYTES if gpus else 0)
+    held = min(preset.shapes.n_train * 3 * config.image_size**2, CACHE_BYTES) / 1e9  # decoded, where no workers decode
+    ram = processes * (PYTHON_GIGABYTES + (WORKER_GIGABYTES * stage1.workers if stage1.workers else held))
+    ram += 0 if gpus else on_device
+    disk = STATE_BYTES * (vqgan + transformer) / 1e9  # weights, and a checkpoint of weights, two moments and the EMA
+    return Need(on_device if gpus else ram, ram, disk, pictures)
+
+
+def days_on_cpu(preset: Preset, cores: int) -> float:
+    """Days of stage 2: 6 x parameters x tokens x rows x steps operations at 5 x 10^10 a second and core."""
+    with torch.device("meta"):
+        config = preset.vqgan
+        parameters = _size(ImageTransformer(preset.transformer, config.codebook_size, config.side**2, _clip_dim(preset)))
+    stage2 = preset.transformer_train
+    return 6 * parameters * config.side**2 * stage2.batch_size * stage2.steps / (CORE_SPEED * cores) / 86_400
+
+
+def _clip_dim(preset: Preset) -> int:
+    return 512 if preset.clip.pretrained else 256  # of ViT-B/32, and of the embedded one
+
+
+@cache
+def _count_vqgan(
+    config: VQGANConfig, critic: tuple[int, int], is_lpips: bool, pictures: int, device: str
+) -> tuple[int, int, int]:  # fmt: skip
+    """Parameters that are trained, bytes of the frozen VGG, and bytes that one pass keeps for the backward pass."""
+    with _imagined(device):
+        vqgan, discriminator = VQGAN(config), PatchDiscriminator(*critic)
+        lpips = _lpips(device) if is_lpips else None
+        real = torch.empty(pictures, 3, config.image_size, config.image_size)
+
+        def loss() -> torch.Tensor:
+            fake, quantized = vqgan(real)
+            found = F.l1_loss(fake, real) + F.mse_loss(fake, real) + quantized.codebook_loss + quantized.commitment_loss
+            return found + adversarial_loss(discriminator(fake)) + (lpips(fake, real).mean() if lpips else 0)
+
+        return _size(vqgan) + _size(discriminator), 4 * _size(lpips) if lpips else 0, _kept(loss)
+
+
+@cache
+def _count_transformer(
+    config: TransformerConfig, vqgan: VQGANConfig, clip_dim: int, rows: int, device: str
+) -> tuple[int, int]:  # fmt: skip
+    """Parameters, and bytes that one pass keeps for the backward pass."""
+    with _imagined(device):
+        transformer = ImageTransformer(config, vqgan.codebook_size, vqgan.side**2, clip_dim)
+        tokens = torch.zeros(rows, vqgan.side**2, dtype=torch.long)
+
+        def loss() -> torch.Tensor:
+            return F.cross_entropy(transformer(torch.empty(rows, clip_dim), tokens).flatten(0, 1), tokens.flatten())
+
+        return _size(transformer), _kept(loss)
+
+
+@contextlib.contextmanager
+def _imagined(device: str):
+    """Tensors with a shape and a device but no content, under that device's bfloat16 autocast, whether it is here or not."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.device(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
+def _kept(loss: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the distinct tensors, parameters left out, that autograd keeps for the backward pass."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage  # held, so that no other tensor gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _lpips(device: str) -> torch.nn.Module:
+    import lpips
+
+    module = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False)
+    for part in module.modules():  # it makes its constants on the CPU; imagined tensors cannot be moved by `.to`
+        for name, constant in list(part.named_buffers(recurse=False)):
+            setattr(part, name, constant.to(device))
+    return module
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _needs_vgg(preset: Preset) -> bool:
+    return preset.vqgan_train.perceptual == "lpips"
+
+
+# ---------------------------------------------------------------------------------------------- which preset fits
+
+
+@dataclass(frozen=True)
+class Verdict:
+    preset: str
+    fits: bool  # the machine; files may still be missing
+    missing: tuple[str, ...]  # files without which its training does not begin
+    reason: str
+
+
+def verdicts(machine: Machine, files: list[File]) -> list[Verdict]:
+    """Whether each preset fits, and why, in the order of the presets."""
+    return [_verdict(name, machine, files) for name in PRESETS]
+
+
+def _verdict(name: str, machine: Machine, files: list[File]) -> Verdict:
+    preset = load_preset(name)
+    absent = {file.name for file in files if file.path is None}
+    wanted = [clip_name(preset.clip)] + ([VGG16.file] if _needs_vgg(preset) else [])
+    missing = tuple(name for name in wanted if name in absent)
+    fits, reason = _fit(preset, machine)
+    if fits and missing:
+        reason += f"; first needs {' and '.join(missing)}"
+    return Verdict(name, fits, missing, reason)
+
+
+def _fit(preset: Preset, machine: Machine) -> tuple[bool, str]:
+    days = 0.0 if machine.gpus else days_on_cpu(preset, machine.cores)
+    if days > LONGEST_DAYS:
+        return (
+            False,
+            f"needs a GPU of {need(preset).device:.0f} GB; stage 2 alone would last {_time(days)} on {_cores(machine)}",
+        )
+    asked, each = need(preset, len(machine.gpus)), "each" if len(machine.gpus) > 1 else "the"
+    if asked.disk > machine.disk:
+        return False, f"needs {asked.disk:.2g} GB of disk for checkpoints, {machine.disk:.2g} GB are free"
+    if asked.ram > machine.ram:
+        return False, f"needs {asked.ram:.1f} GB of memory, there are {machine.ram:.1f} GB"
+    if not machine.gpus:
+        return (
+            True,
+            f"takes {asked.ram:.1f} of {machine.ram:.0f} GB of memory; stage 2 lasts about {_time(days)} on {_cores(machine)}",
+        )
+    smallest = min(size for _, size in machine.gpus)
+    if asked.device > smallest:
+        return False, f"needs {asked.device:.0f} GB on {each} GPU, there are {smallest:.0f} GB"
+    return True, f"takes {asked.device:.0f} of {smallest:.0f} GB on {each} GPU, with {asked.pictures} pictures a pass"
+
+
+def _cores(machine: Machine) -> str:
+    return f"{machine.cores} core{'s' if machine.cores > 1 else ''}"
+
+
+def _time(days: float) -> str:
+    for size, unit in ((365, "years"), (1, "days"), (1 / 24, "hours"), (1 / 1440, "minutes")):
+        if days >= 1.5 * size:
+            return f"{days / size:,.0f} {unit}"
+    return "a minute"
+
+
+def lacks(machine: Machine, files: list[File], packages: list[str]) -> str:
+    """What keeps the laptop preset from running here, as one sentence; empty where nothing does."""
+    laptop = _verdict("laptop", machine, files)
+    if packages:
+        return f"packages are missing or too old ({', '.join(packages)}): run pip install --editable '.[notebooks]'"
+    if laptop.missing:
+        cure = next(file.cure for file in files if file.name == laptop.missing[0])
+        return f"the laptop preset lacks {laptop.missing[0]}: {cure}"
+    return "" if laptop.fits else f"the laptop preset does not fit: {laptop.reason}"
+
+
+# ---------------------------------------------------------------------------------------------- as text
+
+
+def report(machine: Machine, files: list[File], packages: list[str]) -> str:
+    """The whole page as text, a dozen lines and a few."""
+    gpus = [f"cuda:{i} {name}, {size:.0f} GB" for i, (name, size) in enumerate(machine.gpus)]
+    lines = [
+        f"machine    {_cores(machine)}, {machine.ram:.0f} GB of memory, {machine.disk:.0f} GB of disk free at {_short(RESULTS)}",
+        f"devices    {'; '.join(['cpu', *machine.others, *gpus])}" + ("" if gpus else " (torch sees no GPU)"),
+        "versions   " + ", ".join(f"{name} {found}" for name, found in versions().items()),
+    ]
+    lines += [f"missing    {package}" for package in packages]
+    lines += ["", f"{'weights':38}{'here':6}for"]
+    for file in files:
+        lines.append(f"{file.name:38}{'yes' if file.path else 'no':6}{file.serves}")
+        if file.path is None:
+            lines.append(f"{'':44}{file.cure}")
+    lines += ["", f"{'preset':12}{'fits':6}why (an estimate; clipgen_lib/doctor.py says what it assumes)"]
+    found = verdicts(machine, files)
+    lines += [f"{v.preset:12}{'yes' if v.fits else 'no':6}{v.reason}" for v in found]
+    ready = [v.preset for v in found if v.fits and not v.missing]
+    if ready:
+        lines += ["", f"largest that can begin now: clipgen run --preset {ready[-1]}"]
+    return "\n".join(lines)
+
+
+def diagnose() -> tuple[str, str]:
+    """The page for this machine, and what keeps the laptop preset from running on it: a sentence, or nothing."""
+    machine, files, packages = this_machine(), weights_here(), missing_packages()
+    return report(machine, files, packages), lacks(machine, files, packages)
+
+
+def _short(path: Path) -> str:
+    """A path as it is told: from the project's root or from home where it lies there."""
+    for base, shown in ((ROOT, ""), (Path.home(), "~/")):
+        if path.is_relative_to(base):
+            return f"{shown}{path.relative_to(base)}"
+    return str(path)
