@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-cpu_training_kernels = ContextVar("cpu_training_kernels", default=(SDPBackend.MATH,))
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
@@ -18,6 +14,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object)
     and inference keep torch's own choice.
     """
     if q.device.type == "cpu" and q.requires_grad:
-        with sdpa_kernel(list(cpu_training_kernels.get())):
+        with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, **options)
     return F.scaled_dot_product_attention(q, k, v, **options)

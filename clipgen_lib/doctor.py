@@ -1,7 +1,7 @@
 """What this machine has and which preset fits it, before anything is trained.
 
 In: nothing, or a `Machine`. Out: facts as plain data, and a table of them as text. Nothing is downloaded, no network is asked
-and no weights are read: memory is counted on tensors that have shapes but no content.
+and no weights are read.
 """
 
 from __future__ import annotations
@@ -10,31 +10,18 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from packaging.requirements import Requirement
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .clip_embed import EMBEDDED, find_weights
-from .config import PRESETS, ClipConfig, Preset, TransformerConfig, VQGANConfig, load_preset
-from .data import CACHE_BYTES
-from .losses import PatchDiscriminator, adversarial_loss
+from .config import PRESETS, ClipConfig, Preset, load_preset
+from .cost import count, need
 from .protocols import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, Weights, hub_folder
 from .runs import DATA, RESULTS, ROOT, versions
-from .transformer import ImageTransformer
-from .vqgan import VQGAN
 
-STATE_BYTES = 5 * 4  # of a parameter: weight, gradient, two moments and the EMA, in float32
-MARGIN = 1.1  # what an allocator loses between tensors, and gradients on their way
-CUDA_GIGABYTES = 1.0  # context of the driver and workspaces of its libraries
-PYTHON_GIGABYTES = 1.5  # a process with torch and the other packages loaded
-WORKER_GIGABYTES = 0.5  # each process that decodes pictures
 CORE_SPEED = 50e9  # operations a second that a training reaches on one core
 LONGEST_DAYS = 3.0  # of a training on a CPU before this page calls it too long
 
@@ -128,137 +115,6 @@ def missing_packages() -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- what a preset needs
-
-
-@dataclass(frozen=True)
-class Need:
-    """What the larger of a preset's two trainings takes, in GB of 10^9 bytes.
-
-    An estimate. Counted: state (parameters x 20 bytes), tensors kept for the backward pass at the preset's batch, frozen CLIP
-    and VGG. Assumed: a tenth more for what lies between, 1 GB of CUDA, 1.5 GB of Python, 0.5 GB a worker. Not counted: what
-    CLIP itself keeps on the way, `torch.compile`, evaluation.
-    """
-
-    device: float  # on each GPU, or in memory where there is none
-    ram: float
-    disk: float  # checkpoints and weights; pictures and token store come on top
-    pictures: int  # a pass and process, of stage 1
-
-
-def need(preset: Preset, gpus: int = 1) -> Need:
-    """What a preset takes on a number of GPUs that share its batch; 0 is the CPU."""
-    stage1, stage2, config = preset.vqgan_train, preset.transformer_train, preset.vqgan
-    device, processes = ("cuda" if gpus else "cpu"), max(gpus, 1)
-    pictures, rows = (-(-train.batch_size // (train.accumulate * processes)) for train in (stage1, stage2))
-    critic = (stage1.discriminator_channels, stage1.discriminator_layers)
-    vqgan, vgg, kept1 = _count_vqgan(config, critic, stage1.perceptual == "lpips", pictures, device)
-    transformer, kept2 = _count_transformer(preset.transformer, config, _clip_dim(preset), rows, device)
-    decoded = stage2.embedding_share * rows if stage2.embedding_weight else 0  # through the decoder: at most a whole VQGAN
-    clip = 4 * (151_000_000 if preset.clip.pretrained else 6_000_000)  # ViT-B/32, or the embedded one
-    larger = max(STATE_BYTES * vqgan + kept1, STATE_BYTES * transformer + kept2 + decoded * kept1 / pictures)
-    on_device = MARGIN * (larger + vgg + clip) / 1e9 + (CUDA_GIGABYTES if gpus else 0)
-    held = min(preset.shapes.n_train * 3 * config.image_size**2, CACHE_BYTES) / 1e9  # decoded, where no workers decode
-    ram = processes * (PYTHON_GIGABYTES + (WORKER_GIGABYTES * stage1.workers if stage1.workers else held))
-    ram += 0 if gpus else on_device
-    disk = STATE_BYTES * (vqgan + transformer) / 1e9  # weights, and a checkpoint of weights, two moments and the EMA
-    return Need(on_device if gpus else ram, ram, disk, pictures)
-
-
-def days_on_cpu(preset: Preset, cores: int) -> float:
-    """Days of stage 2: 6 x parameters x tokens x rows x steps operations at 5 x 10^10 a second and core."""
-    with torch.device("meta"):
-        config = preset.vqgan
-        parameters = _size(ImageTransformer(preset.transformer, config.codebook_size, config.side**2, _clip_dim(preset)))
-    stage2 = preset.transformer_train
-    return 6 * parameters * config.side**2 * stage2.batch_size * stage2.steps / (CORE_SPEED * cores) / 86_400
-
-
-def _clip_dim(preset: Preset) -> int:
-    return 512 if preset.clip.pretrained else 256  # of ViT-B/32, and of the embedded one
-
-
-@cache
-def _count_vqgan(
-    config: VQGANConfig, critic: tuple[int, int], is_lpips: bool, pictures: int, device: str
-) -> tuple[int, int, int]:  # fmt: skip
-    """Parameters that are trained, bytes of the frozen VGG, and bytes that one pass keeps for the backward pass."""
-    with _imagined(device):
-        vqgan, discriminator = VQGAN(config), PatchDiscriminator(*critic)
-        lpips = _lpips(device) if is_lpips else None
-        real = torch.empty(pictures, 3, config.image_size, config.image_size)
-
-        def loss() -> torch.Tensor:
-            fake, quantized = vqgan(real)
-            found = F.l1_loss(fake, real) + F.mse_loss(fake, real) + quantized.codebook_loss + quantized.commitment_loss
-            return found + adversarial_loss(discriminator(fake)) + (lpips(fake, real).mean() if lpips else 0)
-
-        return _size(vqgan) + _size(discriminator), 4 * _size(lpips) if lpips else 0, _kept(loss)
-
-
-@cache
-def _count_transformer(
-    config: TransformerConfig, vqgan: VQGANConfig, clip_dim: int, rows: int, device: str
-) -> tuple[int, int]:  # fmt: skip
-    """Parameters, and bytes that one pass keeps for the backward pass."""
-    with _imagined(device):
-        transformer = ImageTransformer(config, vqgan.codebook_size, vqgan.side**2, clip_dim)
-        tokens = torch.zeros(rows, vqgan.side**2, dtype=torch.long)
-
-        def loss() -> torch.Tensor:
-            return F.cross_entropy(transformer(torch.empty(rows, clip_dim), tokens).flatten(0, 1), tokens.flatten())
-
-        return _size(transformer), _kept(loss)
-
-
-@contextlib.contextmanager
-def _imagined(device: str):
-    """Tensors with a shape and a device but no content, under that device's bfloat16 autocast, whether it is here or not."""
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
-    torch.set_autocast_dtype(device, torch.bfloat16)
-    try:
-        with FakeTensorMode(), torch.device(device), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
-
-
-def _kept(loss: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the distinct tensors, parameters left out, that autograd keeps for the backward pass."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage  # held, so that no other tensor gets its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def _lpips(device: str) -> torch.nn.Module:
-    import lpips
-
-    module = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False)
-    for part in module.modules():  # it makes its constants on the CPU; imagined tensors cannot be moved by `.to`
-        for name, constant in list(part.named_buffers(recurse=False)):
-            setattr(part, name, constant.to(device))
-    return module
-
-
-def _size(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _needs_vgg(preset: Preset) -> bool:
-    return preset.vqgan_train.perceptual == "lpips"
-
-
 # ---------------------------------------------------------------------------------------------- which preset fits
 
 
@@ -307,6 +163,16 @@ def _fit(preset: Preset, machine: Machine) -> tuple[bool, str]:
     if asked.device > smallest:
         return False, f"needs {asked.device:.0f} GB on {each} GPU, there are {smallest:.0f} GB"
     return True, f"takes {asked.device:.0f} of {smallest:.0f} GB on {each} GPU, with {asked.pictures} pictures a pass"
+
+
+def days_on_cpu(preset: Preset, cores: int) -> float:
+    """Days of stage 2 on a CPU: its counted operations at 5 x 10^10 a second and core."""
+    stage2 = preset.transformer_train
+    return count(preset)["transformer"] * stage2.batch_size * stage2.steps / (CORE_SPEED * cores) / 86_400
+
+
+def _needs_vgg(preset: Preset) -> bool:
+    return preset.vqgan_train.perceptual == "lpips"
 
 
 def _cores(machine: Machine) -> str:

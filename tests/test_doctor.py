@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipgen_lib import clip_embed, doctor
+from clipgen_lib import clip_embed, cost, doctor
 from clipgen_lib.config import PRESETS, load_preset
-from clipgen_lib.doctor import Machine, lacks, missing_packages, need, report, this_machine, verdicts, weights_here
+from clipgen_lib.cost import need
+from clipgen_lib.doctor import Machine, lacks, missing_packages, report, this_machine, verdicts, weights_here
 
 LAPTOP = Machine(cores=2, ram=8, disk=20)
 CLUSTER = Machine(cores=16, ram=128, disk=500, gpus=(("A100", 80.0),))
@@ -97,9 +98,9 @@ def test_kept_counts_each_tensor_once():
         y = (x @ weight).exp()  # keeps x for the product and its own result for the exponential; the weight is a parameter
         return (y * y).sum()  # y again
 
-    assert doctor._kept(loss) == 2 * 10 * 4 * 4
+    assert cost._kept(loss) == 2 * 10 * 4 * 4
     assert not torch.is_autocast_enabled("cpu")
-    with doctor._imagined("cuda"):
+    with cost._imagined("cuda"):
         assert torch.empty(3, 3).device.type == "cuda"
     assert torch.empty(1).device.type == "cpu" and not torch.is_autocast_enabled("cuda")
 
