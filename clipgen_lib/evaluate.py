@@ -502,10 +502,12 @@ def table(summary: dict) -> str:
         lines += [*_caption_lines(e, e["n"]), f"{'judge':28}{e['judge']}"]
     if c := e.get("classes"):
         lines.append(f"{'class accuracy':28}{c['accuracy']:.3f}   (real pictures {c['real']:.3f}, the tokenizer's decodings {c['reconstruction']:.3f}; by a classifier of real pictures)")  # fmt: skip
-    for modality, kinds in summary.get("oracle", {}).items():
+    readings = {f"oracle, {modality}": kinds for modality, kinds in summary.get("oracle", {}).items()}
+    readings |= {f"export, best of {n}": kinds for n, kinds in summary.get("export", {}).get("oracle", {}).items()}
+    for label, kinds in readings.items():
         for kind, scores in kinds.items():
             shares = "   ".join(f"{key} {100 * value:.1f}%" for key, value in scores.items() if key != "n")
-            lines.append(f"{'oracle, ' + modality + ' ' + kind:28}{shares}   (n = {scores['n']})")
+            lines.append(f"{label + ' ' + kind:28}{shares}   (n = {scores['n']})")
     lines += [f"missing: {sentence}" for sentence in e.get("missing", [])]
     lines += [f"warning: {sentence}" for sentence in e["warnings"]]
     return "\n".join(lines)
