@@ -117,6 +117,23 @@ def _wrap(text: str, width: int, most: int = 3) -> list[str]:
     return textwrap.wrap(text, width, max_lines=most, placeholder=" ...")
 
 
+def rows(pictures: dict[str, torch.Tensor], title: str, above: list[str] | None = None) -> Figure:
+    """One row of pictures (C, 3, H, W) in [-1, 1] for each label, all of one size and number; `above` names the columns."""
+    images = torch.cat(list(pictures.values()))
+    columns, (height, width) = len(images) // len(pictures), images.shape[-2:]
+    sheet = grid(images, columns, gap=(gap := 2))
+    inches = 0.75 / width  # of a pixel
+    figure, axis = plt.subplots(figsize=(sheet.shape[1] * inches + 1.4, sheet.shape[0] * inches + 0.5))
+    axis.imshow(sheet, interpolation="nearest")
+    axis.set_yticks([i * (height + gap) + height / 2 for i in range(len(pictures))])
+    axis.set_yticklabels(["\n".join(_wrap(label, 18)) for label in pictures])
+    axis.set_xticks([i * (width + gap) + width / 2 for i in range(columns)] if above else [], above or [])
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    figure.suptitle(title)
+    return figure
+
+
 def distances(evaluation: dict, title: str) -> Figure:
     """FID-k of generator, tokenizer and real halves side by side; what the tokenizer costs is not the generator's."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=(3, 2))

@@ -42,7 +42,7 @@ class PromptBox(widgets.VBox):
         )
         self.bar = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=widgets.Layout(width="100%", height="14px"))
         self.message = widgets.HTML()
-        self.pictures = widgets.Box(layout=widgets.Layout(flex_flow="row wrap"))
+        self.pictures = widgets.GridBox(layout=widgets.Layout(grid_template_columns="repeat(4, max-content)"))
         self.button.on_click(self.draw)
         fields = [self.seed, self.guidance, self.temperature, self.top_k, self.n, self.candidates]
         super().__init__([
