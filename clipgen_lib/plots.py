@@ -120,8 +120,8 @@ def _wrap(text: str, width: int, most: int = 3) -> list[str]:
 def rows(pictures: dict[str, torch.Tensor], title: str, above: list[str] | None = None) -> Figure:
     """One row of pictures (C, 3, H, W) in [-1, 1] for each label, all of one size and number; `above` names the columns."""
     images = torch.cat(list(pictures.values()))
-    columns, (height, width) = len(images) // len(pictures), images.shape[-2:]
-    sheet = grid(images, columns, gap=(gap := 2))
+    columns, (height, width), gap = len(images) // len(pictures), images.shape[-2:], 2
+    sheet = grid(images, columns, gap)
     inches = 0.75 / width  # of a pixel
     figure, axis = plt.subplots(figsize=(sheet.shape[1] * inches + 1.4, sheet.shape[0] * inches + 0.5))
     axis.imshow(sheet, interpolation="nearest")
