@@ -29,6 +29,18 @@ def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]
     return pairs[:n]
 
 
+def split_prompts(text: str) -> list[str]:
+    """The prompts of one text, with `|` between them; none of an empty text.
+
+    Raises:
+        ClipgenError: a text that is not empty and holds no prompt.
+    """
+    found = list(dict.fromkeys(" ".join(part.split()) for part in text.split("|") if part.strip()))
+    if text and not found:
+        raise ClipgenError(f"PROMPTS is {text!r}, without a prompt: write them with | between, such as 'a dog|a red car'")
+    return found
+
+
 def caption_list(pairs: Iterable[tuple[str, str]]) -> str:
     """A caption list as text: `name<TAB>caption` lines, names and captions on one line each."""
     return "".join(f"{name}\t{' '.join(text.split())}\n" for name, text in pairs)

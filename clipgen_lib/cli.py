@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -52,7 +53,10 @@ def _run_options(command):
 def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
     from .workbench import Workbench
 
-    return Workbench.open(preset, run, data, seed, device, clip)
+    bench = Workbench.open(preset, run, data, seed, device, clip)
+    if bench.notice and _is_first_process():
+        click.echo(bench.notice, err=True)
+    return bench
 
 
 @main.command("train-vqgan")
@@ -299,14 +303,17 @@ def preset(name: str, step: bool, clip_dim: int) -> None:
 
 @main.command("run")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True)
-@click.option("--run", "run", default=None, help="name of the folder under results/  [default: the preset's name]")
+@click.option(
+    "--run", "run", default=None, help="name of the folder under results/  [default: the preset's, with the folder's name]"
+)
 @click.option("--notebook", "only", multiple=True, help="run only these: a name or its beginning, such as 04")
 @click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a notebook parameter, such as DATA=/my/photos")
 def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameters: tuple[str, ...]) -> None:
     """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
-    values = dict(_parse(text) for text in parameters) | {"PRESET": preset, "RUN": run or preset}
     chosen = _choose(only)
     known = {name: _parameters_of(name) for name in chosen}
+    texts = {key for names in known.values() for key, is_text in names.items() if is_text}
+    values = {"PRESET": preset} | dict(_parse(text, texts) for text in parameters)
     for key in values:
         if not any(key in names for names in known.values()):
             everything = sorted(set().union(*known.values()))
@@ -314,6 +321,9 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
     for key in ("DATA", "CLIP"):  # notebooks run in their own folder
         if values.get(key, "shapes") != "shapes" and Path(values[key]).expanduser().exists():
             values[key] = str(Path(values[key]).expanduser().resolve())
+    values["RUN"] = run or values.get("RUN") or _default_run(values["PRESET"], values.get("DATA", "shapes"))
+    if notice := _check(values):
+        click.echo(notice, err=True)
     opened = open_run(values["RUN"])
     for index, name in enumerate(chosen):
         click.echo(f"{name}.ipynb ({index + 1} of {len(chosen)})", err=True)
@@ -323,6 +333,12 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
         from .evaluate import table
 
         click.echo(table(summary))
+    if skipped := summary.get("skipped"):
+        name, why = next(iter(skipped.items()))
+        click.echo(f"{len(skipped)} files were left out, the first {name} ({why})")
+    if "prompts" in summary and "04_evaluate" in chosen:
+        click.echo(f"{len(summary['prompts']['asked'])} prompts drawn ({summary['prompts']['source']}): {_short(opened.path / 'figures' / 'prompts.png')}")  # fmt: skip
+        click.echo(notice, nl=bool(notice))
     click.echo(f"pictures: {_short(opened.path / 'figures')}   numbers: {_short(opened.path / 'summary.json')}")
 
 
@@ -330,14 +346,32 @@ def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _parse(text: str) -> tuple[str, object]:
-    """KEY=VALUE as papermill reads it: numbers and booleans by their looks, everything else a string."""
+def _default_run(preset: str, data: str) -> str:
+    """The preset's name, and of other data than the Shapes world also their folder's: the committed runs have the plain names."""
+    folder = re.sub(r"[^\w-]+", "-", Path(data).name).strip("-")
+    return preset if data == "shapes" else f"{preset}-{folder or 'pictures'}"
+
+
+def _check(values: dict) -> str:
+    """What can be told before hours of training: prompts that are none are an error, a CLIP of shapes for photos a notice."""
+    from .captions import split_prompts
+    from .clip_embed import photo_notice
+    from .config import load_preset
+    from .workbench import clip_fields
+
+    split_prompts(values.get("PROMPTS", ""))
+    clip = clip_fields(values["CLIP"])["name"] if values.get("CLIP") else load_preset(values["PRESET"]).clip.name
+    return photo_notice(clip, values.get("DATA", "shapes"))
+
+
+def _parse(text: str, texts: set[str]) -> tuple[str, object]:
+    """KEY=VALUE as papermill reads it: numbers and booleans by their looks, everything else and the keys of `texts` a string."""
     from papermill.cli import _resolve_type
 
     key, sign, value = text.partition("=")
     if not sign or not key.isidentifier():
         raise ClipgenError(f"parameter {text!r} is not KEY=VALUE: write for example -p SEED=1")
-    return key, _resolve_type(value)
+    return key, value if key in texts else _resolve_type(value)
 
 
 def _choose(only: tuple[str, ...]) -> list[str]:
@@ -353,12 +387,14 @@ def _choose(only: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def _parameters_of(name: str) -> set[str]:
+def _parameters_of(name: str) -> dict[str, bool]:
+    """Names of a notebook's parameters, and of each whether it is a text."""
     import papermill
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return set(papermill.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb")))
+        found = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))
+    return {key: parameter["default"].startswith('"') for key, parameter in found.items()}
 
 
 def _execute(name: str, values: dict, output: Path) -> None:
@@ -370,7 +406,8 @@ def _execute(name: str, values: dict, output: Path) -> None:
     source = ROOT / "notebooks" / f"{name}.ipynb"
     try:
         papermill.execute_notebook(str(source), str(output), values, cwd=str(source.parent), progress_bar=False,
-                                   stderr_file=sys.stderr, kernel_name="python3")  # fmt: skip
+                                   stderr_file=sys.stderr, kernel_name="python3",
+                                   extra_arguments=["--IPKernelApp.log_level=40"])  # fmt: skip
     except papermill.PapermillExecutionError as error:
         if error.ename == "ClipgenError":
             raise ClipgenError(f"{name}: {error.evalue}") from None

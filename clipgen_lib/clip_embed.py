@@ -59,6 +59,17 @@ def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | 
     return beside if not repository and beside.is_file() else None
 
 
+def photo_notice(name: str, data: str) -> str:
+    """A sentence where the embedded CLIP, which knows the Shapes world alone, is to read other pictures; else nothing."""
+    if data == "shapes" or _folder(name) != _folder(EMBEDDED):
+        return ""
+    return (
+        "This run's CLIP knows coloured shapes, not photos: what is drawn will take after your pictures, but prompts mean "
+        "little to it. Name another with -p CLIP=ViT-B-32-quickgelu/openai (open_clip downloads it), or train one on pictures "
+        "with captions or in class folders: clipgen train-clip --data FOLDER --run my-clip, then -p CLIP=results/my-clip/clip."
+    )
+
+
 def _folder(name: str) -> Path:
     return DATA / "shapes_clip" if name == EMBEDDED else ROOT / name
 
@@ -124,7 +135,7 @@ class ClipEmbedder(nn.Module):
         except UserWarning as warning:
             raise ClipgenError(f"CLIP {name}/{pretrained}: {warning} Use the '-quickgelu' model name for these weights.") from None  # fmt: skip
         except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
-            raise ClipgenError(f"CLIP {name}/{pretrained or folder} cannot be loaded ({error}): check the name against open_clip.list_pretrained(), or give a local checkpoint file as `pretrained`") from error  # fmt: skip
+            raise ClipgenError(f"CLIP {name}/{pretrained or folder} cannot be loaded ({error}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file") from error  # fmt: skip
         shown = name if not Path(name).is_absolute() else Path(name).name  # results name no place on a machine
         return cls(model, tokenizer, shown if pretrained is None else f"{shown}/{Path(pretrained).name}", digest).to(device)
 

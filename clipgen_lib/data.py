@@ -25,6 +25,7 @@ from .schedule import batch_rows
 
 CACHE_BYTES = 2 << 30  # decoded pictures kept in memory by a loader without workers
 VAL_SHARE = 0.1  # of a folder that has no split of its own, chosen by a hash of the file's path
+FEWEST_VAL = 16  # held out of such a folder at least, or half of it: fewer cannot be halved and compared
 CLASS_PROMPT = "a photo of a {}"
 
 
@@ -108,7 +109,8 @@ def open_images(
         path: `shapes` (the embedded world, made on first use), a COCO root (`annotations/captions_<split>.json` and
             `<split>/`), or any folder of pictures, read recursively.
         split: `train` or `val`; on a COCO root any split, where `train` finds `train2017` or `train2014`; on `shapes`
-            also `heldout`. A folder with no `train` and `val` folders of its own is split 90 to 10.
+            also `heldout`. A folder with no `train` and `val` folders of its own is split 90 to 10, a small one so that 16
+            pictures or half of it are held out.
         size: short side in pixels.
         world, seed: size and seed of the Shapes world.
 
@@ -168,10 +170,11 @@ def _open_folder(root: Path, split: str, size: int) -> ImageSet:
     if split not in ("train", "val"):
         raise ClipgenError(f"a folder of pictures has the splits train and val, not {split!r}")
     top = root / split if has_splits else root
-    everything = sorted(p for p in top.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    everything = sorted(p for p in top.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file() and not _is_hidden(p, top))
     if not everything:
         raise ClipgenError(f"{top} holds no pictures ({', '.join(EXTENSIONS)}): give another folder")
-    paths = everything if has_splits else [p for p in everything if _in_val(p, root) == (split == "val")]
+    held_out = set() if has_splits else _held_out(everything, root)
+    paths = everything if has_splits else [p for p in everything if (p in held_out) == (split == "val")]
     if not paths:
         raise ClipgenError(f"{root} has {len(everything)} pictures, too few for a {split} split: add more, or make train/ and val/ folders")  # fmt: skip
     folders = [p.relative_to(top).parts[0] if len(p.relative_to(top).parts) > 1 else "" for p in paths]
@@ -186,9 +189,16 @@ def _open_folder(root: Path, split: str, size: int) -> ImageSet:
     return ImageSet(root.resolve().name, split, root, paths, size, captions, classes)
 
 
-def _in_val(path: Path, root: Path) -> bool:
-    digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-    return digest[0] < 256 * VAL_SHARE
+def _is_hidden(path: Path, top: Path) -> bool:
+    """Whether a file or a folder above it begins with a dot: thumbnails and notes of file managers, not pictures."""
+    return any(part.startswith(".") for part in path.relative_to(top).parts)
+
+
+def _held_out(paths: list[Path], root: Path) -> set[Path]:
+    """The files of the val split: those with the smallest hashes of their names, so that new files move few of the old ones."""
+    digests = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest() for path in paths}
+    count = sum(digest[0] < 256 * VAL_SHARE for digest in digests.values())
+    return set(sorted(paths, key=digests.get)[: max(count, min(FEWEST_VAL, len(paths) // 2))])
 
 
 def _caption_file(image: Path) -> tuple[str, ...]:

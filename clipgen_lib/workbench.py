@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import evaluate, shapes, train
+from .captions import choose_captions, split_prompts
 from .classifier import Classifier, accuracy, train_classifier
-from .clip_embed import ClipEmbedder
+from .clip_embed import ClipEmbedder, photo_notice
 from .config import Preset, SampleConfig, load_preset
 from .data import ImageSet, open_images, ordered_batches
 from .images import grid, to_float
@@ -35,6 +37,25 @@ PREVIEW_PROMPTS = (
     "a large red circle", "a small blue star", "a large green heart", "a small yellow cross",
     "a pink ring left of a blue square", "a purple triangle above an orange diamond",
 )  # fmt: skip
+FEWEST_HELD_OUT = 4  # two halves of two: fewer have no covariance
+
+
+class OwnPrompts(NamedTuple):
+    """Prompts of a user's own, and where they come from."""
+
+    prompts: list[str] | torch.Tensor  # texts, or CLIP embeddings (P, D) of pictures
+    titles: list[str]
+    source: str
+    pictures: torch.Tensor | None = None  # (P, 3, H, W) in [-1, 1], those of the embeddings
+
+
+class Sheet(NamedTuple):
+    """Pictures for a figure."""
+
+    images: torch.Tensor  # (N, 3, H, W) in [-1, 1], row by row
+    titles: list[str]  # of each picture
+    columns: int
+    source: str
 
 
 def pick_device(device: str = "auto") -> str:
@@ -111,6 +132,11 @@ class Workbench:
     def clip_source(self) -> dict:
         return {"name": self.preset.clip.name, "pretrained": self.preset.clip.pretrained}
 
+    @property
+    def notice(self) -> str:
+        """What a reader should know of this run's CLIP and pictures; empty where they go together, as far as can be told."""
+        return photo_notice(self.preset.clip.name, self.data)
+
     @cached_property
     def clip(self) -> ClipEmbedder:
         return ClipEmbedder.load(**self.clip_source, device=self.device)
@@ -176,6 +202,8 @@ class Workbench:
         """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's."""
         config = replace(self.preset.vqgan_train, **({"steps": steps} if steps else {}))
         images, held_out = self.images(), self.images("val")
+        if len(held_out) < FEWEST_HELD_OUT:
+            raise ClipgenError(f"{held_out.root} holds {len(images)} pictures to train on and {len(held_out)} to test on: give at least {FEWEST_HELD_OUT} of each")  # fmt: skip
         with self._timed("vqgan"):
             vqgan = train.train_vqgan(self.run, images, self.preset.vqgan, config, self.clip, self.seed, self.device)
         data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(held_out)}
@@ -235,6 +263,46 @@ class Workbench:
         if self.has_oracle:
             return [prompt.text for prompt in shapes.prompts("held_out", n, self.seed)]
         return ["a flying penguin", "a dog with a cigar", "a lemon with face and hair"]
+
+    def own_prompts(self, text: str = "", n: int = 8) -> OwnPrompts:
+        """What to draw for a user: prompts in a text, else captions that lie beside the pictures, else pictures themselves.
+
+        Args:
+            text: prompts with `|` between them; all of them are taken.
+            n: captions at most, no wording twice, of held-out pictures (of training pictures where those have none). Without
+                any caption half as many held-out pictures, whose embeddings take the place of a text's.
+
+        Raises:
+            ClipgenError: a text without a prompt in it.
+        """
+        if texts := split_prompts(text):
+            return OwnPrompts(texts, texts, "prompts of your own")
+        for images in (self.images("val"), self.images("train")):
+            if images.has_captions and any(images.captions):
+                pairs = choose_captions(images, sum(map(len, images.captions)), self.seed)
+                texts = list(dict.fromkeys(text for _, text in pairs))[:n]
+                return OwnPrompts(texts, texts, f"captions of the {images.split} split")
+        images = self.images("val")
+        rows, batch = next(ordered_batches(images, range(min(max(n // 2, 1), len(images))), n))
+        pictures = to_float(batch)
+        embeds = torch.cat([self.clip.images(part.to(self.device)) for part in pictures.split(16)])
+        source = "no captions here and no PROMPTS given: variations of held-out pictures, from their embeddings"
+        return OwnPrompts(embeds, [images.paths[row].name for row in rows], source, pictures)
+
+    @torch.inference_mode()
+    def draw_prompts(self, text: str = "", n: int = 8, each: int = 4, guidance: float = 0.0) -> Sheet:
+        """Some pictures for each of `own_prompts`, picture j with seed + j; variations behind the picture that they vary.
+
+        What was asked for goes into summary.json under `prompts`. `guidance` above 0 replaces the preset's.
+        """
+        own, settings = self.own_prompts(text, n), {"guidance": guidance} if guidance else {}
+        images = self.generator()(own.prompts, n=each, seed=self.seed, **settings).cpu()
+        titles = [[title] * each for title in own.titles]
+        if own.pictures is not None:
+            images = torch.cat([own.pictures[:, None], images], dim=1)
+            titles = [[title] + ["variation"] * each for title in own.titles]
+        self.run.add_to_summary(prompts={"source": own.source, "asked": own.titles})
+        return Sheet(images.flatten(0, 1), sum(titles, []), 2 * images.shape[1], own.source)
 
     def evaluate(self, guidance: float = 0.0) -> dict:
         """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown.
@@ -298,13 +366,18 @@ def _portable(data: str) -> str:
 
 
 def clip_fields(clip: str) -> dict[str, str | None]:
-    """Name and weights of a CLIP from one word: a folder (inside the project by its place there), `shapes`, or model/weights."""
+    """Name and weights of a CLIP from one word: a folder (inside the project by its place there), `shapes`, or model/weights.
+
+    Weights are a tag of open_clip's, or a checkpoint file: from the project's root, or with its whole path (model//place/file).
+    """
     folder = ROOT / Path(clip).expanduser()
     if Path(clip).is_dir() and not folder.is_dir():
         folder = Path(clip).resolve()
     if folder.is_dir():
         return {"name": str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder), "pretrained": None}
     name, _, weights = clip.partition("/")
+    if weights and (ROOT / weights).is_file():
+        return {"name": name, "pretrained": str(ROOT / weights)}
     if "/" in weights:
         raise ClipgenError(f"CLIP {clip!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai")  # fmt: skip
     return {"name": name, "pretrained": weights or None}

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from PIL import Image
 
+from clipgen_lib.cli import _default_run, _parameters_of, _parse
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -70,6 +72,7 @@ def test_stages_go_on_from_what_is_there(smoke):
     [
         (("run", "--preset", "smoke", "-p", "STEPS=3"), "no notebook has a parameter 'STEPS'"),
         (("run", "--preset", "smoke", "-p", "STEPS"), "not KEY=VALUE"),
+        (("run", "--preset", "smoke", "-p", "PROMPTS= | "), "without a prompt"),
         (("run", "--preset", "smoke", "--notebook", "09"), "0 notebooks match '09'"),
         (("run", "--preset", "smoke", "--run", "x", "-p", "DATA=/nowhere/at/all"), "is not a folder of pictures"),
         (("generate", "a prompt", "--run", "none"), "there is no run 'none'"),
@@ -83,10 +86,32 @@ def test_mistakes_are_one_sentence(smoke, arguments, sentence):
     assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_run_of_other_data_has_a_name_of_its_own():
+    assert _default_run("laptop", "shapes") == "laptop"
+    assert _default_run("laptop", "/my/Holiday photos (2)") == "laptop-Holiday-photos-2"
+    assert _default_run("laptop", "/") == "laptop-pictures"
+
+
+def test_texts_stay_texts():
+    assert _parse("DATA=2017", {"DATA"}) == ("DATA", "2017") and _parse("SEED=2017", {"DATA"}) == ("SEED", 2017)
+    known = _parameters_of("04_evaluate")
+    assert known["DATA"] and known["PROMPTS"] and not known["SEED"] and not known["GUIDANCE"]
+
+
+def test_doctor_answers_for_this_machine(tmp_path):
+    done = clipgen("doctor", results=tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    assert "data/shapes_clip                      yes" in done.stdout and "laptop      yes" in done.stdout
+
+
 def test_real_photos_by_the_same_command(shared, tmp_path):
     done = clipgen("run", "--preset", "smoke", "--run", "photos", "-p", f"DATA={shared / 'coco-mini'}",
-                   "-p", "VQGAN_STEPS=6", "-p", "TRANSFORMER_STEPS=6", results=tmp_path)  # fmt: skip
+                   "-p", "VQGAN_STEPS=6", "-p", "TRANSFORMER_STEPS=6", "-p", "PROMPTS=a dog|7", results=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "photos" / "summary.json").read_text())
+    assert summary["prompts"]["asked"] == ["a dog", "7"] and (tmp_path / "photos" / "figures" / "prompts.png").is_file()
+    assert "2 prompts drawn (prompts of your own)" in done.stdout
+    assert "not photos" in done.stderr.splitlines()[0] and "not photos" in done.stdout
+    assert "not photos" in (tmp_path / "photos" / "notebooks" / "04_evaluate.ipynb").read_text()
     assert summary["data"]["name"] == "coco-mini" and summary["data"]["n_train"] == 80 and "oracle" not in summary
     assert summary["evaluation"]["r_precision"] < 0.3  # a CLIP that knows shapes is near chance on photos

@@ -154,3 +154,21 @@ def test_hash_follows_the_files(tmp_path):
     assert before == open_images(tmp_path, "train").hash
     save(tmp_path / "train" / "c.png")
     assert before != open_images(tmp_path, "train").hash
+
+
+def test_a_small_folder_holds_out_enough_to_compare(tmp_path):
+    for i in range(40):
+        save(tmp_path / f"{i}.png")
+    train, val = open_images(tmp_path, "train"), open_images(tmp_path, "val")
+    assert len(train) == 24 and len(val) == 16 and not set(train.paths) & set(val.paths)
+    for i in range(30):
+        (tmp_path / f"{i}.png").unlink()
+    assert len(open_images(tmp_path, "train")) == len(open_images(tmp_path, "val")) == 5
+    assert set(open_images(tmp_path, "val").paths) & set(val.paths)
+
+
+def test_hidden_files_are_no_pictures(tmp_path):
+    for name in ("a.png", "b.png", "._a.png", ".thumbnails/a.png"):
+        save(tmp_path / ".album" / name)  # a dot above the folder that was asked for means nothing
+    paths = [p for split in ("train", "val") for p in open_images(tmp_path / ".album", split).paths]
+    assert sorted(p.name for p in paths) == ["a.png", "b.png"]

@@ -2,7 +2,10 @@ import pytest
 import torch
 
 from clipgen_lib import runs
+from clipgen_lib.captions import split_prompts
+from clipgen_lib.clip_embed import photo_notice
 from clipgen_lib.runs import DATA, ClipgenError, open_run, read_json, write_json
+from clipgen_lib.sample import TextToImage
 from clipgen_lib.workbench import Workbench, clip_fields
 
 
@@ -30,6 +33,8 @@ def test_a_clip_is_a_folder_or_a_model_and_its_weights(tmp_path):
     assert clip_fields(str(tmp_path)) == {"name": str(tmp_path), "pretrained": None}
     with pytest.raises(ClipgenError, match="train-clip"):
         clip_fields("results/absent/clip")
+    (tmp_path / "w.pt").write_bytes(b"")
+    assert clip_fields(f"ViT-B-32/{tmp_path / 'w.pt'}") == {"name": "ViT-B-32", "pretrained": str(tmp_path / "w.pt")}
 
 
 def test_the_mean_of_texts_needs_texts(world, preset, tmp_path):
@@ -45,3 +50,73 @@ def test_the_mean_of_texts_needs_texts(world, preset, tmp_path):
     bare = Workbench(open_run("b", tmp_path), preset, str(tmp_path / "bare"), 0, "cpu")
     with pytest.raises(ClipgenError, match="has no captions"):
         bare.text_mean()
+
+
+@pytest.fixture
+def opened(world, preset, tmp_path, vqgan, transformer, clip, monkeypatch):
+    """A workbench on pictures of a folder, with a generator that is ready."""
+    generator = TextToImage.from_parts(vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, preset.sample)
+    monkeypatch.setattr(Workbench, "generator", lambda self: generator)
+
+    def open_folder(captions="", folder="pictures"):
+        root = tmp_path / folder
+        root.mkdir()
+        for path in sorted((world / "train").glob("*.png")):
+            (root / path.name).write_bytes(path.read_bytes())
+            if captions:
+                (root / path.with_suffix(".txt").name).write_text(captions)
+        return Workbench(open_run(f"run-{folder}", tmp_path), preset, str(root), 0, "cpu")
+
+    return open_folder
+
+
+def test_prompts_of_ones_own_come_first(opened):
+    bench = opened("a caption\n")
+    own = bench.own_prompts(" a dog |a  red car||a dog")
+    assert own.prompts == own.titles == ["a dog", "a red car"] and own.source == "prompts of your own"
+    sheet = bench.draw_prompts("a dog|a red car", each=3, guidance=1.5)
+    assert sheet.images.shape == (6, 3, 64, 64) and sheet.columns == 6
+    assert sheet.titles == ["a dog"] * 3 + ["a red car"] * 3
+    again = bench.generator()("a red car", n=3, seed=0, guidance=1.5)[0]
+    assert torch.allclose(sheet.images[3:], again, atol=1e-5)  # picture j has seed + j
+    assert bench.run.summary()["prompts"] == {"source": "prompts of your own", "asked": ["a dog", "a red car"]}
+
+
+def test_captions_are_prompts_where_none_are_given(opened):
+    own = opened("a thing\nanother thing\n").own_prompts()
+    assert sorted(own.prompts) == ["a thing", "another thing"] and own.source == "captions of the val split"
+    bench = opened("a thing\n", "bare-val")
+    for path in bench.images("val").paths:
+        path.with_suffix(".txt").unlink()
+    assert bench.own_prompts() == (["a thing"], ["a thing"], "captions of the train split", None)
+
+
+def test_without_captions_pictures_are_prompts(opened):
+    bench = opened()
+    own = bench.own_prompts(n=12)
+    assert own.prompts.shape == (6, bench.clip.dim) and own.pictures.shape == (6, 3, 64, 64)
+    assert own.titles == [path.name for path in bench.images("val").paths[:6]] and "no captions" in own.source
+    assert torch.allclose(own.prompts[2], bench.clip.images(own.pictures[2:3])[0], atol=1e-5)
+    sheet = bench.draw_prompts(n=12)
+    assert sheet.images.shape == (30, 3, 64, 64) and sheet.columns == 10 and torch.equal(sheet.images[5], own.pictures[1])
+    assert sheet.titles[5:10] == [own.titles[1]] + ["variation"] * 4
+
+
+def test_a_text_of_bars_holds_no_prompt():
+    assert split_prompts("") == []
+    with pytest.raises(ClipgenError, match="a dog|a red car"):
+        split_prompts(" | ")
+
+
+def test_only_the_shapes_clip_on_photos_is_worth_a_word(opened):
+    assert "knows coloured shapes, not photos" in opened().notice
+    assert photo_notice("shapes", "shapes") == photo_notice("ViT-B-32", "/my/photos") == ""
+    assert photo_notice("data/shapes_clip", "/my/photos") == photo_notice("shapes", "/my/photos")
+
+
+def test_too_few_pictures_are_told_before_training(opened):
+    bench = opened()
+    for path in [*bench.images("train").paths, *bench.images("val").paths][6:]:
+        path.unlink()
+    with pytest.raises(ClipgenError, match="3 pictures to train on and 3 to test on: give at least 4 of each"):
+        bench.train_vqgan()
