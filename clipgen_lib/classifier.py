@@ -6,7 +6,6 @@ seen neither CLIP nor a drawn picture, so that, unlike CapS, it is not the judge
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,10 +16,9 @@ from torch import nn
 from .config import ClassifierConfig, from_dict
 from .data import ImageSet, augmented_rows, ordered_batches
 from .images import to_float, to_uint8
-from .optim import build_optimizer, set_rate
-from .runs import ClipgenError, Run, load_strictly, progress, read_json, read_weights, save_weights
-from .schedule import batch_rows, learning_rate
-from .train import TrainingState
+from .runs import ClipgenError, Run, load_strictly, read_json, read_weights, save_weights
+from .schedule import batch_rows
+from .train import fit
 
 
 class Classifier(nn.Module):
@@ -68,31 +66,16 @@ def train_classifier(
     torch.manual_seed(seed)
     model = Classifier(config, sorted(set(images.classes))).to(device)
     labels = torch.tensor([model.names.index(name) for name in images.classes])
-    optimizer = build_optimizer(model, "adamw", config.lr, 0.98, config.weight_decay)
-    state = TrainingState(run, "classifier", {"model": model, "optimizer": optimizer},
-                          {**model.describe(), "seed": seed, "data": images.hash})  # fmt: skip
-    start = state.resume()
-    with progress(config.steps, "training classifier", show_progress, start) as bar:
-        model.train()
-        for step in range(start, config.steps):
-            rows = batch_rows(len(images), config.batch_size, seed, step)
-            rows, pictures = augmented_rows(images, rows, seed, step, flip=True)
-            rate = learning_rate(step, config.steps, config.lr, config.warmup)
-            set_rate(optimizer, rate)
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
-                logits = model(to_float(pictures).to(device))
-            loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.update()
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                run.log("classifier", step + 1, loss=loss.item(), lr=rate)
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                if not math.isfinite(loss.item()):
-                    raise ClipgenError(f"the classifier's loss is not finite by step {step + 1}: lower its learning rate and run again from the last checkpoint")  # fmt: skip
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                state.save(step + 1)
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict]:
+        rows = batch_rows(len(images), config.batch_size, seed, step)
+        rows, pictures = augmented_rows(images, rows, seed, step, flip=True)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
+            logits = model(to_float(pictures).to(device))
+        return F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1), {}
+
+    facts = {**model.describe(), "seed": seed, "data": images.hash}
+    fit(run, "classifier", model, config, facts, loss_of, show_progress=show_progress)
     save_weights(run.path / "classifier", model)
     return model.eval().requires_grad_(False)
 

@@ -31,25 +31,9 @@ class ClipConfig:
 
 
 @dataclass(frozen=True)
-class ClipTrainConfig:
-    """Training of the embedded CLIP (notebooks/appendix_train_clip.ipynb)."""
+class FitConfig:
+    """What the trainings of CLIP and of the classifier share: AdamW on one device, linear warm-up then cosine."""
 
-    scenes: int = 160_000
-    steps: int = 2_000
-    batch_size: int = 512
-    lr: float = 1.5e-3
-    warmup: int = 150
-    weight_decay: float = 0.1
-    bfloat16: bool = True
-    log_every: int = 20
-    save_every: int = 200
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """The classifier that judges drawn pictures of classes: a resnet18, `width` channels in its first stage."""
-
-    width: int = 32
     steps: int = 1_200
     batch_size: int = 128
     lr: float = 2e-3
@@ -58,6 +42,26 @@ class ClassifierConfig:
     bfloat16: bool = True
     log_every: int = 20
     save_every: int = 400
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(FitConfig):
+    """The classifier that judges drawn pictures of classes: a resnet18, `width` channels in its first stage."""
+
+    width: int = 32
+
+
+@dataclass(frozen=True)
+class ClipTrainConfig(FitConfig):
+    """Training of the embedded CLIP (notebooks/appendix_train_clip.ipynb)."""
+
+    scenes: int = 160_000
+    steps: int = 2_000
+    batch_size: int = 512
+    lr: float = 1.5e-3
+    warmup: int = 150
+    weight_decay: float = 0.1
+    save_every: int = 200
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .clip_embed import ClipEmbedder
-from .config import OptimConfig, TransformerConfig, TransformerTrainConfig, VQGANConfig, VQGANTrainConfig
+from .config import FitConfig, OptimConfig, TransformerConfig, TransformerTrainConfig, VQGANConfig, VQGANTrainConfig
 from .data import ImageSet, training_batches
 from .images import to_float
 from .losses import (
@@ -309,6 +309,12 @@ def _finish(run: Run, stage: str, module: nn.Module, accelerator: Accelerator, s
     return module.eval().requires_grad_(False)
 
 
+def check_finite(stage: str, step: int, loss: float) -> None:
+    """A loss that is NaN or infinite ends a training with a sentence; the last checkpoint was written before and stays."""
+    if not np.isfinite(loss):
+        raise ClipgenError(f"the {stage} loss is not finite by step {step}: lower its learning rate and run again from the last checkpoint")  # fmt: skip
+
+
 class TrainingState:
     """All that a training needs to go on, by name; saved and resumed as one file."""
 
@@ -365,7 +371,43 @@ class _Log:
         self.scalars, self.tokens = {}, []
         if self.accelerator.is_main_process:
             self.run.log(self.stage, step, **means, **extra)
-        if not np.isfinite(means["loss"]):
-            raise ClipgenError(f"the {self.stage} loss is not finite by step {step}: lower its learning rate and run again from the last checkpoint")  # fmt: skip
+        check_finite(self.stage, step, means["loss"])
         shown = ("psnr", "perplexity", "nll", "embedding_loss", "loss")
         return {key: f"{means[key]:.3g}" for key in shown if key in means}
+
+
+# ---------------------------------------------------------------------------------------------- networks beside the two stages
+
+
+def fit(
+    run: Run, stage: str, model: nn.Module, config: FitConfig, facts: dict, loss_of: Callable[[int], tuple[torch.Tensor, dict]],
+    clip_norm: float = 0.0, after_step: Callable[[], None] = lambda: None, show_progress: bool = True,
+) -> None:  # fmt: skip
+    """Train CLIP or the classifier on one device with AdamW, or go on from a checkpoint of the same `facts`.
+
+    Args:
+        loss_of: step -> its loss, and scalars to log beside it; a function of seed and step, so that resuming is exact.
+        clip_norm: of the gradient; 0 leaves it as it is.
+    """
+    optimizer = build_optimizer(model, "adamw", config.lr, 0.98, config.weight_decay)
+    state = TrainingState(run, stage, {"model": model, "optimizer": optimizer}, facts)
+    start = state.resume()
+    with progress(config.steps, f"training {stage}", show_progress, start) as bar:
+        model.train()
+        for step in range(start + 1, config.steps + 1):
+            rate = learning_rate(step - 1, config.steps, config.lr, config.warmup)
+            set_rate(optimizer, rate)
+            loss, scalars = loss_of(step - 1)
+            optimizer.zero_grad()
+            loss.backward()
+            if clip_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            optimizer.step()
+            after_step()
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                run.log(stage, step, loss=loss.item(), lr=rate, **{key: float(value) for key, value in scalars.items()})
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+                check_finite(stage, step, loss.item())
+            if step % config.save_every == 0 or step == config.steps:
+                state.save(step)

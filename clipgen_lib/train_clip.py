@@ -22,10 +22,9 @@ from .clip_embed import ClipEmbedder
 from .config import ClipTrainConfig
 from .data import ImageSet, augmented_rows, ordered_batches
 from .images import from_arrays, to_float
-from .optim import build_optimizer, set_rate
 from .runs import ClipgenError, Run, fresh_folder, progress
-from .schedule import batch_rows, learning_rate
-from .train import TrainingState
+from .schedule import batch_rows
+from .train import fit
 
 CONTEXT = 32
 # A small ResNet rather than a ViT: three times the pictures per second on a CPU at this size.
@@ -143,36 +142,20 @@ def train_clip(
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT, bpe_path=str(merges))
     text_config = {**MODEL["text_cfg"], "vocab_size": vocabulary}
     model = CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], text_config).to(device)
-    optimizer = build_optimizer(model, "adamw", config.lr, 0.98, config.weight_decay)
     mean, std = (torch.tensor(PREPROCESS[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
-    state = TrainingState(run, "clip", {"model": model, "optimizer": optimizer},
-                          {"config": asdict(config), "seed": seed, "data": pairs.hash})  # fmt: skip
-    step = state.resume()
 
-    with progress(config.steps, "training CLIP", show_progress, initial=step) as bar:
-        model.train()
-        while step < config.steps:
-            images, texts, together = pairs.batch(step)
-            rate = learning_rate(step, config.steps, config.lr, config.warmup)
-            set_rate(optimizer, rate)
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
-                found = model(((images.to(device) + 1) / 2 - mean) / std, tokenizer(texts).to(device))[:3]
-            loss = contrastive_loss(*(x.float() for x in found), together.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))
-            step += 1
-            bar.update()
-            if step % config.log_every == 0 or step == config.steps:
-                run.log("clip", step, loss=loss.item(), lr=rate, scale=found[2].item())
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                if not math.isfinite(loss.item()):
-                    raise ClipgenError(f"the clip loss is not finite by step {step}: lower its learning rate and run again from the last checkpoint")  # fmt: skip
-            if step % config.save_every == 0 or step == config.steps:
-                state.save(step)
+    def loss_of(step: int) -> tuple[torch.Tensor, dict]:
+        images, texts, together = pairs.batch(step)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
+            found = model(((images.to(device) + 1) / 2 - mean) / std, tokenizer(texts).to(device))[:3]
+        return contrastive_loss(*(x.float() for x in found), together.to(device)), {"scale": found[2].detach()}
+
+    @torch.no_grad()
+    def bound_scale() -> None:
+        model.logit_scale.clamp_(0, math.log(100))
+
+    facts = {"config": asdict(config), "seed": seed, "data": pairs.hash}
+    fit(run, "clip", model, config, facts, loss_of, 1.0, bound_scale, show_progress)
     return _export(model, text_config, merges, run.path / "clip")
 
 
