@@ -25,4 +25,4 @@ test: $(INSTALLED)
 notebooks: $(INSTALLED)
 	rm -rf results/smoke results/smoke-clip
 	CLIPGEN_PROGRESS=0 $(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
-	$(VENV)/bin/python -c "import nbformat, pathlib, clipgen_lib.cli as c, clipgen_lib.prompt_box as b; [nbformat.write(b.as_saved(c.tidied(nbformat.read(p, 4))), p) for p in pathlib.Path('notebooks').glob('*.ipynb')]"
+	$(VENV)/bin/python -c "import nbformat, pathlib, clipgen_lib.cli as c; [nbformat.write(c.tidied(nbformat.read(p, 4)), p) for p in pathlib.Path('notebooks').glob('*.ipynb')]"

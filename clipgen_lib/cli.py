@@ -176,7 +176,7 @@ def captions(data: str, split: str, n: int, seed: int, output: Path) -> None:
 
 @main.command("generate")
 @click.argument("prompt")
-@click.option("--run", "run", default="demo", show_default=True, help="a trained run under results/")
+@click.option("--run", "run", help="a trained run under results/  [default: the weights that come with the project]")
 @click.option("-n", default=8, show_default=True, help="pictures")
 @click.option("--seed", default=0, show_default=True, help="picture j uses seed + j")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True)
@@ -187,13 +187,17 @@ def captions(data: str, split: str, n: int, seed: int, output: Path) -> None:
 @click.option("--candidates", type=int, help="draw that many for each picture and keep the one that CLIP finds nearest")
 @click.option("--device", default="auto", show_default=True)
 def generate(prompt, run, n, seed, output, device, **settings) -> None:
-    """Draw pictures for PROMPT with a trained run."""
+    """Draw pictures for PROMPT."""
     from PIL import Image
 
     from .images import grid
-    from .workbench import Workbench
+    from .sample import TextToImage
+    from .workbench import Workbench, pick_device
 
-    generator = Workbench.reopen(run, device).generator()
+    if run:
+        generator = Workbench.reopen(run, device).generator()
+    else:
+        generator = TextToImage.from_pretrained("shapes").to(pick_device(device))
     chosen = {key: value for key, value in settings.items() if value is not None}
     images = generator(prompt, n=n, seed=seed, show_progress=True, **chosen)[0]
     Image.fromarray(grid(images, columns=min(n, 8))).save(output)
@@ -285,6 +289,25 @@ def doctor() -> None:
         raise ClipgenError(problem)
 
 
+@main.command("cost")
+@click.argument("name", type=click.Choice(list(PRESETS)))
+@click.option("--images", default=118_287, show_default=True, help="pictures of the train split (MS-COCO 2017's)")
+@click.option("--gpus", multiple=True, default=(1, 8, 64), show_default=True, help="may be repeated")
+@click.option("--peak", default=989.0, show_default=True, help="TFLOP/s of one GPU in bfloat16 (H100 and H200, data sheet)")
+@click.option("--share", default=0.4, show_default=True, help="of the peak that is taken to be reached")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="json file for the numbers")
+def cost(name: str, images: int, gpus: tuple[int, ...], peak: float, share: float, output: Path) -> None:
+    """Count what a preset costs on a data set, in GPU hours, memory and disk; nothing is trained."""
+    from .config import load_preset
+    from .cost import lines_of, project
+    from .runs import write_json
+
+    found = [project(load_preset(name), images, peak * 1e12, count, share) for count in gpus]
+    click.echo(lines_of(found))
+    if output:
+        write_json(output, found)
+
+
 @main.command("preset")
 @click.argument("name", type=click.Choice(list(PRESETS)))
 @click.option("--step/--no-step", default=True, show_default=True, help="take one optimiser step of each stage")
@@ -313,15 +336,18 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
     chosen = _choose(only)
     known = {name: _parameters_of(name) for name in chosen}
     texts = {key for names in known.values() for key, is_text in names.items() if is_text}
-    values = {"PRESET": preset} | dict(_parse(text, texts) for text in parameters)
-    for key in values:
+    given = dict(_parse(text, texts) for text in parameters)
+    values = {"PRESET": preset} | given
+    for key in given:
         if not any(key in names for names in known.values()):
             everything = sorted(set().union(*known.values()))
             raise ClipgenError(f"no notebook has a parameter {key!r}: choose from {', '.join(everything)}")
     for key in ("DATA", "CLIP"):  # notebooks run in their own folder
         if values.get(key, "shapes") != "shapes" and Path(values[key]).expanduser().exists():
             values[key] = str(Path(values[key]).expanduser().resolve())
-    values["RUN"] = run or values.get("RUN") or _default_run(values["PRESET"], values.get("DATA", "shapes"))
+    trains = any("PRESET" in names for names in known.values())
+    default = _default_run(values["PRESET"], values.get("DATA", "shapes")) if trains else chosen[0].partition("_")[2]
+    values["RUN"] = run or values.get("RUN") or default
     if notice := _check(values):
         click.echo(notice, err=True)
     opened = open_run(values["RUN"])
@@ -422,11 +448,17 @@ def _execute(name: str, values: dict, output: Path) -> None:
 
 
 def tidied(notebook):
-    """Drop what bars and libraries left on stderr, and papermill's and nbclient's notes: they name this machine."""
+    """A notebook as it is kept: without what only a running kernel can show (widgets, animations), without what bars and
+    libraries left on stderr, and without papermill's and nbclient's notes, which name this machine."""
+    live = {"application/vnd.jupyter.widget-view+json", "image/gif"}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            cell.outputs = [
+                output for output in cell.outputs
+                if not (output.output_type == "stream" and output.name == "stderr") and not live & set(output.get("data", {}))
+            ]  # fmt: skip
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
-    notebook.metadata.pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
     return notebook

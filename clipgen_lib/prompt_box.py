@@ -100,13 +100,3 @@ def _tile() -> widgets.VBox:
     return widgets.VBox(
         [widgets.Image(format="png"), widgets.Label()], layout=widgets.Layout(align_items="center", margin="4px")
     )
-
-
-def as_saved(notebook):
-    """A notebook without what only a running kernel can show: widget views, their state, and animations."""
-    live = {"application/vnd.jupyter.widget-view+json", "image/gif"}
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not live & set(output.get("data", {}))]
-    notebook.metadata.pop("widgets", None)
-    return notebook

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from clipgen_lib.cli import tidied
 from clipgen_lib.config import SampleConfig
 from clipgen_lib.images import to_arrays
-from clipgen_lib.prompt_box import PromptBox, as_saved
+from clipgen_lib.prompt_box import PromptBox
 from clipgen_lib.sample import TextToImage
 
 
@@ -84,7 +85,7 @@ def test_a_saved_notebook_has_neither_widgets_nor_animations():
     cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", data) for data in kinds])
     cell.outputs.append(nbformat.v4.new_output("stream", text="said"))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("x"), cell], metadata={"widgets": {}})
-    saved = as_saved(notebook)
+    saved = tidied(notebook)
     assert [o.get("data") for o in saved.cells[1].outputs] == [kinds[0], kinds[3], None] and "widgets" not in saved.metadata
 
 
