@@ -283,7 +283,8 @@ def _reference() -> Preset:
         vqgan_train=replace(laptop.vqgan_train, steps=12_000),
         transformer=replace(laptop.transformer, width=256, condition_tokens=4),
         transformer_train=replace(laptop.transformer_train, steps=10_000, batch_size=64, lr=3e-3, warmup=100, ema_decay=0.995),
-        evaluate=replace(laptop.evaluate, n_oracle=1_024),
+        sample=replace(laptop.sample, temperature=0.9),  # chosen on prompts of another seed than the one that is reported
+        evaluate=replace(laptop.evaluate, n_oracle=1_000),
     )
 
 

@@ -468,7 +468,7 @@ def evaluate_oracle(
     scenes of one thing; and, with nothing generated, the tokenizer's reconstructions of real scenes, above which no
     generator on its tokens can rise. Every prompt gets one picture: nothing is picked or ranked.
     """
-    kinds = {"text": ("one", "two", "held_out"), "image": ("one",), "reconstruction": ("one", "two")}
+    kinds = {"text": ("one", "two", "held_out"), "image": ("one",), "reconstruction": ("one", "two", "held_out")}
     kinds = {modality: kinds[modality] for modality in modalities}
     found: dict = {modality: {} for modality in kinds}
     with progress(n * sum(map(len, kinds.values())), "drawing for the oracle", show_progress) as bar:
@@ -507,7 +507,7 @@ def table(summary: dict) -> str:
     for label, kinds in readings.items():
         for kind, scores in kinds.items():
             shares = "   ".join(f"{key} {100 * value:.1f}%" for key, value in scores.items() if key != "n")
-            lines.append(f"{label + ' ' + kind:28}{shares}   (n = {scores['n']})")
+            lines.append(f"{label + ' ' + kind + ' ':28}{shares}   (n = {scores['n']})")
     lines += [f"missing: {sentence}" for sentence in e.get("missing", [])]
     lines += [f"warning: {sentence}" for sentence in e["warnings"]]
     return "\n".join(lines)

@@ -158,12 +158,12 @@ def distances(evaluation: dict, title: str) -> Figure:
 def oracle(scores: dict, title: str) -> Figure:
     """Shares that the oracle finds right, one group of bars for each kind of prompt."""
     groups = [(f"{modality}, {kind}", values) for modality, kinds in scores.items() for kind, values in kinds.items()]
-    figure, axes = plt.subplots(1, len(groups), figsize=(2.5 * len(groups), 2.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(groups), figsize=(1.9 * len(groups), 2.9), sharey=True, squeeze=False)
     for axis, (label, values) in zip(axes[0], groups, strict=True):
         shares = {key: value for key, value in values.items() if key != "n"}
         bars = axis.bar(list(shares), list(shares.values()))
         axis.bar_label(bars, [f"{100 * value:.0f}" for value in shares.values()], fontsize=7)
-        axis.set(title=f"{label} (n = {values['n']})", ylim=(0, 1.1))
+        axis.set(title=f"{label}\nn = {values['n']}", ylim=(0, 1.1))
         axis.tick_params(axis="x", rotation=45)
     figure.suptitle(title)
     return figure

@@ -304,6 +304,26 @@ class Workbench:
         self.run.add_to_summary(prompts={"source": own.source, "asked": own.titles})
         return Sheet(images.flatten(0, 1), sum(titles, []), 2 * images.shape[1], own.source)
 
+    def class_rows(self, real: int = 4, drawn: int = 6, most: int = 20) -> dict[str, torch.Tensor]:
+        """Where folders are classes: held-out pictures of each class, then pictures drawn for its text, seeds in order.
+
+        Returns:
+            Class name -> (real + drawn, 3, H, W) in [-1, 1], for the first `most` classes that have so many pictures; empty
+            where there are no classes.
+        """
+        images, rows = self.images("val"), {}
+        for row, name in enumerate(images.classes or []):
+            rows.setdefault(name, []).append(row)
+        rows = {name: chosen[:real] for name, chosen in rows.items() if len(chosen) >= real and images.captions[chosen[0]]}
+        names = list(rows)[:most]
+        if not names:
+            return {}
+        texts = [images.captions[rows[name][0]][0] for name in names]
+        batches = ordered_batches(images, [row for name in names for row in rows[name]], real)
+        shown = [torch.cat([to_float(batch), pictures.cpu()])
+                 for (_, batch), pictures in zip(batches, self.generator()(texts, n=drawn, seed=self.seed), strict=True)]  # fmt: skip
+        return {name: pictures for name, pictures in zip(names, shown, strict=True) if len(pictures) == real + drawn}
+
     def evaluate(self, guidance: float = 0.0) -> dict:
         """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown.
 

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from PIL import Image
 
+from clipgen_lib import shapes
 from clipgen_lib.cli import _default_run, _parameters_of, _parse
 
 ROOT = Path(__file__).parents[1]
@@ -115,3 +117,31 @@ def test_real_photos_by_the_same_command(shared, tmp_path):
     assert "not photos" in (tmp_path / "photos" / "notebooks" / "04_evaluate.ipynb").read_text()
     assert summary["data"]["name"] == "coco-mini" and summary["data"]["n_train"] == 80 and "oracle" not in summary
     assert summary["evaluation"]["r_precision"] < 0.3  # a CLIP that knows shapes is near chance on photos
+
+
+def test_the_generator_of_the_project_draws(tmp_path):
+    """What a newcomer types first: no run is named and none is there."""
+    out = tmp_path / "out.png"
+    done = clipgen("generate", "a large red circle", "-n", "2", "--candidates", "4", "-o", out, results=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown = np.asarray(Image.open(out))
+    things = [shapes.read_scene(shown[:, left : left + 64])[0] for left in (0, 66)]
+    assert all((thing.colour, thing.shape) == ("red", "circle") for thing in things)
+
+
+def test_the_quickstart_runs_by_name_in_a_folder_of_its_own(tmp_path):
+    done = clipgen("run", "--notebook", "00", "-p", "PROMPT=a blue star", results=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"quickstart"}
+    figures = {path.name for path in (tmp_path / "quickstart" / "figures").iterdir()}
+    assert {"prompt.png", "variations.png", "completion.png", "blends.png", "walk.png", "walk.gif"} <= figures
+    saved = (tmp_path / "quickstart" / "notebooks" / "00_quickstart.ipynb").read_text()
+    assert "a blue star" in saved and "widget-view" not in saved
+
+
+def test_cost_is_told_and_kept(tmp_path):
+    out = tmp_path / "cost.json"
+    done = clipgen("cost", "laptop", "--images", "1000", "--gpus", "2", "-o", out, results=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(out.read_text())
+    assert found["gpus"] == 2 and found["images"] == 1000 and "laptop, 1,000 pictures" in done.stdout

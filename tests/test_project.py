@@ -61,20 +61,32 @@ def test_pictures_of_reference_runs_exist(path):
         assert (path.parent / target).is_file(), target
 
 
-def test_readme_numbers_come_from_results():
-    """The result table of the README is what the command prints for the committed run."""
+def test_tables_of_runs_come_from_results():
+    """The result tables are what the command prints for the committed runs."""
     from clipgen_lib.evaluate import table
 
-    summary = json.loads((ROOT / "results" / "laptop" / "summary.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert table(summary) in readme
+    for run, page in (("reference", "README.md"), ("laptop", "results/README.md")):
+        summary = json.loads((ROOT / "results" / run / "summary.json").read_text())
+        assert table(summary) in (ROOT / page).read_text()
 
 
-def test_readme_comparison_comes_from_results():
-    """Its blocks are lines of the tables that the committed rows make; of the ablation it shows some."""
+def test_cost_comes_from_the_presets():
+    """What the README says of COCO is the committed file, and that is what the presets cost now."""
+    from clipgen_lib.config import load_preset
+    from clipgen_lib.cost import lines_of, project
+
+    committed = json.loads((ROOT / "results" / "cost" / "coco.json").read_text())
+    assert lines_of(committed) in (ROOT / "README.md").read_text()
+    first = committed[0]
+    now = project(load_preset("coco"), first["images"], first["peak"], first["gpus"], first["share"])
+    assert now == first
+
+
+def test_comparison_tables_come_from_results():
+    """The blocks are lines of the tables that the committed rows make; of the ablation some."""
     from clipgen_lib.compare import TABLES, entries, lines_of
 
-    blocks = re.findall(r"```\n( +\w.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```\n( +\w.*?)\n```", (ROOT / "results" / "README.md").read_text(), re.DOTALL)
     for name in ("ablation", "systems", "photos"):
         table = TABLES[name]
         made = entries(ROOT / "results" / name, table.rows)

@@ -4,6 +4,8 @@ import torch
 from clipgen_lib import runs
 from clipgen_lib.captions import split_prompts
 from clipgen_lib.clip_embed import photo_notice
+from clipgen_lib.data import ordered_batches
+from clipgen_lib.images import to_float
 from clipgen_lib.runs import DATA, ClipgenError, open_run, read_json, write_json
 from clipgen_lib.sample import TextToImage
 from clipgen_lib.workbench import Workbench, clip_fields
@@ -120,3 +122,18 @@ def test_too_few_pictures_are_told_before_training(opened):
         path.unlink()
     with pytest.raises(ClipgenError, match="3 pictures to train on and 3 to test on: give at least 4 of each"):
         bench.train_vqgan()
+
+
+def test_each_class_shows_its_photos_and_what_is_drawn_for_its_name(opened, world, preset, tmp_path):
+    paths = sorted((world / "train").glob("*.png"))
+    for split, name, of in (("train", "a_cat", paths[:4]), ("train", "dog", paths[4:8]), ("val", "a_cat", paths[8:11]), ("val", "dog", paths[11:13])):  # fmt: skip
+        (tmp_path / "classes" / split / name).mkdir(parents=True)
+        for path in of:
+            (tmp_path / "classes" / split / name / path.name).write_bytes(path.read_bytes())
+    bench = Workbench(open_run("c", tmp_path), preset, str(tmp_path / "classes"), 0, "cpu")
+    rows = bench.class_rows(real=2, drawn=3)
+    assert list(rows) == ["a cat", "dog"] and rows["dog"].shape == (5, 3, 64, 64)
+    batch = next(ordered_batches(bench.images("val"), [3, 4], 2))[1]
+    assert torch.equal(rows["dog"][:2], to_float(batch))
+    assert torch.allclose(rows["dog"][2:], bench.generator()("a photo of a dog", n=3, seed=0)[0], atol=1e-5)
+    assert list(bench.class_rows(real=3, drawn=1)) == ["a cat"] and opened().class_rows() == {}
