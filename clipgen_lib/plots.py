@@ -126,7 +126,7 @@ def rows(pictures: dict[str, torch.Tensor], title: str, above: list[str] | None 
     figure, axis = plt.subplots(figsize=(sheet.shape[1] * inches + 1.4, sheet.shape[0] * inches + 0.5))
     axis.imshow(sheet, interpolation="nearest")
     axis.set_yticks([i * (height + gap) + height / 2 for i in range(len(pictures))])
-    axis.set_yticklabels(["\n".join(_wrap(label, 18)) for label in pictures])
+    axis.set_yticklabels(["\n".join(_wrap(label, 16)) for label in pictures])
     axis.set_xticks([i * (width + gap) + width / 2 for i in range(columns)] if above else [], above or [])
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)

@@ -28,7 +28,7 @@ def test_without_a_gpu_the_small_presets_fit(everything):
     assert fitting(LAPTOP, everything) == ["smoke", "laptop", "reference"]
     reasons = {v.preset: v.reason for v in verdicts(LAPTOP, everything)}
     assert reasons["coco"].startswith("needs a GPU of 58 GB") and "years on 2 cores" in reasons["coco"]
-    assert reasons["laptop"] == "takes 1.9 of 8 GB of memory; stage 2 lasts about 21 minutes on 2 cores"
+    assert reasons["laptop"] == "takes 1.9 of 8 GB of memory; stage 2 lasts about 11 minutes on 2 cores"
     assert fitting(replace(LAPTOP, cores=1), everything)[:2] == ["smoke", "laptop"]
 
 
