@@ -213,7 +213,7 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
     default=DATA / "shapes_generator",
     help="[default: data/shapes_generator]",
 )
-@click.option("-n", default=1_024, show_default=True, help="prompts of each kind for the oracle")
+@click.option("-n", default=1_000, show_default=True, help="prompts of each kind for the oracle")
 @click.option("--candidates", default=16, show_default=True, help="of the oracle's second column")
 @click.option("--device", default="auto", show_default=True)
 def export(run: str, folder: Path, n: int, candidates: int, device: str) -> None:
