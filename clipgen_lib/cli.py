@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from .config import PRESETS
-from .runs import DATA, ROOT, ClipgenError, open_run
+from .runs import ROOT, ClipgenError, open_run
 
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 
@@ -194,6 +194,8 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
     from .sample import TextToImage
     from .workbench import Workbench, pick_device
 
+    if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
+        raise ClipgenError(f"{output} cannot be written as a picture: give a name such as out.png in a folder that exists")
     if run:
         generator = Workbench.reopen(run, device).generator()
     else:
@@ -206,21 +208,18 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
 
 @main.command("export")
 @click.option("--run", "run", default="reference", show_default=True, help="a trained run under results/")
-@click.option(
-    "--to",
-    "folder",
-    type=click.Path(path_type=Path),
-    default=DATA / "shapes_generator",
-    help="[default: data/shapes_generator]",
-)
-@click.option("-n", default=1_000, show_default=True, help="prompts of each kind for the oracle")
-@click.option("--candidates", default=16, show_default=True, help="of the oracle's second column")
+@click.option("--to", "folder", type=click.Path(path_type=Path), help="a new folder  [default: results/<run>/generator]")
+@click.option("-n", type=click.IntRange(1), default=1_000, show_default=True, help="prompts of each kind for the oracle")
+@click.option("--candidates", type=click.IntRange(1), default=16, show_default=True, help="of the oracle's second column")
 @click.option("--device", default="auto", show_default=True)
-def export(run: str, folder: Path, n: int, candidates: int, device: str) -> None:
+def export(run: str, folder: Path | None, n: int, candidates: int, device: str) -> None:
     """Write a run's generator in float16 for TextToImage.from_pretrained, and measure what was written."""
     from .workbench import Workbench
 
-    click.echo(Workbench.reopen(run, device).export(folder, n, candidates))
+    bench = Workbench.reopen(run, device)
+    folder = folder or bench.run.path / "generator"
+    click.echo(bench.export(folder, n, candidates))
+    click.echo(f"generator in {_short(folder)}: TextToImage.from_pretrained reads it")
 
 
 @main.command("train-classifier")
@@ -291,10 +290,24 @@ def doctor() -> None:
 
 @main.command("cost")
 @click.argument("name", type=click.Choice(list(PRESETS)))
-@click.option("--images", default=118_287, show_default=True, help="pictures of the train split (MS-COCO 2017's)")
-@click.option("--gpus", multiple=True, default=(1, 8, 64), show_default=True, help="may be repeated")
-@click.option("--peak", default=989.0, show_default=True, help="TFLOP/s of one GPU in bfloat16 (H100 and H200, data sheet)")
-@click.option("--share", default=0.4, show_default=True, help="of the peak that is taken to be reached")
+@click.option(
+    "--images", type=click.IntRange(1), default=118_287, show_default=True, help="pictures of the train split (MS-COCO 2017's)"
+)
+@click.option("--gpus", type=click.IntRange(1), multiple=True, default=(1, 8, 64), show_default=True, help="may be repeated")
+@click.option(
+    "--peak",
+    type=click.FloatRange(0, min_open=True),
+    default=989.0,
+    show_default=True,
+    help="TFLOP/s of one GPU in bfloat16 (H100 and H200, data sheet)",
+)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="of the peak that is taken to be reached",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="json file for the numbers")
 def cost(name: str, images: int, gpus: tuple[int, ...], peak: float, share: float, output: Path) -> None:
     """Count what a preset costs on a data set, in GPU hours, memory and disk; nothing is trained."""
@@ -364,7 +377,8 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
         click.echo(f"{len(skipped)} files were left out, the first {name} ({why})")
     if "prompts" in summary and "04_evaluate" in chosen:
         click.echo(f"{len(summary['prompts']['asked'])} prompts drawn ({summary['prompts']['source']}): {_short(opened.path / 'figures' / 'prompts.png')}")  # fmt: skip
-        click.echo(notice, nl=bool(notice))
+        if notice:
+            click.echo(notice)
     click.echo(f"pictures: {_short(opened.path / 'figures')}   numbers: {_short(opened.path / 'summary.json')}")
 
 

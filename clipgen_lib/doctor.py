@@ -80,7 +80,7 @@ def weights_here(presets: tuple[str, ...] = tuple(PRESETS)) -> list[File]:
         found.append(File(clip_name(clip), f"CLIP of {', '.join(names)}", find_weights(clip.name, clip.pretrained), cure))
     folder = DATA / "shapes_generator"
     whole = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
-    cure = "restore it from the repository, or make it: clipgen run --preset reference, then clipgen export"
+    cure = "restore it from the repository, or make it: clipgen run --preset reference, then clipgen export --to data/shapes_generator"
     found.append(File(_short(folder), 'TextToImage.from_pretrained("shapes")', folder if whole else None, cure))
     for weights, serves in (
         (FID_INCEPTION, "FID protocols inception, clean, torchmetrics"),

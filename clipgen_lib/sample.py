@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import nn
 
 from .clip_embed import ClipEmbedder
@@ -30,6 +31,7 @@ from .transformer import ImageTransformer, KVCache, centre
 from .vqgan import VQGAN
 
 PRETRAINED = {"shapes": DATA / "shapes_generator"}  # generators that come with the project
+EXPORTED = {"config.json", "model.safetensors"}  # the files of one
 
 Seed = int | tuple[int, int]  # a pair names a candidate: (seed of the picture, number of the candidate)
 Prompts = str | list[str] | torch.Tensor  # texts, pictures (P, 3, H, W) in [-1, 1], or CLIP embeddings of pictures (P, D)
@@ -281,12 +283,24 @@ class TextToImage(
 
         Args:
             options: `clip`, or whatever `PyTorchModelHubMixin.from_pretrained` takes (revision, cache_dir, ...).
+
+        Raises:
+            ClipgenError: nothing of that name is here or can be downloaded, or what is there is no generator.
         """
-        with contextlib.redirect_stdout(None):  # the mixin prints where it reads from
-            return super().from_pretrained(PRETRAINED.get(str(name), name), **options)
+        try:
+            with contextlib.redirect_stdout(None):  # the mixin prints where it reads from
+                return super().from_pretrained(PRETRAINED.get(str(name), name), **options)
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # whatever hub and mixin raise
+            raise ClipgenError(f"{str(name)!r} is no generator that can be read here ({str(error).splitlines()[0]}): give 'shapes', a folder that save_pretrained wrote, or a hub id") from error  # fmt: skip
 
     def export(self, folder: Path) -> None:
-        """Write float16 weights as `from_pretrained` reads them; the folder's former content goes when all is written."""
+        """Write float16 weights as `from_pretrained` reads them, in place of an earlier export.
+
+        Raises:
+            ClipgenError: the folder holds anything else, which would be lost.
+        """
+        if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= EXPORTED):
+            raise ClipgenError(f"{folder} holds other things than an exported generator: give a new folder")
         with fresh_folder(folder) as fresh:
             copy.deepcopy(self).half().save_pretrained(fresh)
             (fresh / "README.md").unlink()  # a model card that says nothing of this model

@@ -359,12 +359,12 @@ class Workbench:
             What summary.json says under `export`: `bytes` of weights, and `oracle` by the number of candidates.
         """
         self.generator().export(folder)
-        written = TextToImage.from_pretrained(folder, clip=self.clip_source).to(self.device)
+        written = TextToImage.from_pretrained(folder).to(self.device)
         found: dict = {"bytes": (folder / "model.safetensors").stat().st_size}
         if self.has_oracle:
             found["oracle"] = {
                 str(count): evaluate.evaluate_oracle(written, n, self.seed, modalities=("text",), candidates=count)["text"]
-                for count in (1, candidates)
+                for count in sorted({1, candidates})
             }
         self.run.add_to_summary(export=found)
         return found

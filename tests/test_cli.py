@@ -145,3 +145,17 @@ def test_cost_is_told_and_kept(tmp_path):
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(out.read_text())
     assert found["gpus"] == 2 and found["images"] == 1000 and "laptop, 1,000 pictures" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("cost", "laptop", "--gpus", "0"), "0 is not in the range"),
+        (("cost", "laptop", "--share", "0"), "0.0 is not in the range"),
+        (("export", "--run", "absent", "-n", "0"), "0 is not in the range"),
+        (("generate", "a red circle", "-o", "out.foo"), "cannot be written as a picture"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be_are_told_first(arguments, sentence, tmp_path):
+    done = clipgen(*arguments, results=tmp_path)
+    assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr

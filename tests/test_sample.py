@@ -402,3 +402,25 @@ def test_pictures_go_in_as_prompts(generator, clip):
     for wrong in (pictures[0], pictures[:, :1], clip.images(pictures)[:, :-1]):
         with pytest.raises(ClipgenError, match="neither pictures"):
             generator(wrong)
+
+
+def test_an_export_takes_nobody_elses_folder(generator, tmp_path):
+    generator.export(tmp_path / "out")
+    generator.export(tmp_path / "out")  # an earlier export is replaced
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ClipgenError, match="holds other things"):
+        generator.export(tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("broken", ["absent", "empty", "weights"])
+def test_what_is_no_generator_is_one_sentence(generator, tmp_path, broken, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "out"
+    if broken == "empty":
+        folder.mkdir()
+    if broken == "weights":
+        generator.export(folder)
+        (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ClipgenError, match="is no generator that can be read here .*: give 'shapes'"):
+        TextToImage.from_pretrained(folder)
