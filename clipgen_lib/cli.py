@@ -27,7 +27,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except ClipgenError as error:
-            raise click.ClickException(str(error)) from None
+            failed = click.ClickException(str(error))
+            failed.exit_code = error.exit_code
+            raise failed from None
 
 
 @click.group(cls=_Commands)

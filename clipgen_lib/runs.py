@@ -12,9 +12,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +35,16 @@ RESULTS = Path(os.environ.get("CLIPGEN_RESULTS", ROOT / "results"))
 
 class ClipgenError(Exception):
     """A mistake the user can mend: one sentence that says what is wrong, where, and the cure."""
+
+    exit_code = 1
+
+
+class Stopped(ClipgenError):
+    """SIGTERM or SIGINT, after what was done was written down; ends a command as the signal would have."""
+
+    def __init__(self, number: int, where: str):
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}: what was done is kept, and the same command goes on from there")  # fmt: skip
+        self.exit_code = 128 + number
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -119,6 +131,47 @@ def progress(total: int, label: str, show: bool = True, initial: int = 0) -> tqd
     """A text progress bar with an ETA on stderr; `show=False` or CLIPGEN_PROGRESS=0 turns it off."""
     hidden = not show or os.environ.get("CLIPGEN_PROGRESS") == "0"
     return tqdm(total=total, desc=label, initial=initial, leave=False, disable=hidden, mininterval=0.5, dynamic_ncols=True)
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+class Stop:
+    """Whether SIGTERM or SIGINT has come since `stoppable` began."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def raise_if_asked(self, save: Callable[[], None], where: str) -> None:
+        """Where a signal has come: save, then end by `Stopped`."""
+        if self.number:
+            save()
+            raise Stopped(self.number, where)
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Within the block SIGTERM and SIGINT are noted instead of obeyed, for a loop that looks between two steps and saves first.
+
+    A second signal is obeyed at once. Outside of the main thread, where Python handles no signals, nothing changes.
+    """
+    stop, before = Stop(), {}
+
+    def note(number: int, frame: object) -> None:
+        stop.number = number
+        restore()
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        restore()
 
 
 # ---------------------------------------------------------------------------------------------- runs

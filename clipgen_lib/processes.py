@@ -1,0 +1,105 @@
+"""The processes of one launch: which one this is, and what they tell each other.
+
+Under `accelerate launch` or torchrun the same command runs in several processes, on one machine or many; without a launcher
+there is one, and everything here is then free. Accelerate owns devices and backends; files are the first process's to write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from .runs import ClipgenError
+
+
+def join(device: str = "auto") -> None:
+    """Take this process into the launch it belongs to; nothing where there is no launcher, or it is in already.
+
+    Args:
+        device: `cpu` joins by gloo even where there are GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=device == "cpu")
+
+
+def rank() -> int:
+    """Of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def gathered(item: object) -> list:
+    """What each process gave, in the order of their ranks, for the first of them; an empty list for the others.
+
+    Tensors travel by way of the CPU: give them there.
+    """
+    if count() == 1:
+        return [item]
+    items = [None] * count() if is_first() else None
+    dist.gather_object(item, items)
+    return items or []
+
+
+def shared(item: object) -> object:
+    """What the first process gave, for all."""
+    if count() == 1:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items)
+    return items[0]
+
+
+def mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes, on each of them; the tensor itself where there is one."""
+    if count() == 1:
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor / count()
+
+
+def launch(function: Callable, *arguments: object, processes: int = 1) -> None:
+    """Call a function in that many processes of this machine, from a notebook: one GPU each, or the CPU where there is none.
+
+    With one process it is called right here. What it returns is lost: it must write what is to stay.
+
+    Raises:
+        ClipgenError: fewer GPUs than processes, or a process that failed.
+    """
+    if processes < 1:
+        raise ClipgenError(f"{processes} processes cannot be started: give 1 or more")
+    if processes == 1:
+        function(*arguments)
+        return
+    from accelerate import debug_launcher, notebook_launcher
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise ClipgenError(f"{processes} processes need as many GPUs and this machine has {gpus}: give {gpus}")
+    if gpus:
+        notebook_launcher(function, arguments, num_processes=processes)
+    else:
+        debug_launcher(_on_one_thread, (function, *arguments), num_processes=processes)
+
+
+def _on_one_thread(function: Callable, *arguments: object) -> None:
+    torch.set_num_threads(1)  # a forked process that starts a pool of OpenMP threads of its own may wait for ever
+    function(*arguments)
