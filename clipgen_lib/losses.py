@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import processes
 from .clip_embed import ClipEmbedder
 from .protocols import VGG16, weights_file
 from .runs import ClipgenError
@@ -54,10 +55,11 @@ def adaptive_weight(
 ) -> torch.Tensor:
     """|grad of reconstruction| / |grad of adversarial| at the decoder's last layer (arXiv 2012.09841, equation 7).
 
-    Clamped to [0, largest]: unclamped it explodes where the discriminator saturates. Not differentiable itself.
+    Clamped to [0, largest]: unclamped it explodes where the discriminator saturates. Not differentiable itself. The gradients
+    are those of the whole batch, whatever number of processes share it: one weight for all.
     """
-    grad_r = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
-    grad_a = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
+    grad_r, grad_a = (processes.mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
+                      for loss in (reconstruction, adversarial))  # fmt: skip
     return (grad_r.norm() / (grad_a.norm() + 1e-6)).clamp(0, largest).detach()
 
 

@@ -67,13 +67,18 @@ def shared(item: object) -> object:
     return items[0]
 
 
-def mean(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all processes, on each of them; the tensor itself where there is one."""
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, on each of them; the tensor itself where there is one."""
     if count() == 1:
         return tensor
-    tensor = tensor.clone()
+    tensor = tensor.detach().clone()
     dist.all_reduce(tensor)
-    return tensor / count()
+    return tensor
+
+
+def mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes, on each of them; the tensor itself where there is one."""
+    return tensor if count() == 1 else total(tensor) / count()
 
 
 def launch(function: Callable, *arguments: object, processes: int = 1) -> None:

@@ -7,10 +7,12 @@ knows what a model is.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -65,12 +67,46 @@ def fresh_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def fresh_file(target: Path) -> Iterator[Path]:
+    """A temporary name beside `target`: what is written there takes its place when the block ends without an error.
+
+    The content is on the disk before it gets its name, so that a loss of power too leaves the old file or the new one.
+
+    Raises:
+        ClipgenError: the disk is full; the old file stays.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with room_on_disk(target):
+            yield beside
+            with open(beside, "rb") as stream:
+                os.fsync(stream.fileno())
+            beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_on_disk(target: Path) -> Iterator[None]:
+    """What is raised within the block because the disk, or a quota of it, is full becomes one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors tells the number in words only
+        numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))}
+        if not numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise
+        free = shutil.disk_usage(target.parent).free / 1e9
+        raise ClipgenError(f"no room for {target} ({free:.2g} GB are free): free some and run the same command, which goes on from what is there") from None  # fmt: skip
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that it is either the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    beside.replace(path)
+    with fresh_file(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: dict | list) -> None:
@@ -177,7 +213,7 @@ def stoppable() -> Iterator[Stop]:
 # ---------------------------------------------------------------------------------------------- runs
 
 
-MERGED = ("seconds", "parameters", "skipped")  # entries of summary.json that several steps write
+MERGED = ("seconds", "parameters", "skipped", "skipped_steps")  # entries of summary.json that several steps write
 
 
 @dataclass(frozen=True)
@@ -199,7 +235,7 @@ class Run:
     def log(self, stage: str, step: int, **scalars: float) -> None:
         """Append one line to metrics.jsonl."""
         line = {"stage": stage, "step": step} | {k: _finite(v) for k, v in scalars.items()}
-        with open(self.file("metrics.jsonl"), "a") as stream:
+        with room_on_disk(self.path / "metrics.jsonl"), open(self.file("metrics.jsonl"), "a") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def rewind(self, stage: str, step: int) -> None:
@@ -263,29 +299,71 @@ def open_run(name: str, results: Path | None = None) -> Run:
 def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
     """Write a nested state (tensors, numbers, strings, lists, dicts) as one safetensors file, atomically.
 
-    Everything that is not a tensor travels as JSON in the file's metadata, so that loading runs no code.
+    Everything that is not a tensor travels as JSON in the file's metadata, so that loading runs no code. A SHA-256 over all of
+    it goes there too.
+
+    Raises:
+        ClipgenError: the disk is full; a file that was there stays.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     tensors: dict = {}
-    skeleton = _take_tensors(state, tensors)
-    header = {"state": json.dumps(skeleton), "meta": json.dumps(meta)}
-    write_atomic(path, save({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, header))
+    header = {"state": json.dumps(_take_tensors(state, tensors)), "meta": json.dumps(meta)}
+    tensors = _apart({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    with fresh_file(path) as beside:
+        save_file(tensors, beside, {**header, "sha256": _digest(header, tensors)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict, dict]:
-    """Read what `save_checkpoint` wrote, on the CPU: (state, meta)."""
+    """Read what `save_checkpoint` wrote, on the CPU: (state, meta).
+
+    Raises:
+        ClipgenError: missing, cut short, changed since it was written, or not one of ours.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
+        if header.pop("sha256") != _digest(header, tensors):
+            raise ClipgenError(f"checkpoint {path} is not as it was written (its SHA-256 differs): delete it and run its step again")  # fmt: skip
         return _put_tensors(json.loads(header["state"]), tensors), json.loads(header["meta"])
     except FileNotFoundError:
         raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ClipgenError(f"checkpoint {path} is damaged or not one of ours ({error}): delete it and run its step again") from None  # fmt: skip
+
+
+def checkpoint_meta(path: Path) -> dict:
+    """The `meta` of a checkpoint, its tensors left unread; empty where the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return json.loads((stream.metadata() or {})["meta"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return {}
+
+
+def _digest(header: dict[str, str], tensors: dict) -> str:
+    import torch
+
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _apart(tensors: dict) -> dict:
+    """Tensors that share no memory, which safetensors asks for: the second of two that do is copied."""
+    seen, apart = set(), {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        seen.add(place)
+    return apart
 
 
 def _take_tensors(node: object, tensors: dict) -> object:
@@ -318,7 +396,7 @@ def save_weights(folder: Path, module: object, **facts: object) -> None:
     """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
     from safetensors.torch import save_file
 
-    with fresh_folder(folder) as fresh:
+    with room_on_disk(folder), fresh_folder(folder) as fresh:
         save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, fresh / "model.safetensors")
         write_json(fresh / "config.json", {**module.describe(), **facts})
 

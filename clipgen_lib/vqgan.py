@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from . import processes
 from .attention import attend
 from .config import VQGANConfig, from_dict
 from .runs import ClipgenError, load_strictly, read_json, read_weights
@@ -242,29 +242,47 @@ class VectorQuantizer(nn.Module):
         return Quantized(straight_through, tokens, z.detach(), codebook_loss, commitment_loss)
 
     @torch.no_grad()
-    def update_codebook(self, vectors: torch.Tensor, tokens: torch.Tensor) -> None:
-        """After an optimiser step: move codes by EMA, count idle steps, restart dead codes; the same on every process."""
+    def update_codebook(
+        self, vectors: torch.Tensor, tokens: torch.Tensor, draw: torch.Generator, valid: torch.Tensor | None = None
+    ) -> None:
+        """After an optimiser step: move codes by EMA, count idle steps, restart dead codes.
+
+        Statistics are of the whole batch, and `draw` picks restarts from all of its vectors, so that every process comes to
+        the codebook that one process alone would.
+
+        Args:
+            vectors: (B, h, w, C). tokens: (B, h, w) int64; what the quantiser gave for this process's share of the batch.
+            draw: on the CPU, in the same state on every process.
+            valid: () bool; where False nothing changes.
+        """
         flat, tokens = vectors.reshape(-1, vectors.shape[-1]), tokens.flatten()
-        used = torch.bincount(tokens, minlength=len(self.codebook)).float()
-        sums = torch.zeros_like(self.codebook).index_add_(0, tokens, flat)
-        fresh = flat[torch.randint(len(flat), (len(self.codebook),), device=flat.device)]
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(used)
-            dist.all_reduce(sums)
-            dist.broadcast(fresh, 0)
+        state = [self.codebook, self.idle] + ([self.counts, self.sums] if self.ema else [])
+        before = [x.clone() for x in state]
+        used = processes.total(torch.bincount(tokens, minlength=len(self.codebook)).float())
         if self.ema:
+            sums = processes.total(torch.zeros_like(self.codebook).index_add_(0, tokens, flat))
             self.counts.mul_(self.decay).add_(used, alpha=1 - self.decay)
             self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
             means = self.sums / self.counts.clamp_min(1e-3)[:, None]
             self.codebook.copy_(F.normalize(means, dim=-1) if self.l2_norm else means)
         self.idle.add_(1).masked_fill_(used > 0, 0)
         if self.restart_after:
-            dead = (self.idle >= self.restart_after)[:, None]
+            dead, fresh = (self.idle >= self.restart_after)[:, None], self._pick(flat, draw)
             self.codebook.copy_(torch.where(dead, fresh, self.codebook))
             if self.ema:
                 self.sums.copy_(torch.where(dead, fresh, self.sums))
                 self.counts.masked_fill_(dead[:, 0], 1.0)
             self.idle.masked_fill_(dead[:, 0], 0)
+        if valid is not None:
+            for x, old in zip(state, before, strict=True):
+                x.copy_(torch.where(valid, x, old))
+
+    def _pick(self, flat: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        """K of the vectors (N, C) that all processes hold, the same on each of them."""
+        chosen = torch.randint(len(flat) * processes.count(), (len(self.codebook),), generator=draw).to(flat.device)
+        chosen = chosen - len(flat) * processes.rank()
+        own = (chosen >= 0) & (chosen < len(flat))
+        return processes.total(torch.where(own[:, None], flat[chosen.clamp(0, len(flat) - 1)], 0.0))
 
 
 class VQGAN(nn.Module):
@@ -322,7 +340,11 @@ class VQGAN(nn.Module):
 
 def codebook_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Share of codes used at all, and perplexity exp(entropy) of their frequencies, over tokens of any shape."""
-    frequencies = torch.bincount(tokens.flatten(), minlength=codebook_size).double()
-    frequencies /= frequencies.sum()
+    return code_use(torch.bincount(tokens.flatten(), minlength=codebook_size))
+
+
+def code_use(counts: torch.Tensor) -> dict[str, float]:
+    """`codebook_statistics` of how often each code (K,) was used."""
+    frequencies = counts.double() / counts.sum()
     entropy = -(frequencies * frequencies.clamp_min(1e-12).log()).sum()
     return {"codebook_usage": float((frequencies > 0).double().mean()), "perplexity": float(entropy.exp())}

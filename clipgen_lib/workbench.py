@@ -205,7 +205,7 @@ class Workbench:
         if len(held_out) < FEWEST_HELD_OUT:
             raise ClipgenError(f"{held_out.root} holds {len(images)} pictures to train on and {len(held_out)} to test on: give at least {FEWEST_HELD_OUT} of each")  # fmt: skip
         with self._timed("vqgan"):
-            vqgan = train.train_vqgan(self.run, images, self.preset.vqgan, config, self.clip, self.seed, self.device)
+            vqgan = train.train_vqgan(self.run, images, held_out, self.preset.vqgan, config, self.clip, self.seed, self.device)
         data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(held_out)}
         scores = evaluate.evaluate_vqgan(vqgan.to(self.device), held_out)
         self.run.add_to_summary(data=data, vqgan=scores)

@@ -1,3 +1,6 @@
+import os
+import resource
+import signal
 import warnings
 from dataclasses import replace
 
@@ -9,7 +12,7 @@ from PIL import Image
 from clipgen_lib import train
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.data import ImageSet
-from clipgen_lib.runs import ClipgenError, load_checkpoint, open_run
+from clipgen_lib.runs import ClipgenError, Stopped, load_checkpoint, open_run
 from clipgen_lib.schedule import batch_rows, learning_rate
 from clipgen_lib.store import extract
 
@@ -36,7 +39,7 @@ class Killed(BaseException):
 
 
 def stage_one(run, images, preset, clip, **changes):
-    return train.train_vqgan(run, images, preset.vqgan, replace(preset.vqgan_train, **changes), clip, seed=1)
+    return train.train_vqgan(run, images, images, preset.vqgan, replace(preset.vqgan_train, **changes), clip, seed=1)
 
 
 def stage_two(run, store, preset, vqgan, clip, **changes):
@@ -50,16 +53,16 @@ def same_weights(a, b):
 
 
 def kill_after(monkeypatch, steps):
-    """Let the training log `steps` times, then kill it."""
-    real, count = train._Log.add, []
+    """Let the training take `steps` steps, then kill it."""
+    real, count = train._Log.valid, []
 
-    def add(self, *args):
+    def valid(self, *args):
         if len(count) == steps:
             raise Killed
         count.append(1)
-        real(self, *args)
+        return real(self, *args)
 
-    monkeypatch.setattr(train._Log, "add", add)
+    monkeypatch.setattr(train._Log, "valid", valid)
 
 
 def test_stage_one_resumed_is_uninterrupted(images, preset, clip, tmp_path, monkeypatch):
@@ -68,7 +71,7 @@ def test_stage_one_resumed_is_uninterrupted(images, preset, clip, tmp_path, monk
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 4)
         stage_one(run, images, preset, clip)
-    assert load_checkpoint(run.path / "checkpoints" / "vqgan.safetensors")[0]["step"] == 3
+    assert steps_kept(run) == [3]
     assert same_weights(whole, stage_one(run, images, preset, clip))
     assert [line["step"] for line in run.metrics("vqgan")] == [2, 4, 6]
 
@@ -81,6 +84,76 @@ def test_stage_two_resumed_is_uninterrupted(store, preset, vqgan, clip, tmp_path
         stage_two(run, store, preset, vqgan, clip)
     assert same_weights(whole, stage_two(run, store, preset, vqgan, clip))
     assert [line["step"] for line in run.metrics("transformer")] == [2, 4, 6]
+
+
+def test_a_signal_saves_first_and_the_rest_is_the_same(store, preset, vqgan, clip, tmp_path, monkeypatch):
+    whole = stage_two(open_run("whole", tmp_path), store, preset, vqgan, clip)
+    run, real, count = open_run("parts", tmp_path), train._Log.valid, []
+
+    def valid(self, *args):
+        count.append(1)
+        if len(count) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM after step 4 of the transformer") as stopped:
+        patch.setattr(train._Log, "valid", valid)
+        stage_two(run, store, preset, vqgan, clip)
+    assert stopped.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert steps_kept(run) == [3, 4]
+    assert same_weights(whole, stage_two(run, store, preset, vqgan, clip))
+
+
+def steps_kept(run):
+    return sorted(int(path.stem.rpartition("-")[2]) for path in (run.path / "checkpoints").glob("*-*.safetensors"))
+
+
+def test_the_last_checkpoints_and_the_best_stay(store, preset, vqgan, clip, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.2, 0.5, 0.4, 0.3, float("nan")])
+    monkeypatch.setattr(train, "held_out_losses", lambda *_: {"nll": next(scores)})
+    run = open_run("r", tmp_path)
+    stage_two(run, store, preset, vqgan, clip, save_every=1)
+    assert steps_kept(run) == [2, 5, 6]
+    assert [load_checkpoint(path)[1]["score"] for path in sorted((run.path / "checkpoints").iterdir())] == [0.2, 0.3, None]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(store, preset, vqgan, clip, tmp_path, monkeypatch, damage):
+    whole = stage_two(open_run("whole", tmp_path), store, preset, vqgan, clip)
+    run = open_run("parts", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 5)
+        stage_two(run, store, preset, vqgan, clip, save_every=2)
+    last = run.path / "checkpoints" / "transformer-00000004.safetensors"
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content if damage == "changed" else content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=r"transformer-00000004.*goes on from step 2"):
+        assert same_weights(whole, stage_two(run, store, preset, vqgan, clip, save_every=2))
+    for path in (run.path / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ClipgenError, match="damaged or not one of ours"):
+        stage_two(run, store, preset, vqgan, clip)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(store, preset, vqgan, clip, tmp_path, monkeypatch):
+    """A limit on the size of files stands for the end of the disk: writing fails in the same place and way."""
+    whole = stage_two(open_run("whole", tmp_path), store, preset, vqgan, clip)
+    run, real = open_run("parts", tmp_path), train.TrainingState.save
+
+    def save(self, step, *args):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if step == 6 else limits[0], limits[1]))
+        try:
+            real(self, step, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch, pytest.raises(ClipgenError, match="no room for .*transformer-00000006.*goes on"):
+        patch.setattr(train.TrainingState, "save", save)
+        stage_two(run, store, preset, vqgan, clip)
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["transformer-00000003.safetensors"]
+    assert same_weights(whole, stage_two(run, store, preset, vqgan, clip))
 
 
 def test_another_configuration_is_refused(images, preset, clip, tmp_path):
@@ -145,15 +218,16 @@ def test_each_knob_of_stage_two_matters(store, preset, vqgan, clip, tmp_path, fi
 def test_noise_meets_its_cosine():
     draw = torch.Generator().manual_seed(0)
     embeds = torch.nn.functional.normalize(torch.randn(4000, 64, generator=draw), dim=1)
-    noised = train.noise_embeds(embeds, 0.3, draw)
+    uniform, noise = torch.rand(4000, 1, generator=draw), torch.randn(4000, 64, generator=draw)
+    noised = train.noise_embeds(embeds, 0.3, uniform, noise)
     cosine = (noised * embeds).sum(1)
     assert torch.allclose(noised.norm(dim=1), torch.ones(4000), atol=1e-5)
     assert cosine.min() > 0.299 and cosine.max() < 1.001 and abs(cosine.mean().item() - 0.65) < 0.01
-    assert train.noise_embeds(embeds, 1.0, draw) is embeds
+    assert train.noise_embeds(embeds, 1.0, uniform, noise) is embeds
 
 
 def test_condition_dropout_zeroes_whole_rows():
-    kept = train.drop_condition(torch.ones(10_000, 4), 0.1, torch.Generator().manual_seed(0))
+    kept = train.drop_condition(torch.ones(10_000, 4), 0.1, torch.rand(10_000, 1, generator=torch.Generator().manual_seed(0)))
     assert set(kept.sum(1).tolist()) == {0.0, 4.0} and abs((kept[:, 0] == 0).float().mean().item() - 0.1) < 0.01
 
 
@@ -216,18 +290,57 @@ def test_descending_the_embedding_loss_lowers_the_clip_distance(vqgan, clip):
     assert min(distances) < distances[0] - 0.02, distances[::8]
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(store, preset, vqgan, clip, tmp_path, monkeypatch):
-    run, real, calls = open_run("r", tmp_path), train.F.cross_entropy, []
+def turn_bad(monkeypatch, bad):
+    """Make the likelihood NaN at those calls, counted from 0: one a step, and one in every look at held-out rows."""
+    real, calls = train.F.cross_entropy, []
 
-    def turns_bad(*args, **kwargs):
+    def cross_entropy(*args, **kwargs):
         calls.append(1)
-        return real(*args, **kwargs) * (float("nan") if len(calls) > 5 else 1.0)
+        return real(*args, **kwargs) * (float("nan") if len(calls) - 1 in bad else 1.0)
 
-    monkeypatch.setattr(train.F, "cross_entropy", turns_bad)
-    with pytest.raises(ClipgenError, match="not finite"):
-        stage_two(run, store, preset, vqgan, clip)
-    state, _ = load_checkpoint(run.path / "checkpoints" / "transformer.safetensors")
-    assert state["step"] == 3 and all(torch.isfinite(v).all() for v in state["model"].values())
+    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(store, preset, vqgan, clip, tmp_path, monkeypatch, optimizer):
+    """Without momentum, decay and EMA a training whose last step is skipped is the one that never took it."""
+    settings = {"save_every": 9, "log_every": 1, "optimizer": optimizer, "ema_decay": 0.0, "noise_cos": 1.0}
+    turn_bad(monkeypatch, {2})
+    run = open_run(optimizer, tmp_path)
+    skipped = stage_two(run, store, preset, vqgan, clip, steps=3, **settings)
+    assert [line.get("skipped", 0) for line in run.metrics("transformer")] == [0, 0, 1]
+    assert run.metrics("transformer")[2]["nll"] is None and run.summary()["skipped_steps"] == {"transformer": 1}
+    state, _ = load_checkpoint(run.path / "checkpoints" / "transformer-00000003.safetensors")
+    turn_bad(monkeypatch, set())
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 2)
+        other = open_run(f"{optimizer}-two", tmp_path)
+        stage_two(other, store, preset, vqgan, clip, steps=3, **{**settings, "save_every": 2})
+    before, _ = load_checkpoint(other.path / "checkpoints" / "transformer-00000002.safetensors")
+    for kind in ("model", "optimizer"):
+        assert same_states(state[kind], before[kind], but="lr")
+    assert all(torch.isfinite(x).all() for x in skipped.state_dict().values())
+
+
+def same_states(a, b, but):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_states(a[key], b[key], but) for key in a if key != but)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same_states(x, y, but) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_what_is_never_finite_ends_the_training_and_keeps_the_last_checkpoint(
+    store, preset, vqgan, clip, tmp_path, monkeypatch
+):
+    run = open_run("r", tmp_path)
+    turn_bad(monkeypatch, range(4, 99))  # three steps, a look at held-out rows, and then
+    with pytest.raises(ClipgenError, match="not finite at 10 steps in a row before step 13"):
+        stage_two(run, store, preset, vqgan, clip, steps=40, save_every=3, log_every=1)
+    for path in (run.path / "checkpoints").iterdir():
+        assert all(torch.isfinite(x).all() for x in load_checkpoint(path)[0]["model"].values())
 
 
 def test_half_precision_without_a_gpu_is_one_sentence(images, preset, clip, tmp_path):

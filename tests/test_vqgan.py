@@ -62,7 +62,7 @@ def test_ema_codes_become_the_mean_of_their_vectors(preset):
         replace(preset.vqgan, l2_norm=False, codebook_update="ema", codebook_decay=0.0, restart_after=0)
     )
     found = quantizer(vectors())
-    quantizer.update_codebook(found.vectors, found.tokens)
+    quantizer.update_codebook(found.vectors, found.tokens, torch.Generator())
     token = int(found.tokens.flatten()[0])
     mean = found.vectors[found.tokens == token].mean(0)
     assert torch.allclose(quantizer.codebook[token], mean, atol=1e-5)
@@ -74,9 +74,9 @@ def test_dead_codes_restart_from_encoder_outputs(quantizer):
     found = quantizer(vectors())
     before, used = quantizer.codebook.detach().clone(), torch.zeros(len(quantizer.codebook), dtype=torch.bool)
     used[found.tokens.flatten()] = True
-    quantizer.update_codebook(found.vectors, found.tokens)
+    quantizer.update_codebook(found.vectors, found.tokens, torch.Generator())
     assert torch.equal(quantizer.codebook, before)
-    quantizer.update_codebook(found.vectors, found.tokens)
+    quantizer.update_codebook(found.vectors, found.tokens, torch.Generator())
     outputs = found.vectors.reshape(-1, 8)
     assert torch.equal(quantizer.codebook[used], before[used])
     assert all((outputs == code).all(1).any() for code in quantizer.codebook[~used])
@@ -86,7 +86,7 @@ def test_restart_off_leaves_codes_alone(preset):
     quantizer = VectorQuantizer(replace(preset.vqgan, restart_after=0))
     before, found = quantizer.codebook.detach().clone(), quantizer(vectors())
     for _ in range(5):
-        quantizer.update_codebook(found.vectors, found.tokens)
+        quantizer.update_codebook(found.vectors, found.tokens, torch.Generator())
     assert torch.equal(quantizer.codebook, before)
 
 
