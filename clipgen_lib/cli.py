@@ -24,8 +24,11 @@ class _Commands(click.Group):
     """Our own errors end a command with their sentence and exit status 1; anything else is a bug and shows."""
 
     def invoke(self, context: click.Context):
+        from .processes import together
+
         try:
-            return super().invoke(context)
+            with together():
+                return super().invoke(context)
         except ClipgenError as error:
             failed = click.ClickException(str(error))
             failed.exit_code = error.exit_code

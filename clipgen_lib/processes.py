@@ -7,10 +7,13 @@ there is one, and everything here is then free. Accelerate owns devices and back
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessException
 
 from .runs import ClipgenError
 
@@ -81,6 +84,20 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if count() == 1 else total(tensor) / count()
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """What a process raises because another one of its launch has ended becomes one sentence.
+
+    Gloo raises a bare RuntimeError, NCCL a subclass of it; neither has more than its text to be known by.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or not re.search(r"gloo|nccl|connection|socket|timed out", str(error), re.IGNORECASE):
+            raise
+        raise ClipgenError("another process of this launch has ended, and what it wrote says why: run the same command again, with any number of processes, and it goes on from the last checkpoint") from None  # fmt: skip
+
+
 def launch(function: Callable, *arguments: object, processes: int = 1) -> None:
     """Call a function in that many processes of this machine, from a notebook: one GPU each, or the CPU where there is none.
 
@@ -99,12 +116,21 @@ def launch(function: Callable, *arguments: object, processes: int = 1) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
         raise ClipgenError(f"{processes} processes need as many GPUs and this machine has {gpus}: give {gpus}")
-    if gpus:
-        notebook_launcher(function, arguments, num_processes=processes)
-    else:
-        debug_launcher(_on_one_thread, (function, *arguments), num_processes=processes)
+    try:
+        (notebook_launcher if gpus else debug_launcher)(_joined, (function, *arguments), num_processes=processes)
+    except (RuntimeError, ProcessException) as error:  # of a process that failed, with its whole traceback as text
+        reason = str(error).strip().splitlines()[-1].removeprefix("clipgen_lib.runs.ClipgenError: ")
+        raise ClipgenError(f"one of {processes} processes failed: {reason}") from None
 
 
-def _on_one_thread(function: Callable, *arguments: object) -> None:
-    torch.set_num_threads(1)  # a forked process that starts a pool of OpenMP threads of its own may wait for ever
-    function(*arguments)
+def _joined(function: Callable, *arguments: object) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the notebook's own process, which was no part of a launch
+    if not torch.cuda.is_available():
+        # a forked process that starts OpenMP threads of its own may wait for ever for those of its parent
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+    join()
+    with together():
+        function(*arguments)

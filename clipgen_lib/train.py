@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -365,9 +364,7 @@ def _accelerator(config: OptimConfig, device: str) -> Accelerator:
         raise ClipgenError("precision fp16 needs a GPU: choose bf16 or no in the preset")
     AcceleratorState._reset_state()  # a second training in one notebook would otherwise be refused another precision
     processes.join(device)
-    # buffers change alike on every process: sending them around at each forward pass would only cost
-    apart = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(mixed_precision=config.precision, cpu=on_cpu, kwargs_handlers=[apart])
+    return Accelerator(mixed_precision=config.precision, cpu=on_cpu)
 
 
 def _compiled(module: nn.Module, device: torch.device) -> nn.Module:
