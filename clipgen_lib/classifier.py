@@ -16,9 +16,9 @@ from torch import nn
 from .config import ClassifierConfig, from_dict
 from .data import ImageSet, augmented_rows, ordered_batches
 from .images import to_float, to_uint8
+from .loop import fit
 from .runs import ClipgenError, Run, load_strictly, read_json, read_weights, save_weights
 from .schedule import batch_rows
-from .train import fit
 
 
 class Classifier(nn.Module):

@@ -8,26 +8,38 @@ loss and gradient changes no weight and is counted. Neither stage sees a caption
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import processes
 from .clip_embed import ClipEmbedder
-from .config import FitConfig, OptimConfig, TransformerConfig, TransformerTrainConfig, VQGANConfig, VQGANTrainConfig
+from .config import TransformerConfig, TransformerTrainConfig, VQGANConfig, VQGANTrainConfig
 from .data import ImageSet, ordered_batches, training_batches
 from .images import to_float
+from .loop import (
+    Averaged,
+    Log,
+    TrainingState,
+    accelerator_on,
+    apply,
+    compiled,
+    finish,
+    is_sharded,
+    lasting,
+    load_whole,
+    positions,
+    reduced,
+    scaler_of,
+    set_rates,
+    spread,
+    step_seed,
+    whole,
+    with_last,
+)
 from .losses import (
     PatchDiscriminator,
     adaptive_weight,
@@ -36,26 +48,12 @@ from .losses import (
     perceptual_loss,
     ramp,
 )
-from .optim import build_optimizer, set_rate
-from .runs import (
-    ClipgenError,
-    Run,
-    checkpoint_meta,
-    differences,
-    load_checkpoint,
-    module_hash,
-    progress,
-    save_checkpoint,
-    save_weights,
-    stoppable,
-)
-from .schedule import batch_rows, learning_rate
+from .optim import build_optimizer
+from .runs import ClipgenError, Run, module_hash, progress, stoppable
+from .schedule import batch_rows
 from .store import TokenStore
 from .transformer import ImageTransformer, centre
-from .vqgan import VQGAN, code_use
-
-KEPT = 2  # last checkpoints of a training; the one with the best score on held-out pictures stays as well
-MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient that end a training
+from .vqgan import VQGAN
 
 # ---------------------------------------------------------------------------------------------- stage 1
 
@@ -81,8 +79,10 @@ def train_vqgan(
         Stopped: SIGTERM or SIGINT, after a checkpoint.
     """
     torch.manual_seed(seed)
-    accelerator = _accelerator(config, device)
-    _positions(config)
+    accelerator = accelerator_on(config, device)
+    if is_sharded(accelerator):
+        raise ClipgenError("FSDP is for the transformer, which can be large: launch train-vqgan without it")
+    positions(config)
     vqgan = VQGAN(model_config)
     discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
     optimizers = {
@@ -91,30 +91,30 @@ def train_vqgan(
             discriminator, "adamw", config.discriminator_lr, config.beta2, config.weight_decay
         ),
     }
-    ema = AveragedModel(vqgan, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    ema = Averaged(vqgan, config.ema_decay)
     perceptual = perceptual_loss(config.perceptual, clip)
-    parts = {"model": vqgan, "discriminator": discriminator, "ema": ema, **optimizers, **_scaler(accelerator)}
+    parts = {"model": vqgan, "discriminator": discriminator, "ema": ema, **optimizers, **scaler_of(accelerator)}
     state = TrainingState(run, "vqgan", parts,
-                          {"model": asdict(model_config), "train": _lasting(config), "seed": seed, "data": images.hash})  # fmt: skip
+                          {"model": asdict(model_config), "train": lasting(config), "seed": seed, "data": images.hash})  # fmt: skip
     start = state.resume()
     generator, critic, *prepared = accelerator.prepare(vqgan, discriminator, *optimizers.values())
-    ema.to(accelerator.device)
-    forward = _compiled(generator, accelerator.device) if config.compile else generator
+    ema.module.to(accelerator.device)
+    forward = compiled(generator, accelerator.device) if config.compile else generator
     batches = training_batches(images, config.batch_size, seed, start, config.steps, config.flip, config.random_crop,
                                config.workers, processes.rank(), processes.count())  # fmt: skip
-    log = _Log(run, "vqgan", config.steps, model_config.codebook_size)
+    log = Log(run, "vqgan", config.steps, model_config.codebook_size)
 
     with (
         progress(config.steps, "training VQGAN", show_progress and accelerator.is_main_process, start) as bar,
         stoppable() as stop,
     ):
         for step in range(start, config.steps):
-            torch.manual_seed(_step_seed(seed, step, processes.rank()))
+            torch.manual_seed(step_seed(seed, step, processes.rank()))
             say = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
-            _set_rates(prepared, (config.lr, config.discriminator_lr), step, config)
+            set_rates(prepared, (config.lr, config.discriminator_lr), step, config)
             found = []
-            for last, real in _with_last(to_float(next(batches)).to(accelerator.device).chunk(config.accumulate)):
-                with _reduced(accelerator, last, generator, critic):
+            for last, real in with_last(to_float(next(batches)).to(accelerator.device).chunk(config.accumulate)):
+                with reduced(accelerator, last, generator, critic):
                     discriminator.requires_grad_(False)
                     with accelerator.autocast():
                         fake, quantized = forward(real)
@@ -145,9 +145,9 @@ def train_vqgan(
             log.add(**norms)
             log.use(tokens)
             valid = log.valid(*norms.values())
-            _apply(prepared, valid)
-            vqgan.quantizer.update_codebook(vectors, tokens, torch.Generator().manual_seed(_step_seed(seed, step)), valid)
-            ema.update_parameters(vqgan)
+            apply(prepared, valid)
+            vqgan.quantizer.update_codebook(vectors, tokens, torch.Generator().manual_seed(step_seed(seed, step)), valid)
+            ema.update(vqgan)
             bar.update()
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 bar.set_postfix(log.write(step + 1, lr=prepared[0].param_groups[0]["lr"]))
@@ -157,7 +157,7 @@ def train_vqgan(
                     run.log("vqgan_held_out", step + 1, **scores)
                     state.save(step + 1, scores["l2"])
                 stop.raise_if_asked(lambda done=step + 1: state.save(done), f"after step {step + 1} of the VQGAN's training")
-    return _finish(run, "vqgan", ema.module, accelerator, images.skipped)
+    return finish(run, "vqgan", ema.module, accelerator, images.skipped)
 
 
 @torch.inference_mode()
@@ -202,8 +202,9 @@ def train_transformer(
         ClipgenError, Stopped: as of `train_vqgan`.
     """
     torch.manual_seed(seed)
-    accelerator = _accelerator(config, device)
-    own, marked = _positions(config), _spread(config.batch_size, config.embedding_share)
+    accelerator = accelerator_on(config, device)
+    sharded = is_sharded(accelerator)
+    own, marked = positions(config), spread(config.batch_size, config.embedding_share)
     transformer = ImageTransformer(model_config, store.meta["K"], store.meta["L"], store.meta["D"])
     if config.centre:
         if text_mean is None:
@@ -212,27 +213,32 @@ def train_transformer(
         transformer.text_mean.copy_(text_mean)
     image_mean = transformer.image_mean.clone()
     optimizer = build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
-    ema = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    state = TrainingState(run, "transformer", {"model": transformer, "ema": ema, "optimizer": optimizer, **_scaler(accelerator)},
-                   {"model": asdict(model_config), "train": _lasting(config), "seed": seed, "data": store.meta["data_hash"],
+    ema = Averaged(transformer, config.ema_decay)
+    state = TrainingState(run, "transformer", {"model": transformer, "ema": ema, "optimizer": optimizer, **scaler_of(accelerator)},
+                   {"model": asdict(model_config), "train": lasting(config), "seed": seed, "data": store.meta["data_hash"],
                     "vqgan": store.meta["vqgan_hash"], "clip": store.meta["clip_hash"]})  # fmt: skip
     start = state.resume()
+    held = optimizer.state_dict()
     model, optimizer = accelerator.prepare(transformer, optimizer)
-    ema.to(accelerator.device)
+    ema.module.to(accelerator.device)
+    if sharded:  # weights were cut as they lay there, the rest is cut now
+        load_whole(optimizer.optimizer, held)
+        ema.follow(transformer)
+        state.parts["optimizer"] = optimizer.optimizer
     frozen = vqgan.to(accelerator.device).requires_grad_(False), clip.to(accelerator.device)
-    forward = _compiled(model, accelerator.device) if config.compile else model
-    log = _Log(run, "transformer", config.steps)
+    forward = compiled(model, accelerator.device) if config.compile else model
+    log = Log(run, "transformer", config.steps)
     label = "training transformer"
     with progress(config.steps, label, show_progress and accelerator.is_main_process, start) as bar, stoppable() as stop:
         for step in range(start, config.steps):
-            torch.manual_seed(_step_seed(seed, step, processes.rank()))
-            _set_rates([optimizer], (config.lr,), step, config)
+            torch.manual_seed(step_seed(seed, step, processes.rank()))
+            set_rates([optimizer], (config.lr,), step, config)
             rows = batch_rows(len(store), config.batch_size, seed, step)
-            change = _changes(config, store.meta["D"], torch.Generator().manual_seed(_step_seed(seed, step)))
-            for last, part in _with_last(own):
+            change = _changes(config, store.meta["D"], torch.Generator().manual_seed(step_seed(seed, step)))
+            for last, part in with_last(own):
                 tokens, embeds = store.tokens(rows[part]).to(accelerator.device), store.embeds(rows[part])
                 condition = change(centre(embeds, image_mean), part).to(accelerator.device)
-                with _reduced(accelerator, last, model):
+                with reduced(accelerator, last, model):
                     with accelerator.autocast():
                         logits = forward(condition, tokens)
                     nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
@@ -248,26 +254,30 @@ def train_transformer(
                         loss = loss + config.embedding_weight * scalars["embedding_loss"]
                     accelerator.backward(loss / config.accumulate)
                 log.add(loss=loss, **scalars)
-            gradient = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+            gradient = whole(accelerator.clip_grad_norm_(model.parameters(), config.clip_norm))
             log.add(gradient=gradient)
-            _apply([optimizer], log.valid(gradient))
-            ema.update_parameters(transformer)
+            apply([optimizer], log.valid(gradient))
+            ema.update(transformer)
             bar.update()
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 bar.set_postfix(log.write(step + 1, lr=optimizer.param_groups[0]["lr"]))
-            if accelerator.is_main_process:
-                if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                    ema.module.eval()
-                    scores = held_out_losses(ema.module, held_out, *frozen)
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                averaged, score = ema.whole().eval(), None
+                if accelerator.is_main_process:
+                    scores = held_out_losses(averaged, held_out, *frozen)
                     run.log("transformer_held_out", step + 1, **scores)
-                    state.save(step + 1, scores["nll"])
-                    if preview is not None:
-                        preview(ema.module, step + 1)
+                    score = scores["nll"]
+                state.save(step + 1, score)
+                if preview is not None and accelerator.is_main_process:
+                    preview(averaged, step + 1)
+            if sharded:  # all have to stop together, since each holds a part
+                stop.number = processes.shared(stop.number)
+            if sharded or accelerator.is_main_process:
                 stop.raise_if_asked(
                     lambda done=step + 1: state.save(done), f"after step {step + 1} of the transformer's training"
                 )
     made_with = {"trained_with": {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}}
-    return _finish(run, "transformer", ema.module, accelerator, {}, **made_with)
+    return finish(run, "transformer", ema.whole(), accelerator, {}, **made_with)
 
 
 def _changes(
@@ -352,260 +362,3 @@ def held_out_losses(
         if transformer.config.conditioning != "words":
             distance += embedding_loss(logits, embeds, vqgan, clip).item() * len(tokens)
     return {"nll": nll / count} | ({"embedding_loss": distance / count} if distance else {})
-
-
-# ---------------------------------------------------------------------------------------------- what both share
-
-
-def _accelerator(config: OptimConfig, device: str) -> Accelerator:
-    """An Accelerator on the asked device; its precision may differ from that of an earlier one in this process."""
-    on_cpu = device == "cpu"
-    if config.precision == "fp16" and on_cpu:
-        raise ClipgenError("precision fp16 needs a GPU: choose bf16 or no in the preset")
-    AcceleratorState._reset_state()  # a second training in one notebook would otherwise be refused another precision
-    processes.join(device)
-    return Accelerator(mixed_precision=config.precision, cpu=on_cpu)
-
-
-def _compiled(module: nn.Module, device: torch.device) -> nn.Module:
-    """`torch.compile`, tried on a sum first: it needs a C++ compiler, which not every machine has."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # a missing compiler, header or backend each raises its own
-        warnings.warn(f"torch.compile does not work on this machine ({type(error).__name__}): training runs without it, somewhat slower; a C++ compiler and Python's headers would mend it", stacklevel=3)  # fmt: skip
-        return module
-    return torch.compile(module)
-
-
-def _scaler(accelerator: Accelerator) -> dict:
-    """The loss scale of fp16, which moves on its own and has to be resumed."""
-    return {"scaler": accelerator.scaler} if accelerator.scaler is not None else {}
-
-
-def _lasting(config: OptimConfig) -> dict:
-    """The fields that a resumed run must share; logging, workers and compilation may change between sessions."""
-    return {k: v for k, v in asdict(config).items() if k not in ("log_every", "save_every", "workers", "compile")}
-
-
-def _step_seed(seed: int, step: int, rank: int | None = None) -> int:
-    """A seed for the global generator at one step on one process, or (None) for what all processes draw alike.
-
-    Seeded anew at every step, nothing random has a state to keep: a run that is resumed, with whatever number of processes,
-    draws what it would have drawn.
-    """
-    words = [seed, 17, step] + ([] if rank is None else [rank])
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _positions(config: OptimConfig) -> np.ndarray:
-    """Places in the whole batch that are this process's, (accumulate, n): one row for each backward pass."""
-    shares = processes.count() * config.accumulate
-    if config.batch_size % shares:
-        raise ClipgenError(f"batch_size {config.batch_size} does not divide by {processes.count()} processes times accumulate {config.accumulate}: change one of them")  # fmt: skip
-    return np.arange(config.batch_size).reshape(processes.count(), config.accumulate, -1)[processes.rank()]
-
-
-def _spread(size: int, share: float) -> np.ndarray:
-    """Marks, (size,) bool, at that share of the places, at least one, evenly apart: every process has its part of them."""
-    count = max(1, round(share * size))
-    marked = np.zeros(size, bool)
-    marked[((np.arange(count) + 0.5) * size / count).astype(int)] = True
-    return marked
-
-
-def _with_last(parts: Sequence) -> Iterator[tuple[bool, object]]:
-    """Each part, and whether it is the last."""
-    return ((i + 1 == len(parts), part) for i, part in enumerate(parts))
-
-
-@contextmanager
-def _reduced(accelerator: Accelerator, last: bool, *modules: nn.Module) -> Iterator[None]:
-    """Gradients go between processes with the last part of a batch only."""
-    with ExitStack() as stack:
-        for module in () if last else modules:
-            stack.enter_context(accelerator.no_sync(module))
-        yield
-
-
-def _set_rates(optimizers: list, peaks: tuple[float, ...], step: int, config: OptimConfig) -> None:
-    for optimizer, peak in zip(optimizers, peaks, strict=True):
-        set_rate(optimizer, learning_rate(step, config.steps, peak, config.warmup))
-
-
-def _apply(optimizers: list, valid: torch.Tensor) -> None:
-    """One step of each optimiser; where `valid`, () bool, is False, weights and moments stay as they are."""
-    for optimizer in optimizers:
-        bare = getattr(optimizer, "optimizer", optimizer)
-        if getattr(optimizer, "scaler", None) is not None:  # looks for itself
-            optimizer.step()
-        elif getattr(bare, "_step_supports_amp_scaling", False):  # fused AdamW looks on the device: nobody waits
-            bare.grad_scale, bare.found_inf = None, (~valid).float()
-            optimizer.step()
-        elif bool(valid):
-            optimizer.step()
-        optimizer.zero_grad()
-
-
-def _finish(run: Run, stage: str, module: nn.Module, accelerator: Accelerator, skipped: dict, **facts: object) -> nn.Module:
-    """Write the weights, tell of skipped files and steps, and hand back the model for use."""
-    processes.wait()
-    if accelerator.is_main_process:
-        save_weights(run.path / stage, module, **facts)
-        steps = sum(line.get("skipped", 0) for line in run.metrics(stage))
-        run.add_to_summary(
-            parameters={stage: sum(p.numel() for p in module.parameters())},
-            **({"skipped": skipped} if skipped else {}),
-            **({"skipped_steps": {stage: steps}} if steps else {}),
-        )
-    processes.wait()
-    return module.eval().requires_grad_(False)
-
-
-class TrainingState:
-    """All that a training needs to go on, by name, in one file for each checkpoint: `checkpoints/<stage>-<step>.safetensors`.
-
-    The last `KEPT` of them stay, and the one with the best score.
-    """
-
-    def __init__(self, run: Run, stage: str, parts: dict, facts: dict):
-        self.run, self.stage, self.parts, self.facts = run, stage, parts, facts
-        self.folder = run.file("checkpoints", stage).parent
-
-    def save(self, step: int, score: float | None = None) -> None:
-        """Write the state after `step` steps; `score`, where there is one, is better the lower."""
-        for cut in self.folder.glob(f".{self.stage}-*"):  # left by a process that was killed while it wrote
-            cut.unlink()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        path = self.folder / f"{self.stage}-{step:08d}.safetensors"
-        if not (score is None and path in self.paths()):
-            score = score if score is not None and math.isfinite(score) else None
-            save_checkpoint(path, state, {"training": self.facts, "step": step, "score": score})
-        kept = self.paths()[-KEPT:] + self.best()[:1]
-        for path in self.paths():
-            if path not in kept:
-                path.unlink()
-
-    def paths(self) -> list[Path]:
-        """The checkpoints that are there, in order of their steps."""
-        return sorted(self.folder.glob(f"{self.stage}-{'[0-9]' * 8}.safetensors"))
-
-    def best(self) -> list[Path]:
-        """Those that have a score, the best one first."""
-        scores = {path: score for path in self.paths() if (score := checkpoint_meta(path).get("score")) is not None}
-        return sorted(scores, key=scores.get)
-
-    def resume(self) -> int:
-        """Load the last checkpoint that is whole; returns the step to go on from.
-
-        Raises:
-            ClipgenError: it belongs to another training, or none of those there is whole.
-        """
-        step, damaged = 0, []
-        for path in reversed(self.paths()):
-            try:
-                state, meta = load_checkpoint(path)
-            except ClipgenError as error:
-                damaged.append(str(error))
-                continue
-            if differing := differences(meta["training"], self.facts):
-                raise ClipgenError(f"{path} belongs to another training (differs in {', '.join(differing)}): choose another run name or delete it")  # fmt: skip
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            step = meta["step"]
-            break
-        if damaged and not step:
-            raise ClipgenError(damaged[0])
-        if damaged and processes.is_first():
-            warnings.warn(f"{damaged[0]}; the training goes on from step {step}", stacklevel=3)
-        if processes.is_first():
-            for stage in (self.stage, f"{self.stage}_held_out"):
-                self.run.rewind(stage, step)
-        return step
-
-
-class _Log:
-    """Means of scalars since the last line, kept as tensors until then: no waiting for the GPU in between."""
-
-    def __init__(self, run: Run, stage: str, steps: int, codebook_size: int = 0):
-        self.run, self.stage, self.codebook_size, self.most = run, stage, codebook_size, min(MOST_SKIPPED, steps)
-        self.scalars: dict[str, list[torch.Tensor]] = {}
-        self.losses: list[torch.Tensor] = []  # of this step
-        self.counts: torch.Tensor | int = 0
-        self.skipped: list[torch.Tensor] = []  # of the steps since the last line
-        self.in_a_row = 0
-
-    def add(self, **scalars: torch.Tensor) -> None:
-        for key, value in scalars.items():
-            self.scalars.setdefault(key, []).append(value.detach().float())
-        if "loss" in scalars:
-            self.losses.append(self.scalars["loss"][-1])
-
-    def use(self, tokens: torch.Tensor) -> None:
-        """Count the codes of a batch."""
-        self.counts = self.counts + torch.bincount(tokens.flatten(), minlength=self.codebook_size)
-
-    def valid(self, *norms: torch.Tensor) -> torch.Tensor:
-        """Whether this step's losses and gradients are finite on every process, () bool; its answer is counted."""
-        values = torch.stack([processes.mean(torch.stack(self.losses).sum()), *(norm.float() for norm in norms)])
-        self.losses = []
-        self.skipped.append(~values.isfinite().all())
-        return ~self.skipped[-1]
-
-    def write(self, step: int, **extra: float) -> dict[str, str]:
-        """Log the means over processes and steps (what is not finite left out) and clear them; returns what the bar shows.
-
-        Raises:
-            ClipgenError: `MOST_SKIPPED` steps in a row had no finite loss or gradient.
-        """
-        values = {key: torch.stack(found) for key, found in self.scalars.items()}
-        means = processes.mean(torch.stack([x[x.isfinite()].mean() for x in values.values()])).tolist()
-        line = dict(zip(values, means, strict=True))
-        if self.codebook_size:
-            line |= code_use(processes.total(self.counts))
-            line["psnr"] = 10 * np.log10(4 / line["l2"])  # peak to peak is 2 in [-1, 1]
-        skipped, self.scalars, self.counts, self.skipped = torch.stack(self.skipped).tolist(), {}, 0, []
-        if any(skipped):
-            line["skipped"] = sum(skipped)
-        if processes.is_first():
-            self.run.log(self.stage, step, **line, **extra)
-        for bad in skipped:
-            self.in_a_row = self.in_a_row + 1 if bad else 0
-            if self.in_a_row == self.most:
-                raise ClipgenError(f"the {self.stage} loss or its gradient was not finite at {self.most} steps in a row before step {step}: the weights are those of before and in the last checkpoint; look at the data and the precision, or begin another run with a lower learning rate")  # fmt: skip
-        shown = ("psnr", "perplexity", "nll", "embedding_loss", "loss")
-        return {key: f"{line[key]:.3g}" for key in shown if key in line}
-
-
-# ---------------------------------------------------------------------------------------------- networks beside the two stages
-
-
-def fit(
-    run: Run, stage: str, model: nn.Module, config: FitConfig, facts: dict, loss_of: Callable[[int], tuple[torch.Tensor, dict]],
-    clip_norm: float = 0.0, after_step: Callable[[], None] = lambda: None, show_progress: bool = True,
-) -> None:  # fmt: skip
-    """Train CLIP or the classifier on one device with AdamW, or go on from a checkpoint of the same `facts`.
-
-    Args:
-        loss_of: step -> its loss, and scalars to log beside it; a function of seed and step, so that resuming is exact.
-        clip_norm: of the gradient; 0 leaves it as it is.
-    """
-    optimizer = build_optimizer(model, "adamw", config.lr, 0.98, config.weight_decay)
-    state = TrainingState(run, stage, {"model": model, "optimizer": optimizer}, facts)
-    start, log = state.resume(), _Log(run, stage, config.steps)
-    with progress(config.steps, f"training {stage}", show_progress, start) as bar, stoppable() as stop:
-        model.train()
-        for step in range(start + 1, config.steps + 1):
-            rate = learning_rate(step - 1, config.steps, config.lr, config.warmup)
-            set_rate(optimizer, rate)
-            loss, scalars = loss_of(step - 1)
-            loss.backward()
-            gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
-            log.add(loss=loss, gradient=gradient, **scalars)
-            _apply([optimizer], log.valid(gradient))
-            after_step()
-            bar.update()
-            if step % config.log_every == 0 or step == config.steps:
-                bar.set_postfix(log.write(step, lr=rate))
-            if step % config.save_every == 0 or step == config.steps:
-                state.save(step)
-            stop.raise_if_asked(lambda done=step: state.save(done), f"after step {step} of the {stage} training")

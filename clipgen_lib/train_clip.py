@@ -22,9 +22,9 @@ from .clip_embed import ClipEmbedder
 from .config import ClipTrainConfig
 from .data import ImageSet, augmented_rows, ordered_batches
 from .images import from_arrays, to_float
+from .loop import fit
 from .runs import ClipgenError, Run, fresh_folder, progress
 from .schedule import batch_rows
-from .train import fit
 
 CONTEXT = 32
 # A small ResNet rather than a ViT: three times the pictures per second on a CPU at this size.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from clipgen_lib import processes, train
+from clipgen_lib import loop, processes, train
 from clipgen_lib.runs import ClipgenError, open_run
 from clipgen_lib.store import extract
 
@@ -44,7 +44,7 @@ def test_two_processes_have_the_losses_of_one(stages, stage, tmp_path):
 
 def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(stages, tmp_path, monkeypatch):
     stages["transformer"]("whole")
-    real, count = train._Log.valid, []
+    real, count = loop.Log.valid, []
 
     def valid(self, *norms):
         count.append(1)
@@ -53,7 +53,7 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(stages, tm
         return real(self, *norms)
 
     with monkeypatch.context() as patch, pytest.raises(ClipgenError, match="one of 2 processes failed: .*(SIGKILL|has ended)"):
-        patch.setattr(train._Log, "valid", valid)
+        patch.setattr(loop.Log, "valid", valid)
         processes.launch(stages["transformer"], "parts", processes=2)
     folder = tmp_path / "parts" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["transformer-00000002.safetensors"]

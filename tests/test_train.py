@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipgen_lib import train
+from clipgen_lib import loop, train
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.data import ImageSet
 from clipgen_lib.runs import ClipgenError, Stopped, load_checkpoint, open_run
@@ -54,7 +54,7 @@ def same_weights(a, b):
 
 def kill_after(monkeypatch, steps):
     """Let the training take `steps` steps, then kill it."""
-    real, count = train._Log.valid, []
+    real, count = loop.Log.valid, []
 
     def valid(self, *args):
         if len(count) == steps:
@@ -62,7 +62,7 @@ def kill_after(monkeypatch, steps):
         count.append(1)
         return real(self, *args)
 
-    monkeypatch.setattr(train._Log, "valid", valid)
+    monkeypatch.setattr(loop.Log, "valid", valid)
 
 
 def test_stage_one_resumed_is_uninterrupted(images, preset, clip, tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_stage_two_resumed_is_uninterrupted(store, preset, vqgan, clip, tmp_path
 
 def test_a_signal_saves_first_and_the_rest_is_the_same(store, preset, vqgan, clip, tmp_path, monkeypatch):
     whole = stage_two(open_run("whole", tmp_path), store, preset, vqgan, clip)
-    run, real, count = open_run("parts", tmp_path), train._Log.valid, []
+    run, real, count = open_run("parts", tmp_path), loop.Log.valid, []
 
     def valid(self, *args):
         count.append(1)
@@ -97,7 +97,7 @@ def test_a_signal_saves_first_and_the_rest_is_the_same(store, preset, vqgan, cli
         return real(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM after step 4 of the transformer") as stopped:
-        patch.setattr(train._Log, "valid", valid)
+        patch.setattr(loop.Log, "valid", valid)
         stage_two(run, store, preset, vqgan, clip)
     assert stopped.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert steps_kept(run) == [3, 4]
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(store, preset, vqgan,
 def test_a_full_disk_keeps_the_checkpoint_before(store, preset, vqgan, clip, tmp_path, monkeypatch):
     """A limit on the size of files stands for the end of the disk: writing fails in the same place and way."""
     whole = stage_two(open_run("whole", tmp_path), store, preset, vqgan, clip)
-    run, real = open_run("parts", tmp_path), train.TrainingState.save
+    run, real = open_run("parts", tmp_path), loop.TrainingState.save
 
     def save(self, step, *args):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -150,7 +150,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(store, preset, vqgan, clip, tmp
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with monkeypatch.context() as patch, pytest.raises(ClipgenError, match="no room for .*transformer-00000006.*goes on"):
-        patch.setattr(train.TrainingState, "save", save)
+        patch.setattr(loop.TrainingState, "save", save)
         stage_two(run, store, preset, vqgan, clip)
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["transformer-00000003.safetensors"]
     assert same_weights(whole, stage_two(run, store, preset, vqgan, clip))
@@ -368,7 +368,7 @@ def test_a_machine_that_cannot_compile_says_so_and_trains(store, preset, vqgan, 
         return fail
 
     plain = stage_two(open_run("plain", tmp_path), store, preset, vqgan, clip, steps=2)
-    monkeypatch.setattr(train.torch, "compile", no_compiler)
+    monkeypatch.setattr(loop.torch, "compile", no_compiler)
     with pytest.warns(UserWarning, match="torch.compile does not work on this machine"):
         other = stage_two(open_run("other", tmp_path), store, preset, vqgan, clip, steps=2, compile=True)
     assert same_weights(plain, other)
