@@ -74,6 +74,12 @@ def train_vqgan(steps: int, **run_options) -> None:
     click.echo(bench.run.summary()["vqgan"])
 
 
+def _alone(step: str) -> None:
+    """Small networks are trained by one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ClipgenError(f"{step} trains a small network in one process: start it without accelerate launch or torchrun")
+
+
 def _is_first_process() -> bool:
     """Under `accelerate launch`, steps that are not trainings are the first process's alone."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -231,6 +237,7 @@ def export(run: str, folder: Path | None, n: int, candidates: int, device: str) 
 @_run_options
 def train_classifier(**run_options) -> None:
     """Train the judge of classes on real pictures in class folders; `evaluate` then uses it."""
+    _alone("train-classifier")
     click.echo(_open(**run_options).train_classifier())
 
 
@@ -262,6 +269,7 @@ def compare(table: str, run: str, steps: int, only: tuple[str, ...], data: str, 
 @click.option("--device", default="auto", show_default=True)
 def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: str) -> None:
     """Train a small CLIP where none can be downloaded (the only training that sees captions)."""
+    _alone("train-clip")
     from .clip_embed import ClipEmbedder
     from .config import load_preset
     from .data import open_images
@@ -291,6 +299,20 @@ def doctor() -> None:
     click.echo(page)
     if problem:
         raise ClipgenError(problem)
+
+
+@main.command("faults")
+@click.option("--kills", type=click.IntRange(5), default=20, show_default=True, help="SIGKILLs at random moments, in all steps")
+@click.option("--seed", default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the table  [default: results/faults]")
+def faults(kills: int, seed: int, output: Path | None) -> None:
+    """Kill, starve and damage the steps of a small run, and print what survived; takes about 10 minutes."""
+    from .faults import lines_of, run_faults
+
+    table = run_faults(kills, seed, output)
+    click.echo(lines_of(table))
+    if any(row["corrupted"] or row["survived"] < row["injected"] for row in table):
+        raise ClipgenError("a step did not survive a fault: the table says which")
 
 
 @main.command("cost")

@@ -5,6 +5,8 @@ import signal
 from dataclasses import replace
 
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 
 from clipgen_lib import loop, processes, train
 from clipgen_lib.runs import ClipgenError, open_run
@@ -23,8 +25,9 @@ def stages(images, preset, vqgan, clip, tmp_path):
     def stage_one(name):
         train.train_vqgan(open_run(name, tmp_path), images, images, codes, first, clip, seed=1)
 
-    def stage_two(name):
-        train.train_transformer(open_run(name, tmp_path), store, store, preset.transformer, second, vqgan, clip, seed=1)
+    def stage_two(name, optimizer="muon"):
+        config = replace(second, optimizer=optimizer)
+        train.train_transformer(open_run(name, tmp_path), store, store, preset.transformer, config, vqgan, clip, seed=1)
 
     return {"vqgan": stage_one, "transformer": stage_two}
 
@@ -61,6 +64,49 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(stages, tm
     whole, parts = (open_run(name, tmp_path).metrics("transformer") for name in ("whole", "parts"))
     assert [line["step"] for line in parts] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-3)
+
+
+class Killed(Exception):
+    """Stands for a signal that ends a process."""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_and_whole_trainings_go_on_from_each_other(stages, tmp_path, monkeypatch, optimizer):
+    """One process to step 2, FSDP over two to step 4, one again to the end: the losses of one process alone.
+
+    Accelerate takes FSDP for GPUs only, but its second version runs on gloo too: here it is told that this is FSDP.
+    """
+    stages["transformer"]("one", optimizer=optimizer)
+    real_accelerator, real_valid, count = loop.accelerator_on, loop.Log.valid, []
+
+    def fully_sharded(config, device):
+        accelerator = real_accelerator(config, device)
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+        )
+        return accelerator
+
+    def two_steps(self, *norms):
+        count.append(1)
+        if len(count) == 3:
+            raise Killed
+        return real_valid(self, *norms)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Log, "valid", two_steps)
+        with pytest.raises(Killed):
+            stages["transformer"]("parts", optimizer=optimizer)
+        count.clear()
+        patch.setattr(train, "accelerator_on", fully_sharded)
+        with pytest.raises(ClipgenError, match="one of 2 processes failed: .*Killed"):
+            processes.launch(stages["transformer"], "parts", optimizer, processes=2)
+    assert (tmp_path / "parts" / "checkpoints" / "transformer-00000004.safetensors").exists()
+    stages["transformer"]("parts", optimizer=optimizer)
+    one, parts = (open_run(name, tmp_path).metrics("transformer") for name in ("one", "parts"))
+    assert [line["step"] for line in parts] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "gradient"):
+        assert [line[key] for line in parts] == pytest.approx([line[key] for line in one], rel=1e-3), key
 
 
 def test_a_batch_that_does_not_divide_is_one_sentence(images, preset, clip, tmp_path):
