@@ -47,7 +47,7 @@ SPLITS = {
 }
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
 OPEN_FILES = 64  # shards that a process keeps open
-TAR_BLOCK = 256  # neighbours in a tar that an epoch keeps near each other, so that disks read ahead
+TAR_BLOCK, TAR_WINDOW = 64, 64  # neighbours in a tar that stay near each other in an epoch; blocks shuffled as one
 GROUP_BYTES = 512 << 20  # row groups of parquet that a process keeps
 SLOW_SCAN = 5.0  # seconds from which on an index is kept on disk
 
@@ -170,7 +170,7 @@ class TarShards:
 
     COLUMNS = {"offset": np.int64, "size": np.uint32, "text": np.int64, "text_size": np.uint32, "is_json": np.bool_,
                "label": np.int64, "label_size": np.uint32}  # fmt: skip
-    window = WINDOW
+    window = TAR_WINDOW
 
     def __init__(self, root: Path, names: Index):
         self.root, self.names = root, names
@@ -407,6 +407,8 @@ class ParquetShards:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             paths = _paths(file, column)
             rows = [(i, row, _group_bytes(g, column)) for i, g in enumerate(groups) for row in range(g.num_rows)]
+            if len(paths) != len(rows):
+                raise ValueError(f"it has {len(paths)} paths for {len(rows)} rows")
         except _arrow_errors() as error:
             return Scan([], [], {"": f"it is cut short or no parquet ({_first_line(error)}): restore it"})
         return Scan(_member_names(paths), rows, {} if rows else {"": "it holds no pictures"})

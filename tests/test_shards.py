@@ -385,6 +385,7 @@ def parquet_world(root, n=96, group=4):
 @pytest.mark.parametrize("make", [tar_world, parquet_world])
 def test_ranks_and_workers_read_each_picture_once(tmp_path, monkeypatch, make):
     monkeypatch.setattr(shards, "TAR_BLOCK", 2)
+    monkeypatch.setattr(TarShards, "window", 16)
     n, log = (40 if make is tar_world else 96), tmp_path / "log"
     real = data.load_image
 
