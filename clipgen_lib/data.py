@@ -118,19 +118,19 @@ class ImageSet(Dataset):
         return [self.root / name for name in self.names]
 
     @cached_property
-    def _texts(self) -> list[tuple[str, ...]] | None:
+    def _captions(self) -> list[tuple[str, ...]] | None:
         return self.pictures.captions(self.skipped)
 
     @property
     def captions(self) -> list[tuple[str, ...]]:
         """The captions of each row, for evaluation only; read when first asked for."""
-        if self._texts is None:
+        if self._captions is None:
             raise ClipgenError(f"{self.root} has no captions: put name.txt beside name.jpg, sort pictures into a folder for each class, or use a COCO root")  # fmt: skip
-        return self._texts
+        return self._captions
 
     @property
     def has_captions(self) -> bool:
-        return self._texts is not None
+        return self._captions is not None
 
     @cached_property
     def classes(self) -> list[str] | None:
@@ -140,7 +140,7 @@ class ImageSet(Dataset):
     @property
     def is_named_by_class(self) -> bool:
         """Whether the captions are no more than the names of classes: then a mirrored picture has the same one."""
-        return self.classes is not None and self._texts == [(CLASS_PROMPT.format(name),) for name in self.classes]
+        return self.classes is not None and self._captions == [(CLASS_PROMPT.format(name),) for name in self.classes]
 
     @property
     def hash(self) -> str:

@@ -36,15 +36,7 @@ if TYPE_CHECKING:
 CLASS_PROMPT = "a photo of a {}"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of gzip, bzip2, xz and zstandard
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}  # fmt: skip
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
 OPEN_FILES = 64  # shards that a process keeps open
 TAR_BLOCK, TAR_WINDOW = 64, 64  # neighbours in a tar that stay near each other in an epoch; blocks shuffled as one

@@ -147,6 +147,25 @@ def test_batches_are_a_function_of_seed_and_step(images):
         next(training_batches(images, 8, 0, 0, 1, world=3))
 
 
+def test_training_reads_no_caption(tmp_path, monkeypatch):
+    """A folder's text files and classes are read when asked for; so are COCO's captions, again from their file."""
+    for split in ("train", "val"):
+        for i in range(4):
+            save(tmp_path / split / f"{i % 2}" / f"{i}.png")
+            (tmp_path / split / f"{i % 2}" / f"{i}.txt").write_text(f"number {i}")
+    root = coco_root(tmp_path / "coco", ["a.png", "b.png"])
+    with monkeypatch.context() as patch:
+        for name in ("_folder_captions", "_folder_classes", "_coco_captions", "_caption_file"):
+            patch.setattr(f"clipgen_lib.data.{name}", lambda *_: pytest.fail("a caption was read"))
+        for images in (open_images(tmp_path, "train", 8), open_images(root, "val", 8)):
+            next(training_batches(images, 2, 0, 0, 1))
+            assert images.hash and images.content_hash
+    images = open_images(tmp_path, "train", 8)
+    assert images.captions == [(f"number {i}",) for i in (0, 2, 1, 3)] and images.classes == ["0", "0", "1", "1"]
+    images = open_images(root, "val", 8)
+    assert images.captions == [("a red field",), ()]
+
+
 def test_hash_follows_the_files(tmp_path):
     for name in ("train/a.png", "val/b.png"):
         save(tmp_path / name)
