@@ -97,21 +97,21 @@ def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
         ClipgenError: the file cannot be read, or names none of them.
     """
     known = read_captions(path, seed)
-    bare = _unambiguous(known, images.paths)
+    bare = _unambiguous(known, images.names)
     found = {}
-    for row, file in enumerate(images.paths):
-        text = known.get(_stem(file.relative_to(images.root).as_posix())) or bare.get(file.stem)
+    for row, name in enumerate(images.names):
+        text = known.get(_stem(name)) or bare.get(Path(name).stem)
         if text:
             found[row] = text
     if not found:
-        raise ClipgenError(f"{path} names none of the {len(images)} pictures in {images.root} (a picture is {images.paths[0].name}, a caption's name {next(iter(known))}): use the pictures' file names")  # fmt: skip
+        raise ClipgenError(f"{path} names none of the {len(images)} pictures in {images.root} (a picture is {Path(images.names[0]).name}, a caption's name {next(iter(known))}): use the pictures' file names")  # fmt: skip
     return found
 
 
-def _unambiguous(known: dict[str, str], files: list[Path]) -> dict[str, str]:
+def _unambiguous(known: dict[str, str], names: Iterable[str]) -> dict[str, str]:
     """Captions by bare name, where one caption and one picture have that name."""
     captions = Counter(Path(name).name for name in known)
-    pictures = Counter(path.stem for path in files)
+    pictures = Counter(Path(name).stem for name in names)
     return {bare: text for name, text in known.items() if captions[bare := Path(name).name] == 1 and pictures[bare] == 1}
 
 

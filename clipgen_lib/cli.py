@@ -179,8 +179,8 @@ def captions(data: str, split: str, n: int, seed: int, output: Path) -> None:
 
     images = open_images(data, split)
     pairs = choose_captions(images, min(n, sum(map(bool, images.captions))), seed)
-    top = images.root / images.split if (images.root / images.split).is_dir() else images.root
-    listed = caption_list((images.paths[row].relative_to(top).as_posix(), text) for row, text in pairs)
+    top = f"{images.split}/" if (images.root / images.split).is_dir() else ""
+    listed = caption_list((images.names[row].removeprefix(top), text) for row, text in pairs)
     write_atomic(output, listed)
     click.echo(f"{len(pairs)} captions of {images.name}/{images.split} in {output}, hash {caption_facts(listed)['hash']}")
 

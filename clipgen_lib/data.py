@@ -1,15 +1,17 @@
-"""Pictures on disk: MS-COCO, any folder, or the embedded Shapes world, behind one call.
+"""Pictures on disk: MS-COCO, any folder, tar and parquet shards, or the embedded Shapes world, behind one call.
 
 In: a path. Out: an `ImageSet`, rows of uint8 pictures with optional captions, and batches of them. Training asks for
 pictures only; captions are a property of their own that `store.py` and `train.py` never touch. A file that cannot be
-read is left out, counted and listed in `ImageSet.skipped`.
+read is left out, counted and listed in `ImageSet.skipped`. In memory are names and a cache of bounded size, not the pictures.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from functools import cached_property
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +24,57 @@ from .config import ShapesConfig
 from .images import EXTENSIONS, crop, load_image
 from .runs import DATA, ClipgenError, file_hash, read_json
 from .schedule import batch_rows
+from .shards import CLASS_PROMPT, Names, ParquetShards, TarShards, find_shards, open_shards, split_of
 
 CACHE_BYTES = 2 << 30  # decoded pictures kept in memory by a loader without workers
 VAL_SHARE = 0.1  # of a folder that has no split of its own, chosen by a hash of the file's path
 FEWEST_VAL = 16  # held out of such a folder at least, or half of it: fewer cannot be halved and compared
-CLASS_PROMPT = "a photo of a {}"
+
+
+class Files:
+    """Plain files as a source of pictures; `clipgen_lib/shards.py` has the others.
+
+    Args:
+        names: places of the files below `root`, posix.
+        captions, classes: what gives those of each row, or None; asked when they are wanted, and never by a training.
+    """
+
+    blocks, window = None, 1
+
+    def __init__(
+        self,
+        root: Path,
+        names: Names,
+        captions: Callable[[], list[tuple[str, ...]] | None] | None = None,
+        classes: Callable[[], list[str]] | None = None,
+    ):
+        self.root, self.names, self._captions, self._classes = root, names, captions, classes
+
+    def open(self, row: int) -> Path:
+        return self.root / self.names[row]
+
+    def facts(self) -> Iterator[str]:
+        return (f"{name}:{(self.root / name).stat().st_size};" for name in self.names)
+
+    def captions(self, skipped: dict[str, str]) -> list[tuple[str, ...]] | None:
+        return self._captions and self._captions()
+
+    def classes(self) -> list[str] | None:
+        return self._classes and self._classes()
 
 
 class ImageSet(Dataset):
     """One split: row -> (3, H, W) uint8 with a short side of `size` pixels.
 
+    Args:
+        pictures: where the rows come from: an opened source, or files below `root`.
+
     Attributes:
         name: what the data are called in results.
-        skipped: file -> why it was left out; grows as files turn out to be unreadable.
-        classes: row -> class name where folders are classes, else None.
+        names: row -> the place of its picture below `root`, posix; inside a shard, shard/member.
+        blocks, window: which rows lie together and how many such blocks are shuffled as one (see `batch_rows`); None for
+            files, which are as near in any order.
+        skipped: name -> why it was left out; grows as files turn out to be unreadable.
     """
 
     def __init__(
@@ -43,33 +82,48 @@ class ImageSet(Dataset):
         name: str,
         split: str,
         root: Path,
-        paths: list[Path],
+        pictures: Files | TarShards | ParquetShards | list[Path],
         size: int,
-        captions: list[tuple[str, ...]] | None = None,
-        classes: list[str] | None = None,
         skipped: dict[str, str] | None = None,
     ):
-        self.name, self.split, self.root, self.paths, self.size = name, split, root, paths, size
-        self.classes, self.skipped = classes, dict(skipped or {})
-        self._captions = captions
+        if isinstance(pictures, list):
+            pictures = Files(root, Names.of(path.relative_to(root).as_posix() for path in pictures))
+        self.name, self.split, self.root, self.pictures, self.size = name, split, root, pictures, size
+        self.names, self.blocks, self.window = pictures.names, pictures.blocks, pictures.window
+        self.skipped = dict(skipped or {})
         self._cache: dict[int, torch.Tensor] = {}
         self._cached_bytes = 0
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, row: int) -> torch.Tensor:
         if row not in self._cache:
-            image = load_image(self.paths[row], self.size)
+            image = load_image(self.pictures.open(row), self.size, self.place(row))
             if self._cached_bytes + image.nbytes > CACHE_BYTES:
                 return image
             self._cached_bytes += image.nbytes
             self._cache[row] = image
         return self._cache[row]
 
+    def place(self, row: int) -> str:
+        """What an error calls a picture: its path, or that of its shard and its name there."""
+        return str(self.root / self.names[row])
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the rows, where these are files of their own."""
+        if not isinstance(self.pictures, Files):
+            raise ClipgenError(f"{self.root} holds shards, whose pictures have no paths: unpack them to a folder for what needs files")  # fmt: skip
+        return [self.root / name for name in self.names]
+
+    @cached_property
+    def _captions(self) -> list[tuple[str, ...]] | None:
+        return self.pictures.captions(self.skipped)
+
     @property
     def captions(self) -> list[tuple[str, ...]]:
-        """The captions of each row, for evaluation only."""
+        """The captions of each row, for evaluation only; read when first asked for."""
         if self._captions is None:
             raise ClipgenError(f"{self.root} has no captions: put name.txt beside name.jpg, sort pictures into a folder for each class, or use a COCO root")  # fmt: skip
         return self._captions
@@ -77,6 +131,11 @@ class ImageSet(Dataset):
     @property
     def has_captions(self) -> bool:
         return self._captions is not None
+
+    @cached_property
+    def classes(self) -> list[str] | None:
+        """The class name of each row where pictures are sorted by class, else None; read when first asked for."""
+        return self.pictures.classes()
 
     @property
     def is_named_by_class(self) -> bool:
@@ -87,14 +146,20 @@ class ImageSet(Dataset):
     def hash(self) -> str:
         """16 hex digits of the relative paths and file sizes: the same for the same files, wherever they lie."""
         digest = hashlib.sha256(str(self.size).encode())
-        for path in self.paths:
-            digest.update(f"{path.relative_to(self.root).as_posix()}:{path.stat().st_size};".encode())
+        for fact in self.pictures.facts():
+            digest.update(fact.encode())
         return digest.hexdigest()[:16]
 
     @cached_property
     def content_hash(self) -> str:
-        """16 hex digits of the files' bytes, in order, whatever they are called: what statistics are kept under."""
-        return file_hash(*self.paths)
+        """16 hex digits of the pictures' bytes, in order, whatever they are called: what statistics are kept under."""
+        if isinstance(self.pictures, Files):
+            return file_hash(*self.paths)
+        digest = hashlib.sha256()
+        for row in range(len(self)):
+            with suppress(ClipgenError):  # it is listed when it is read as a picture
+                digest.update(self.pictures.open(row))
+        return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- opening
@@ -107,10 +172,11 @@ def open_images(
 
     Args:
         path: `shapes` (the embedded world, made on first use), a COCO root (`annotations/captions_<split>.json` and
-            `<split>/`), or any folder of pictures, read recursively.
+            `<split>/`), WebDataset tar shards or Hugging Face parquet (one file or a folder of them, read where they lie,
+            see `data/README.md`), or any folder of pictures, read recursively.
         split: `train` or `val`; on a COCO root any split, where `train` finds `train2017` or `train2014`; on `shapes`
-            also `heldout`. A folder with no `train` and `val` folders of its own is split 90 to 10, a small one so that 16
-            pictures or half of it are held out.
+            also `heldout`. A folder with no `train` and `val` folders of its own, or shards not named so, are split 90 to 10,
+            a small set so that 16 pictures or half of it are held out.
         size: short side in pixels.
         world, seed: size and seed of the Shapes world.
 
@@ -122,10 +188,13 @@ def open_images(
         path = shapes.make_world(root, world.n_train, world.n_val, seed)
         return _open_coco(Path(path), split, size, "shapes")
     root = Path(path).expanduser()
+    is_coco = (root / "annotations").is_dir()
+    if not is_coco and (files := find_shards(root)):
+        return _open_shards(root, files, split, size)
     if not root.is_dir():
         hint = "unpack the archive and give its folder" if root.is_file() else "check the path, or use 'shapes'"
         raise ClipgenError(f"{root} is not a folder of pictures: {hint}")
-    if (root / "annotations").is_dir():
+    if is_coco:
         return _open_coco(root, split, size, root.resolve().name)
     return _open_folder(root, split, size)
 
@@ -141,12 +210,10 @@ def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
     content = read_json(found[0])
     try:
         names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-        texts: dict[int, list[str]] = {}
-        for annotation in content["annotations"]:
-            texts.setdefault(int(annotation["image_id"]), []).append(str(annotation["caption"]).strip())
+        texts = _coco_texts(content)
     except (KeyError, TypeError, ValueError) as error:
         raise ClipgenError(f"{found[0]} is not in COCO's caption layout ({type(error).__name__}: {error}): restore the original file") from None  # fmt: skip
-    paths, captions, skipped = [], [], {}
+    used, skipped = {}, {}
     for key, file_name in sorted(names.items()):
         path = folder / file_name
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -154,15 +221,49 @@ def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
         elif not path.is_file():
             skipped[file_name] = "named in the annotations, but the file is missing"
         else:
-            paths.append(path)
-            captions.append(tuple(texts.get(key, ())))
+            used[key] = path.relative_to(root).as_posix()
     for key in sorted(texts.keys() - names.keys()):
         skipped[f"image_id {key}"] = "captions without an entry among the images"
-    if not paths:
+    if not used:
         raise ClipgenError(
             f"{folder} holds none of the {len(names)} pictures of {found[0].name}: unpack {folder.name}.zip there"
         )
-    return ImageSet(name, folder.name, root, paths, size, captions, skipped=skipped)
+    pictures = Files(root, Names.of(used.values()), partial(_coco_captions, found[0], np.array(list(used), np.int64)))
+    return ImageSet(name, folder.name, root, pictures, size, skipped)
+
+
+def _coco_texts(content: dict) -> dict[int, list[str]]:
+    """Image id -> its captions."""
+    texts: dict[int, list[str]] = {}
+    for annotation in content["annotations"]:
+        texts.setdefault(int(annotation["image_id"]), []).append(str(annotation["caption"]).strip())
+    return texts
+
+
+def _coco_captions(path: Path, keys: np.ndarray) -> list[tuple[str, ...]]:
+    """Of images in the order of their ids; the file is read again, so that a training need not keep them."""
+    texts = _coco_texts(read_json(path))
+    return [tuple(texts.get(key, ())) for key in keys.tolist()]
+
+
+def _open_shards(path: Path, files: list[Path], split: str, size: int) -> ImageSet:
+    root = path if path.is_dir() else path.parent
+    if split not in ("train", "val"):
+        raise ClipgenError(f"shards have the splits train and val, not {split!r}")
+    splits = {file: split_of(file.relative_to(root).as_posix()) for file in files}
+    held_out = "val" if "val" in splits.values() else "test"
+    has_splits = {"train", held_out} <= set(splits.values())
+    wanted = "train" if split == "train" else held_out
+    pictures, skipped = open_shards(root, [f for f in files if splits[f] == wanted] if has_splits else files)
+    if has_splits:
+        unnamed = (f.relative_to(root).as_posix() for f in files if splits[f] is None)
+        skipped |= {name: "its name says of no split that it belongs to it: put train or val into it" for name in unnamed}
+    else:
+        held = _held_out(pictures.names)
+        if held.all() if split == "train" else not held.any():
+            raise ClipgenError(f"{path} has {len(held)} pictures, too few for a {split} split: add more, or name shards train-... and val-...")  # fmt: skip
+        pictures = pictures.kept(held if split == "val" else ~held)
+    return ImageSet(path.resolve().stem if path.is_file() else path.resolve().name, split, root, pictures, size, skipped)
 
 
 def _open_folder(root: Path, split: str, size: int) -> ImageSet:
@@ -173,20 +274,28 @@ def _open_folder(root: Path, split: str, size: int) -> ImageSet:
     everything = sorted(p for p in top.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file() and not _is_hidden(p, top))
     if not everything:
         raise ClipgenError(f"{top} holds no pictures ({', '.join(EXTENSIONS)}): give another folder")
-    held_out = set() if has_splits else _held_out(everything, root)
-    paths = everything if has_splits else [p for p in everything if (p in held_out) == (split == "val")]
-    if not paths:
+    names = Names.of(path.relative_to(root).as_posix() for path in everything)
+    names = names if has_splits else names.kept(_held_out(names) == (split == "val"))
+    if not len(names):
         raise ClipgenError(f"{root} has {len(everything)} pictures, too few for a {split} split: add more, or make train/ and val/ folders")  # fmt: skip
-    folders = [p.relative_to(top).parts[0] if len(p.relative_to(top).parts) > 1 else "" for p in paths]
-    is_classes = all(folders) and len({p.relative_to(top).parts[0] for p in everything}) > 1
-    classes = [name.replace("_", " ").replace("-", " ") for name in folders] if is_classes else None
-    written = [_caption_file(p) for p in paths]
-    captions = None
+    in_folders = all(name.count("/") > has_splits for name in names)
+    is_classes = in_folders and len({p.relative_to(top).parts[0] for p in everything}) > 1
+    classes = partial(_folder_classes, names, int(has_splits)) if is_classes else None
+    pictures = Files(root, names, partial(_folder_captions, root, names, classes), classes)
+    return ImageSet(root.resolve().name, split, root, pictures, size)
+
+
+def _folder_classes(names: Sequence[str], depth: int) -> list[str]:
+    """The folder at that depth of each name, as words."""
+    return [name.split("/")[depth].replace("_", " ").replace("-", " ") for name in names]
+
+
+def _folder_captions(root: Path, names: Names, classes: Callable[[], list[str]] | None) -> list[tuple[str, ...]] | None:
+    """The lines of name.txt beside each picture, else what its class makes, None without both."""
+    written = [_caption_file(root / name) for name in names]
     if any(written):
-        captions = written
-    elif classes:
-        captions = [(CLASS_PROMPT.format(name),) for name in classes]
-    return ImageSet(root.resolve().name, split, root, paths, size, captions, classes)
+        return written
+    return classes and [(CLASS_PROMPT.format(name),) for name in classes()]
 
 
 def _is_hidden(path: Path, top: Path) -> bool:
@@ -194,11 +303,14 @@ def _is_hidden(path: Path, top: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(top).parts)
 
 
-def _held_out(paths: list[Path], root: Path) -> set[Path]:
-    """The files of the val split: those with the smallest hashes of their names, so that new files move few of the old ones."""
-    digests = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest() for path in paths}
-    count = sum(digest[0] < 256 * VAL_SHARE for digest in digests.values())
-    return set(sorted(paths, key=digests.get)[: max(count, min(FEWEST_VAL, len(paths) // 2))])
+def _held_out(names: Sequence[str]) -> np.ndarray:
+    """Which rows are the val split, (N,) bool: those whose names have the smallest hashes, so that new files move few old ones."""
+    digests = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
+    order = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(names))
+    count = int((order >> np.uint64(56) < 256 * VAL_SHARE).sum())
+    held = np.zeros(len(names), bool)
+    held[np.argsort(order, kind="stable")[: max(count, min(FEWEST_VAL, len(names) // 2))]] = True
+    return held
 
 
 def _caption_file(image: Path) -> tuple[str, ...]:
@@ -233,10 +345,15 @@ class _Crops(Dataset):
         return row, crop(image, self.source.size, at)
 
 
-def _loader(crops: _Crops, batches: list | Iterator, workers: int) -> Iterator[list[tuple[int, torch.Tensor | str]]]:
+def _loader(crops: _Crops, batches: Iterable, workers: int) -> Iterator[list[tuple[int, torch.Tensor | str]]]:
     # a generator of its own: a loader otherwise draws from the global one, and a resumed run would differ
     own = torch.Generator().manual_seed(0)
-    return iter(DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own))
+    try:
+        yield from DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own)
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid", str(error)):
+            raise
+        raise ClipgenError(f"a process that reads pictures of {crops.source.root} was killed, most often for want of memory or of /dev/shm ({str(error).splitlines()[0]}): take fewer workers than {workers}, or give more of both") from None  # fmt: skip
 
 
 def training_batches(
@@ -253,7 +370,7 @@ def training_batches(
 ) -> Iterator[torch.Tensor]:
     """Batches start..stop-1 of an endless shuffled stream: (batch_size / world, 3, S, S) uint8.
 
-    Order and augmentation depend on seed and step alone. An unreadable file is recorded in `images.skipped` and
+    Order and augmentation depend on seed and step alone; rank r takes the r-th of `world` even shares of each batch. An unreadable file is recorded in `images.skipped` and
     another picture of the batch takes its place.
 
     Raises:
@@ -261,12 +378,13 @@ def training_batches(
     """
     if batch_size % world:
         raise ClipgenError(f"batch_size {batch_size} does not divide by {world} processes: change one of them")
-    steps = range(start, stop)
-    keys = (
-        [(int(r), step * batch_size + i) for i, r in enumerate(batch_rows(len(images), batch_size, seed, step))][rank::world]
-        for step in steps
-    )
-    for items in _loader(_Crops(images, flip, random_crop, seed), _Steps(keys, len(steps)), workers):
+    steps, share = range(start, stop), batch_size // world
+
+    def keys(step: int) -> list[tuple[int, int]]:
+        rows = batch_rows(len(images), batch_size, seed, step, images.blocks, images.window).tolist()
+        return [(rows[i], step * batch_size + i) for i in range(rank * share, (rank + 1) * share)]
+
+    for items in _loader(_Crops(images, flip, random_crop, seed), _Steps(map(keys, steps), len(steps)), workers):
         good = [x for _, x in items if isinstance(x, torch.Tensor)]
         _record(images, items)
         if not good:
@@ -302,8 +420,7 @@ def ordered_batches(
 def _record(images: ImageSet, items: list[tuple[int, torch.Tensor | str]]) -> None:
     for row, x in items:
         if isinstance(x, str):
-            name = images.paths[row].relative_to(images.root).as_posix()
-            images.skipped[name] = x.replace(str(images.paths[row]), name)
+            images.skipped[images.names[row]] = x.replace(images.place(row), images.names[row])
 
 
 def augmented_rows(images: ImageSet, rows: np.ndarray, seed: int, step: int, flip: bool) -> tuple[np.ndarray, torch.Tensor]:

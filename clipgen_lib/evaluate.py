@@ -189,7 +189,7 @@ def evaluate_generator(
     measure(images, real, same, config.batch_size, "features of real pictures", show_progress, folder)
     measure(images, decoded, through, config.batch_size, "features of reconstructions", show_progress, folder)
 
-    names = [path.relative_to(images.root).as_posix() for path in images.paths]
+    names = images.names
     prompts = [(row, text) for row, text in prompts[: config.n] if names[row] not in images.skipped]
     drawn = sinks(1, [images.classes[row] for row, _ in prompts] if classifier else ())
     drawn["shown"] = FirstPictures(64)
@@ -230,7 +230,7 @@ def evaluate_generator(
         numbers["warnings"] = few_pictures(counts, drawn["statistics"].dim)
         numbers["card"] = card(
             network, config.blur, images.size, {"n": len(prompts), "codec": DRAWN_CODEC},
-            {"name": images.name, "split": images.split, "n": n_real, "codec": codec(images.paths)},
+            {"name": images.name, "split": images.split, "n": n_real, "codec": codec(map(Path, images.names))},
             {**caption_facts(listed), "seed": seed} if images.has_captions else None,
         )  # fmt: skip
     if images.has_captions:
@@ -306,7 +306,7 @@ def evaluate_folder(
     scored = open_folder(images, size)
     size, same = scored.size, Change("none", lambda x: x.to(judge.device))
     texts = texts_of(scored, captions, seed) if captions else {}
-    listed = caption_list((scored.paths[row].relative_to(scored.root).as_posix(), text) for row, text in texts.items())
+    listed = caption_list((scored.names[row], text) for row, text in texts.items())
     if reference.suffix == ".npz":
         real: ImageSet | StatisticsFile = StatisticsFile(reference)
     else:
@@ -334,11 +334,11 @@ def evaluate_folder(
             theirs, known = real, {"name": reference.name, "n": "not in the file", "codec": "not in the file"}
         else:
             theirs = statistics(real, network, 2, "reference")
-            known = {"name": real.name, "split": real.split, "n": theirs.n, "codec": codec(real.paths)}
+            known = {"name": real.name, "split": real.split, "n": theirs.n, "codec": codec(map(Path, real.names))}
         counts = {"the scored set": ours.n} | ({"the reference": theirs.n} if "split" in known else {})
         result["protocols"][name] = set_scores(ours, theirs) | {
             "warnings": few_pictures(counts, ours.dim),
-            "card": card(network, config.blur, size, {"name": scored.name, "n": ours.n, "codec": codec(scored.paths)}, known,
+            "card": card(network, config.blur, size, {"name": scored.name, "n": ours.n, "codec": codec(map(Path, scored.names))}, known,
                          caption_facts(listed) if texts else None),
         }  # fmt: skip
     if texts:
@@ -354,7 +354,7 @@ def evaluate_folder(
         result["warnings"] += _caption_warnings(fit, len(scored))
     if not result["protocols"] and not texts:
         raise ClipgenError(" ".join(result["missing"].values()))
-    result["n"] = len(scored) - sum(path.relative_to(scored.root).as_posix() in scored.skipped for path in scored.paths)
+    result["n"] = len(scored) - sum(name in scored.skipped for name in scored.names)
     result["warnings"] += _skipped_warnings(scored) + (_skipped_warnings(real) if isinstance(real, ImageSet) else [])
     return result
 

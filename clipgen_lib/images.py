@@ -21,10 +21,11 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 MAX_PIXELS = 100_000_000  # a larger header is a decompression bomb or not meant for training
 
 
-def load_image(path: Path, size: int) -> torch.Tensor:
-    """Read a picture, upright and in RGB, its short side resized to `size` pixels.
+def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
+    """Read a picture, a file or its bytes, upright and in RGB, its short side resized to `size` pixels.
 
-    Grey, palette, CMYK, 16-bit and alpha pictures become 8-bit RGB (alpha over white); EXIF rotation is applied.
+    Grey, palette, CMYK, 16-bit and alpha pictures become 8-bit RGB (alpha over white); EXIF rotation is applied. Errors call
+    it `name`, or by its path.
 
     Returns:
         (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`.
@@ -32,10 +33,11 @@ def load_image(path: Path, size: int) -> torch.Tensor:
     Raises:
         ClipgenError: the file is not a picture, is cut short, or is larger than 100 megapixels.
     """
+    path = name or source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ClipgenError(f"{path} has {image.width}x{image.height} pixels: shrink it below 100 megapixels")
                 if image.format == "JPEG":

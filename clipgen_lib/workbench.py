@@ -287,7 +287,7 @@ class Workbench:
         pictures = to_float(batch)
         embeds = torch.cat([self.clip.images(part.to(self.device)) for part in pictures.split(16)])
         source = "no captions here and no PROMPTS given: variations of held-out pictures, from their embeddings"
-        return OwnPrompts(embeds, [images.paths[row].name for row in rows], source, pictures)
+        return OwnPrompts(embeds, [images.names[row].rpartition("/")[2] for row in rows], source, pictures)
 
     @torch.inference_mode()
     def draw_prompts(self, text: str = "", n: int = 8, each: int = 4, guidance: float = 0.0) -> Sheet:

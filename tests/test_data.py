@@ -141,10 +141,29 @@ def test_batches_are_a_function_of_seed_and_step(images):
     assert torch.equal(whole[4:], batches(4, 7))
     assert torch.equal(whole[:2], batches(0, 2, workers=2))
     ranks = [batches(0, 2, rank=r, world=2) for r in range(2)]
-    assert torch.equal(whole[:2, 0::2], ranks[0]) and torch.equal(whole[:2, 1::2], ranks[1])
+    assert torch.equal(whole[:2], torch.cat(ranks, dim=1))
     assert not torch.equal(whole[0], next(training_batches(images, 8, 6, 0, 1, flip=True, random_crop=True)))
     with pytest.raises(ClipgenError, match="3 processes"):
         next(training_batches(images, 8, 0, 0, 1, world=3))
+
+
+def test_training_reads_no_caption(tmp_path, monkeypatch):
+    """A folder's text files and classes are read when asked for; so are COCO's captions, again from their file."""
+    for split in ("train", "val"):
+        for i in range(4):
+            save(tmp_path / split / f"{i % 2}" / f"{i}.png")
+            (tmp_path / split / f"{i % 2}" / f"{i}.txt").write_text(f"number {i}")
+    root = coco_root(tmp_path / "coco", ["a.png", "b.png"])
+    with monkeypatch.context() as patch:
+        for name in ("_folder_captions", "_folder_classes", "_coco_captions", "_caption_file"):
+            patch.setattr(f"clipgen_lib.data.{name}", lambda *_: pytest.fail("a caption was read"))
+        for images in (open_images(tmp_path, "train", 8), open_images(root, "val", 8)):
+            next(training_batches(images, 2, 0, 0, 1))
+            assert images.hash and images.content_hash
+    images = open_images(tmp_path, "train", 8)
+    assert images.captions == [(f"number {i}",) for i in (0, 2, 1, 3)] and images.classes == ["0", "0", "1", "1"]
+    images = open_images(root, "val", 8)
+    assert images.captions == [("a red field",), ()]
 
 
 def test_hash_follows_the_files(tmp_path):
