@@ -138,6 +138,8 @@ class ClipEmbedder(nn.Module):
         """
         import open_clip
 
+        if not isinstance(name, str) or not isinstance(pretrained, str | None):
+            raise ClipgenError(f"CLIP {shortened(f'{name}/{pretrained}')} is not named by texts: restore the original config")
         folder = _folder(name)
         arguments = {}
         if name == EMBEDDED or folder.is_dir():

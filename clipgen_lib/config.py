@@ -427,8 +427,8 @@ def load_preset(name: str, **overrides: dict) -> Preset:
     Raises:
         ClipgenError: unknown preset, part or field.
     """
-    if name not in PRESETS:
-        raise ClipgenError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ClipgenError(f"unknown preset {_shown(name)}: choose one of {', '.join(PRESETS)}")
     preset = replace(PRESETS[name](), name=name)
     for part, values in overrides.items():
         if part not in {f.name for f in fields(preset)} or not is_dataclass(getattr(preset, part)):

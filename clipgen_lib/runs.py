@@ -232,11 +232,13 @@ class Run:
         return sorted((line for line in self._lines() if line["stage"] == stage), key=lambda line: line["step"])
 
     def _lines(self) -> Iterator[dict]:
-        for text in self.file("metrics.jsonl").read_text().splitlines():
+        for text in self.file("metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(text)
-            except json.JSONDecodeError:  # a line cut short by a kill; its step is logged again on resuming
+                line = json.loads(text)
+            except (ValueError, RecursionError):  # a line cut short by a kill; its step is logged again on resuming
                 continue
+            if isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int):
+                yield line
 
     def keep(self, figure: Figure, name: str) -> Figure:
         """Save a figure as figures/<name>.png and return it for display."""

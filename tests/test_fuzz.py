@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import math
-import resource
 import shutil
 import struct
 import subprocess
@@ -326,6 +325,84 @@ def picture(data, folder):
     if found is not None:
         assert found.dtype == torch.uint8 and found.shape[0] == 3 and min(found.shape[1:]) == size
         assert max(found.shape[1:]) <= MAX_ASPECT * size + 1
+
+
+# ---------------------------------------------------------------------------------------------- bombs
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _png(width: int, height: int, *chunks: bytes, rows: int = 1) -> bytes:
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = _chunk(b"IDAT", zlib.compress(bytes(rows * (width + 1))))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + _chunk(b"IEND", b"")
+
+
+def _frames(kind: str, count: int) -> bytes:
+    stream = io.BytesIO()
+    frames = [Image.new("L", (64, 64), i % 251) for i in range(count)]
+    frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
+    return stream.getvalue()
+
+
+def _bombs() -> dict[str, tuple[bytes, bool]]:
+    """Name -> (small file that asks for much, whether it may be read nevertheless)."""
+    much = zlib.compress(bytes(300_000_000), 1)
+    gif = bytearray(_frames("GIF", 1))
+    gif[gif.index(b",") + 5 : gif.index(b",") + 9] = b"\xff\xff\xff\xff"  # a frame of 65,535 pixels a side on a small screen
+    bmp = bytearray(PICTURES[4])
+    bmp[18:26] = struct.pack("<ii", 2**30, -(2**30))
+    return {
+        "huge header": (_png(50_000, 50_000), False),
+        "a line": (_png(60_000, 1), False),
+        "a line on end": (_png(1, 60_000, rows=60_000), False),
+        "text": (_png(9, 9, _chunk(b"zTXt", b"a\0\0" + much), rows=9), False),
+        "profile": (_png(9, 9, _chunk(b"iCCP", b"a\0\0" + much), rows=9), True),  # not looked into
+        "frames": (_frames("GIF", 1_000), True),
+        "pages": (_frames("TIFF", 1_000), True),
+        "large frame": (bytes(gif), False),
+        "bmp": (bytes(bmp), False),
+        "ppm": (b"P6 50000 50000 255\n" + bytes(99), False),
+    }
+
+
+def test_bombs_take_no_memory(tmp_path):
+    """In a process of its own, with 400 MB beyond what the library has taken: refused, or read without the rest of the file."""
+    may = {}
+    for index, (name, (content, may_be_read)) in enumerate(_bombs().items()):
+        write(tmp_path / f"{index}.png", content)
+        may[str(tmp_path / f"{index}.png")] = name, may_be_read
+        assert len(content) < 5_000_000
+    code = (
+        "import json, resource, sys\n"
+        "from pathlib import Path\n"
+        "from clipgen_lib.images import load_image\n"
+        "from clipgen_lib.runs import ClipgenError\n"
+        "load_image(Path(sys.argv[1]), 64)\n"
+        "now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 400_000_000,) * 2)\n"
+        "found = {}\n"
+        "for path in sys.argv[2:]:\n"
+        "    try:\n"
+        "        found[path] = list(load_image(Path(path), 64).shape)\n"
+        "    except ClipgenError as error:\n"
+        "        found[path] = str(error)\n"
+        "print(json.dumps(found))\n"
+    )
+    write(tmp_path / "whole.png", PICTURES[0])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, tmp_path / "whole.png", *may], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path, found in json.loads(done.stdout).items():
+        name, may_be_read = may[path]
+        assert (found == [3, 64, 64]) if may_be_read else (isinstance(found, str) and path in found), (name, found)
+        assert "memory" not in str(found).lower(), (name, found)
+
+
+# ---------------------------------------------------------------------------------------------- all of them
 
 
 QUICK = {
