@@ -110,7 +110,9 @@ class ClipEmbedder(nn.Module):
         self.weights_hash = weights_hash
         preprocess = model.visual.preprocess_cfg
         if preprocess["resize_mode"] not in ("shortest", "squash"):
-            raise ClipgenError(f"CLIP {name} wants resize mode {preprocess['resize_mode']!r}: use a model of 'shortest' or 'squash'")  # fmt: skip
+            raise ClipgenError(f"CLIP {name} wants resize mode {shortened(repr(preprocess['resize_mode']))}: use a model of 'shortest' or 'squash'")  # fmt: skip
+        if preprocess["interpolation"] not in ("bicubic", "bilinear"):
+            raise ClipgenError(f"CLIP {name} wants interpolation {shortened(repr(preprocess['interpolation']))}: use a model of 'bicubic' or 'bilinear'")  # fmt: skip
         words, table = getattr(tokenizer, "vocab_size", 0), getattr(getattr(model, "text", model), "token_embedding", None)
         if table is not None and words > table.num_embeddings:
             raise ClipgenError(f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}: put the merges file of its training (bpe_merges.txt.gz) beside the weights")  # fmt: skip

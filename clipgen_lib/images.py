@@ -52,6 +52,8 @@ def load_image(path: Path, size: int) -> torch.Tensor:
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     except ClipgenError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, of twice as many
+        raise ClipgenError(f"{path} has more than 100 megapixels: shrink it") from None
     except UnidentifiedImageError:
         raise ClipgenError(f"{path} is not a picture that Pillow can read: remove it or save it again") from None
     except Exception as error:  # of a file of any bytes: Pillow's plugins raise whatever they stumble over

@@ -26,12 +26,14 @@ from safetensors.torch import save
 
 from clipgen_lib.captions import read_captions, split_prompts, texts_of
 from clipgen_lib.classifier import Classifier
+from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ClassifierConfig, Preset, from_dict, load_preset
 from clipgen_lib.data import open_images
 from clipgen_lib.images import MAX_ASPECT, load_image
-from clipgen_lib.passes import StatisticsFile
 from clipgen_lib.runs import (
+    DATA,
     ClipgenError,
+    Run,
     load_checkpoint,
     load_strictly,
     read_json,
@@ -221,15 +223,30 @@ def classifier_folder(data, folder):
     assert loaded is None or len(loaded.names) == 2
 
 
+def clip_folder(data, folder):
+    shutil.copytree(DATA / "shapes_clip", folder / "clip")
+    config = json.loads((folder / "clip" / "open_clip_config.json").read_text())
+    write(folder / "clip" / "open_clip_config.json", mutated(data.draw, config))
+    clip = outcome(lambda: ClipEmbedder.load(str(folder / "clip")), folder, str(folder), "CLIP")
+    assert clip is None or clip.texts(["a red circle"]).shape == (1, clip.dim)
+
+
+def clip_merges(data, folder):
+    shutil.copytree(DATA / "shapes_clip", folder / "clip")
+    path = folder / "clip" / "bpe_merges.txt.gz"
+    write(path, damaged(data.draw, path.read_bytes()))
+    outcome(lambda: ClipEmbedder.load(str(folder / "clip")), folder, str(folder))
+
+
+def metrics(data, folder):
+    lines = [{"stage": "vqgan", "step": 1, "loss": 0.5}, {"stage": "vqgan", "step": 2, "loss": None}]
+    content = "".join(json.dumps(mutated(data.draw, line)) + "\n" for line in lines).encode("utf-8", "surrogatepass")
+    write(folder / "metrics.jsonl", damaged(data.draw, content))
+    found = outcome(lambda: Run(folder).metrics("vqgan"), folder, str(folder))
+    assert all(line["stage"] == "vqgan" and isinstance(line["step"], int) for line in found)
+
+
 SMALLEST = Classifier(ClassifierConfig(width=8), ["a cat", "a dog"])
-
-
-def statistics_file(data, folder):
-    stream = io.BytesIO()
-    np.savez(stream, mu=np.zeros(2), sigma=np.eye(2))
-    path = write(folder / "x.npz", damaged(data.draw, stream.getvalue()))
-    found = outcome(lambda: StatisticsFile(path), folder, str(path))
-    assert found is None or found.sigma.shape == (len(found.mu),) * 2
 
 
 # ---------------------------------------------------------------------------------------------- texts
@@ -359,7 +376,7 @@ def _bombs() -> dict[str, tuple[bytes, bool]]:
         "a line": (_png(60_000, 1), False),
         "a line on end": (_png(1, 60_000, rows=60_000), False),
         "text": (_png(9, 9, _chunk(b"zTXt", b"a\0\0" + much), rows=9), False),
-        "profile": (_png(9, 9, _chunk(b"iCCP", b"a\0\0" + much), rows=9), True),  # not looked into
+        "profile": (_png(9, 9, _chunk(b"iCCP", b"a\0\0" + much), rows=9), False),
         "frames": (_frames("GIF", 1_000), True),
         "pages": (_frames("TIFF", 1_000), True),
         "large frame": (bytes(gif), False),
@@ -399,16 +416,16 @@ def test_bombs_take_no_memory(tmp_path):
     for path, found in json.loads(done.stdout).items():
         name, may_be_read = may[path]
         assert (found == [3, 64, 64]) if may_be_read else (isinstance(found, str) and path in found), (name, found)
-        assert "memory" not in str(found).lower(), (name, found)
+        assert "memory" not in str(found).replace(path, "").lower(), (name, found)
 
 
 # ---------------------------------------------------------------------------------------------- all of them
 
 
 QUICK = {
-    config_from_json: 150, preset_with_overrides: 80, json_file: 60, checkpoint: 80, checkpoint_of_hostile_json: 60,
-    safetensors_header: 80, classifier_folder: 12, statistics_file: 60, caption_list: 60, caption_json: 50, prompts: 50,
-    captions_beside_pictures: 30, picture: 250,
+    config_from_json: 300, preset_with_overrides: 200, json_file: 100, checkpoint: 150, checkpoint_of_hostile_json: 100,
+    safetensors_header: 150, classifier_folder: 12, caption_list: 100, caption_json: 100, prompts: 80,
+    captions_beside_pictures: 50, picture: 600, metrics: 100, clip_folder: 25, clip_merges: 10,
 }  # fmt: skip
 
 
@@ -432,4 +449,4 @@ def test_readers(check):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
 def test_readers_at_length(check):
-    attempt(check, 40 * QUICK[check])
+    attempt(check, 20 * QUICK[check])
