@@ -8,6 +8,7 @@ embedded one under data/shapes_clip knows the Shapes world and nothing else.
 from __future__ import annotations
 
 import hashlib
+import os  # os.path.isfile is false where Path.is_file raises, of a name too long for any file
 import re
 import tempfile
 import warnings
@@ -67,10 +68,10 @@ def _check_names(config: Path) -> None:
 def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | None:
     """Where the weights of a CLIP (see `ClipEmbedder.load`) lie on this machine, None where they do not; asks no network."""
     folder = _folder(name)
-    if name == EMBEDDED or folder.is_dir():
+    if name == EMBEDDED or os.path.isdir(folder):
         found = [folder / file for file in ("open_clip_model.safetensors", "open_clip_config.json")]
         return found[0] if all(path.is_file() for path in found) else None
-    if Path(pretrained or "").is_file():
+    if os.path.isfile(pretrained or ""):
         return Path(pretrained)
     from huggingface_hub import try_to_load_from_cache
     from open_clip.pretrained import get_pretrained_cfg
@@ -144,7 +145,7 @@ class ClipEmbedder(nn.Module):
             raise ClipgenError(f"CLIP {shortened(f'{name}/{pretrained}')} is not named by texts: restore the original config")
         folder = _folder(name)
         arguments = {}
-        if name == EMBEDDED or folder.is_dir():
+        if name == EMBEDDED or os.path.isdir(folder):
             weights = folder / "open_clip_model.safetensors"
             if not weights.exists():
                 raise ClipgenError(f"{weights} is missing: restore data/shapes_clip from the repository, or train it with notebooks/appendix_train_clip.ipynb")  # fmt: skip
@@ -155,13 +156,13 @@ class ClipEmbedder(nn.Module):
         elif ":" in name:  # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files
             raise ClipgenError(f"CLIP {shortened(name)!r} names a place: give a folder, or an open_clip model and its weights")
         elif pretrained is None:
-            raise ClipgenError(f"CLIP {name!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file")  # fmt: skip
+            raise ClipgenError(f"CLIP {shortened(name)!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file")  # fmt: skip
         else:
-            source, digest = name, file_hash(Path(pretrained)) if Path(pretrained).is_file() else f"{name}/{pretrained}"
+            source, digest = name, file_hash(Path(pretrained)) if os.path.isfile(pretrained) else f"{name}/{pretrained}"
         try:
             with warnings.catch_warnings(), tempfile.TemporaryDirectory() as beside:
                 warnings.filterwarnings("error", message=".*QuickGELU.*")
-                weights = _plain(Path(pretrained), Path(beside)) if pretrained and Path(pretrained).is_file() else pretrained
+                weights = _plain(Path(pretrained), Path(beside)) if pretrained and os.path.isfile(pretrained) else pretrained
                 model = open_clip.create_model(source, pretrained=weights, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source, **arguments)
             shown = name if not Path(name).is_absolute() else Path(name).name  # results name no place on a machine
@@ -172,7 +173,7 @@ class ClipEmbedder(nn.Module):
         except ClipgenError:
             raise
         except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
-            raise ClipgenError(f"CLIP {shortened(name)}/{pretrained or folder} cannot be loaded ({reason(error)}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file") from error  # fmt: skip
+            raise ClipgenError(f"CLIP {shortened(f'{name}/{pretrained or folder}')} cannot be loaded ({reason(error)}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file") from error  # fmt: skip
 
     @property
     def device(self) -> torch.device:

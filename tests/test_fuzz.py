@@ -41,6 +41,7 @@ from clipgen_lib.runs import (
     save_checkpoint,
     save_weights,
 )
+from clipgen_lib.shapes import make_world
 
 PARTS = {f.name: type(getattr(Preset(), f.name)) for f in fields(Preset) if is_dataclass(getattr(Preset(), f.name))}
 LONGEST = 600  # characters of a sentence, without the test's own folder in it
@@ -272,6 +273,18 @@ def caption_json(data, folder):
     assert rows is None or (set(rows) <= {0} and all(rows.values()))
 
 
+def shapes_mark(data, folder):
+    """A world is made again only where its mark says that it is another."""
+    recipe = {"n_train": 1, "n_val": 1, "seed": 0, "version": 2}
+    path = write(folder / "world" / "shapes.json", damaged(data.draw, json.dumps(recipe).encode()))
+    before = path.read_bytes()
+    try:
+        make_world(folder / "world", 1, 1, show_progress=False)
+        assert json.loads(path.read_text()) == recipe and (before == path.read_bytes() or (folder / "world" / "train").is_dir())
+    except ClipgenError as error:
+        assert str(path) in str(error) and path.read_bytes() == before
+
+
 def prompts(data, folder):
     text = data.draw(st.text(alphabet="| \n\0ab", max_size=30) | st.just("|" * 10_000) | st.text())
     found = outcome(lambda: split_prompts(text), folder, "PROMPTS")
@@ -424,7 +437,7 @@ def test_bombs_take_no_memory(tmp_path):
 
 QUICK = {
     config_from_json: 300, preset_with_overrides: 200, json_file: 100, checkpoint: 150, checkpoint_of_hostile_json: 100,
-    safetensors_header: 150, classifier_folder: 12, caption_list: 100, caption_json: 100, prompts: 80,
+    safetensors_header: 150, classifier_folder: 12, caption_list: 100, caption_json: 100, shapes_mark: 40, prompts: 80,
     captions_beside_pictures: 50, picture: 600, metrics: 100, clip_folder: 25, clip_merges: 10,
 }  # fmt: skip
 

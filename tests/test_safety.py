@@ -220,7 +220,9 @@ def test_a_clip_folder_names_no_model_elsewhere(key, place, tmp_path, offline):
         assert key in refused(lambda: ClipEmbedder.load(str(tmp_path / "clip")), tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", [p for p in ELSEWHERE if ":" in p] + ["builtins.eval", "os.system", None, ["shapes"]])
+@pytest.mark.parametrize(
+    "name", [p for p in ELSEWHERE if ":" in p] + ["builtins.eval", "os.system", "x" * 10_000, "a\0b", "", None, ["shapes"]]
+)
 def test_a_generator_names_no_clip_elsewhere(name, tmp_path, offline):
     shutil.copytree(DATA / "shapes_generator", tmp_path / "generator")
     config = json.loads((tmp_path / "generator" / "config.json").read_text())
