@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .data import ImageSet
-from .runs import ClipgenError, read_json
+from .runs import ClipgenError, read_json, reason, shortened
 
 
 def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]]:
@@ -37,7 +37,9 @@ def split_prompts(text: str) -> list[str]:
     """
     found = list(dict.fromkeys(" ".join(part.split()) for part in text.split("|") if part.strip()))
     if text and not found:
-        raise ClipgenError(f"PROMPTS is {text!r}, without a prompt: write them with | between, such as 'a dog|a red car'")
+        raise ClipgenError(
+            f"PROMPTS is {shortened(text)!r}, without a prompt: write them with | between, such as 'a dog|a red car'"
+        )
     return found
 
 
@@ -71,13 +73,13 @@ def read_captions(path: Path, seed: int = 0) -> dict[str, str]:
                 pairs = list(content.items())
             for name, text in pairs:
                 found.setdefault(_stem(name), []).append(" ".join(text.split()))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ClipgenError(f"{path} is neither COCO's captions nor {{name: caption}} ({type(error).__name__}: {error}): restore the original file") from None  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ClipgenError(f"{path} is neither COCO's captions nor {{name: caption}} ({type(error).__name__}: {reason(error)}): restore the original file") from None  # fmt: skip
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ClipgenError(f"captions {path} cannot be read ({error}): give a UTF-8 text file or a json") from None
+            raise ClipgenError(f"captions {path} cannot be read ({reason(error)}): give a UTF-8 text file or a json") from None
         for number, line in enumerate(lines, 1):
             name, tab, text = line.partition("\t")
             if line.strip() and not (tab and name.strip() and text.strip()):
@@ -104,7 +106,7 @@ def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
         if text:
             found[row] = text
     if not found:
-        raise ClipgenError(f"{path} names none of the {len(images)} pictures in {images.root} (a picture is {Path(images.names[0]).name}, a caption's name {next(iter(known))}): use the pictures' file names")  # fmt: skip
+        raise ClipgenError(f"{path} names none of the {len(images)} pictures in {images.root} (a picture is {shortened(Path(images.names[0]).name, 80)}, a caption's name {shortened(next(iter(known)), 80)}): use the pictures' file names")  # fmt: skip
     return found
 
 
@@ -116,4 +118,5 @@ def _unambiguous(known: dict[str, str], names: Iterable[str]) -> dict[str, str]:
 
 
 def _stem(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
+    path = Path(name)  # "." and "/" have no name whose ending could be taken off
+    return path.with_suffix("").as_posix() if path.name else name

@@ -17,7 +17,7 @@ from .config import ClassifierConfig, from_dict
 from .data import ImageSet, augmented_rows, ordered_batches
 from .images import to_float, to_uint8
 from .loop import fit
-from .runs import ClipgenError, Run, load_strictly, read_json, read_weights, save_weights
+from .runs import ClipgenError, Run, built_strictly, read_json, read_weights, save_weights
 from .schedule import batch_rows
 
 
@@ -47,9 +47,12 @@ class Classifier(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Classifier:
         """Read what `train_classifier` wrote to a folder, in eval mode."""
-        described = read_json(Path(folder) / "config.json")
-        model = cls(from_dict(ClassifierConfig, described["config"]), described["names"])
-        load_strictly(model, read_weights(Path(folder)), Path(folder))
+        folder = Path(folder)
+        described = read_json(folder / "config.json")
+        config, names = from_dict(ClassifierConfig, described.get("config")), described.get("names")
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ClipgenError(f"{folder / 'config.json'} lacks the names of the classes: restore the original file")
+        model = built_strictly(lambda: cls(config, names), read_weights(folder), folder)
         return model.to(device).eval().requires_grad_(False)
 
 

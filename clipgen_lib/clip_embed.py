@@ -7,6 +7,9 @@ embedded one under data/shapes_clip knows the Shapes world and nothing else.
 
 from __future__ import annotations
 
+import hashlib
+import os  # os.path.isfile is false where Path.is_file raises, of a name too long for any file
+import re
 import tempfile
 import warnings
 import zipfile
@@ -17,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from .runs import DATA, ROOT, ClipgenError, file_hash
+from .runs import DATA, ROOT, ClipgenError, file_hash, read_json, reason, shortened
 
 EMBEDDED = "shapes"
 
@@ -25,13 +28,20 @@ EMBEDDED = "shapes"
 def _plain(file: Path, folder: Path) -> str:
     """A weights file that open_clip reads without running code: `file`, or a copy of its tensors in `folder`.
 
-    OpenAI's own files are TorchScript archives, which hold the network's code beside the tensors.
+    OpenAI's own files are TorchScript archives, which hold the network's code beside the tensors. Opening one runs some of
+    that code, so that no other archive is opened than those that OpenAI has published.
+
+    Raises:
+        ClipgenError: a TorchScript archive of anybody else's.
     """
     if not zipfile.is_zipfile(file):
         return str(file)
     with zipfile.ZipFile(file) as archive:
         if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
             return str(file)
+    with open(file, "rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() not in _published_archives():
+            raise ClipgenError(f"{file} holds code (a TorchScript archive that is not one of OpenAI's own), which is not run: save its state dict as .safetensors and give that")  # fmt: skip
     warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=FutureWarning)
     sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that lie among the tensors
     tensors = {k: v.clone() for k, v in torch.jit.load(file, map_location="cpu").state_dict().items() if k not in sizes}
@@ -39,13 +49,29 @@ def _plain(file: Path, folder: Path) -> str:
     return str(folder / "model.safetensors")
 
 
+def _published_archives() -> set[str]:
+    """SHA-256 of the TorchScript archives that OpenAI has published, as open_clip lists them: it is in their addresses."""
+    from open_clip.pretrained import get_pretrained_url, list_pretrained
+
+    return {get_pretrained_url(name, tag).split("/")[-2] for name, tag in list_pretrained() if tag == "openai"}
+
+
+def _check_names(config: Path) -> None:
+    """Refuse a folder's config that names a model elsewhere (`hf-hub:...`, a path) as one of its towers."""
+    content = read_json(config).get("model_cfg")
+    for part in content.values() if isinstance(content, dict) else ():
+        for key in ("timm_model_name", "hf_model_name") if isinstance(part, dict) else ():
+            if not re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*", str(part.get(key, "none"))):
+                raise ClipgenError(f"{config} names {shortened(str(part[key]))!r} as {key}, a place and not a model: restore the original file")  # fmt: skip
+
+
 def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | None:
     """Where the weights of a CLIP (see `ClipEmbedder.load`) lie on this machine, None where they do not; asks no network."""
     folder = _folder(name)
-    if name == EMBEDDED or folder.is_dir():
+    if name == EMBEDDED or os.path.isdir(folder):
         found = [folder / file for file in ("open_clip_model.safetensors", "open_clip_config.json")]
         return found[0] if all(path.is_file() for path in found) else None
-    if Path(pretrained or "").is_file():
+    if os.path.isfile(pretrained or ""):
         return Path(pretrained)
     from huggingface_hub import try_to_load_from_cache
     from open_clip.pretrained import get_pretrained_cfg
@@ -85,7 +111,9 @@ class ClipEmbedder(nn.Module):
         self.weights_hash = weights_hash
         preprocess = model.visual.preprocess_cfg
         if preprocess["resize_mode"] not in ("shortest", "squash"):
-            raise ClipgenError(f"CLIP {name} wants resize mode {preprocess['resize_mode']!r}: use a model of 'shortest' or 'squash'")  # fmt: skip
+            raise ClipgenError(f"CLIP {name} wants resize mode {shortened(repr(preprocess['resize_mode']))}: use a model of 'shortest' or 'squash'")  # fmt: skip
+        if preprocess["interpolation"] not in ("bicubic", "bilinear"):
+            raise ClipgenError(f"CLIP {name} wants interpolation {shortened(repr(preprocess['interpolation']))}: use a model of 'bicubic' or 'bilinear'")  # fmt: skip
         words, table = getattr(tokenizer, "vocab_size", 0), getattr(getattr(model, "text", model), "token_embedding", None)
         if table is not None and words > table.num_embeddings:
             raise ClipgenError(f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}: put the merges file of its training (bpe_merges.txt.gz) beside the weights")  # fmt: skip
@@ -113,31 +141,39 @@ class ClipEmbedder(nn.Module):
         """
         import open_clip
 
+        if not isinstance(name, str) or not isinstance(pretrained, str | None):
+            raise ClipgenError(f"CLIP {shortened(f'{name}/{pretrained}')} is not named by texts: restore the original config")
         folder = _folder(name)
         arguments = {}
-        if name == EMBEDDED or folder.is_dir():
+        if name == EMBEDDED or os.path.isdir(folder):
             weights = folder / "open_clip_model.safetensors"
             if not weights.exists():
                 raise ClipgenError(f"{weights} is missing: restore data/shapes_clip from the repository, or train it with notebooks/appendix_train_clip.ipynb")  # fmt: skip
+            _check_names(folder / "open_clip_config.json")
             merges = folder / "bpe_merges.txt.gz"
             arguments = {"bpe_path": str(merges)} if merges.exists() else {}
             source, pretrained, digest = f"local-dir:{folder}", None, file_hash(weights)
+        elif ":" in name:  # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files
+            raise ClipgenError(f"CLIP {shortened(name)!r} names a place: give a folder, or an open_clip model and its weights")
         elif pretrained is None:
-            raise ClipgenError(f"CLIP {name!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file")  # fmt: skip
+            raise ClipgenError(f"CLIP {shortened(name)!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file")  # fmt: skip
         else:
-            source, digest = name, file_hash(Path(pretrained)) if Path(pretrained).is_file() else f"{name}/{pretrained}"
+            source, digest = name, file_hash(Path(pretrained)) if os.path.isfile(pretrained) else f"{name}/{pretrained}"
         try:
             with warnings.catch_warnings(), tempfile.TemporaryDirectory() as beside:
                 warnings.filterwarnings("error", message=".*QuickGELU.*")
-                weights = _plain(Path(pretrained), Path(beside)) if pretrained and Path(pretrained).is_file() else pretrained
+                weights = _plain(Path(pretrained), Path(beside)) if pretrained and os.path.isfile(pretrained) else pretrained
                 model = open_clip.create_model(source, pretrained=weights, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source, **arguments)
+            shown = name if not Path(name).is_absolute() else Path(name).name  # results name no place on a machine
+            shown = shown if pretrained is None else f"{shown}/{Path(pretrained).name}"
+            return cls(model, tokenizer, shown, digest).to(device)
         except UserWarning as warning:
             raise ClipgenError(f"CLIP {name}/{pretrained}: {warning} Use the '-quickgelu' model name for these weights.") from None  # fmt: skip
+        except ClipgenError:
+            raise
         except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
-            raise ClipgenError(f"CLIP {name}/{pretrained or folder} cannot be loaded ({error}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file") from error  # fmt: skip
-        shown = name if not Path(name).is_absolute() else Path(name).name  # results name no place on a machine
-        return cls(model, tokenizer, shown if pretrained is None else f"{shown}/{Path(pretrained).name}", digest).to(device)
+            raise ClipgenError(f"CLIP {shortened(f'{name}/{pretrained or folder}')} cannot be loaded ({reason(error)}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file") from error  # fmt: skip
 
     @property
     def device(self) -> torch.device:

@@ -7,13 +7,59 @@ No field is read by nobody: a test walks them all. Importing this module imports
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import get_type_hints
+from functools import cache
+from numbers import Integral, Real
+from typing import get_args, get_origin, get_type_hints
 
-from .runs import ClipgenError
+from .runs import ClipgenError, shortened
+
+# Counts are from 1, these from 0; other numbers are not below zero, and these not above one, or of either sign.
+FROM_ZERO = {"steps", "warmup", "workers", "restart_after", "top_k", "neighbours", "n_oracle", "blur"}
+SHARES = {
+    "beta2", "codebook_decay", "ema_decay", "dropout", "condition_dropout", "embedding_share", "top_p", "adversarial_ramp",
+    "guidance_interval",
+}  # fmt: skip
+SIGNED = {"guidance", "noise_cos"}
+DEPTHS = {"layers", "res_blocks", "discriminator_layers"}  # not above a thousand: each is a loop of modules to build
+MOST = 2**31 - 1
+
+
+class Config:
+    """What every part of a preset is: a dataclass of numbers, names, switches and rows of numbers, each of its own kind."""
+
+    def __post_init__(self):
+        for name, hint in _hints(type(self)).items():
+            if wanted := _misfit(name, getattr(self, name), hint):
+                raise ClipgenError(f"{name} of {type(self).__name__} is {_shown(getattr(self, name))}: give {wanted}")
+
+
+_hints = cache(get_type_hints)
+
+
+def _misfit(name: str, value: object, hint: type) -> str:
+    """What a field takes, where the value is none of it; else nothing."""
+    if get_origin(hint) is tuple:
+        kind, *others = get_args(hint)
+        length, count = (range(1, 17), "1 to 16 values") if Ellipsis in others else ([2], "2 values")
+        good = isinstance(value, tuple) and len(value) in length and not any(_misfit(name, v, kind) for v in value)
+        return "" if good else f"{count}, each {_misfit(name, None, kind)}"
+    if hint in (int, float):
+        low = -MOST if name in SIGNED else int(hint is int and name not in FROM_ZERO)
+        high = 1 if name in SHARES else 1_000 if name in DEPTHS else MOST
+        good = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool) and low <= value <= high
+        return "" if good else f"a {'whole ' if hint is int else ''}number from {low} to {high}"
+    return "" if isinstance(value, hint) else {bool: "true or false", str: "a text"}.get(hint, "a text or nothing")
+
+
+def _shown(value: object) -> str:
+    try:
+        return shortened(repr(value), 80)
+    except (ValueError, RecursionError):  # Python writes no numbers of more than 4,300 digits
+        return "too much to be shown"
 
 
 @dataclass(frozen=True)
-class ShapesConfig:
+class ShapesConfig(Config):
     """Size of the embedded Shapes world."""
 
     n_train: int = 20_000
@@ -21,7 +67,7 @@ class ShapesConfig:
 
 
 @dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(Config):
     """Which CLIP conditions, and which one judges CapS and R-precision (None: the same one, and the result says so)."""
 
     name: str = "shapes"
@@ -31,7 +77,7 @@ class ClipConfig:
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Config):
     """What the trainings of CLIP and of the classifier share: AdamW on one device, linear warm-up then cosine."""
 
     steps: int = 1_200
@@ -65,7 +111,7 @@ class ClipTrainConfig(FitConfig):
 
 
 @dataclass(frozen=True)
-class VQGANConfig:
+class VQGANConfig(Config):
     """Architecture of stage 1; the downsampling factor is patch * 2^(levels - 1)."""
 
     image_size: int = 64
@@ -85,8 +131,9 @@ class VQGANConfig:
     restart_after: int = 200  # training steps without use before a code is restarted; 0 never
 
     def __post_init__(self):
+        super().__post_init__()
         if self.codebook_update not in ("gradient", "ema", "gumbel"):
-            raise ClipgenError(f"codebook_update is {self.codebook_update!r}: choose 'gradient' or 'ema'")
+            raise ClipgenError(f"codebook_update is {_shown(self.codebook_update)}: choose 'gradient' or 'ema'")
         if self.image_size % self.factor:
             raise ClipgenError(f"image_size {self.image_size} does not divide by the downsampling factor {self.factor}: change one of them")  # fmt: skip
         if self.codebook_size > 65_536:
@@ -103,7 +150,7 @@ class VQGANConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Config):
     """What both stages share. Linear warm-up then cosine, gradient clipping, EMA of the weights."""
 
     steps: int = 100_000
@@ -121,6 +168,13 @@ class OptimConfig:
     log_every: int = 100
     save_every: int = 5_000
     workers: int = 8  # processes that decode pictures; 0 decodes in the loop and keeps what fits in memory
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.precision not in ("bf16", "fp16", "no"):
+            raise ClipgenError(f"precision is {_shown(self.precision)}: choose 'bf16', 'fp16' or 'no'")
+        if self.beta2 == 1:
+            raise ClipgenError("beta2 is 1, with which Adam never learns the size of a gradient: give a number below 1")
 
 
 @dataclass(frozen=True)
@@ -141,7 +195,7 @@ class VQGANTrainConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Config):
     """Architecture of stage 2; codebook, token count and CLIP dimension come from the store."""
 
     layers: int = 24
@@ -153,8 +207,9 @@ class TransformerConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.conditioning not in ("prefix", "adaln", "words"):
-            raise ClipgenError(f"conditioning is {self.conditioning!r}: choose 'prefix', 'adaln' or 'words'")
+            raise ClipgenError(f"conditioning is {_shown(self.conditioning)}: choose 'prefix', 'adaln' or 'words'")
         if self.width % self.heads:
             raise ClipgenError(f"width {self.width} does not divide by {self.heads} heads: change one of them")
 
@@ -171,14 +226,15 @@ class TransformerTrainConfig(OptimConfig):
     flip: bool = True  # horizontally flipped pictures as extra rows of the store
 
     def __post_init__(self):
+        super().__post_init__()
         if self.embedding_path not in ("straight-through", "gumbel"):
-            raise ClipgenError(f"embedding_path is {self.embedding_path!r}: choose 'straight-through' or 'gumbel'")
+            raise ClipgenError(f"embedding_path is {_shown(self.embedding_path)}: choose 'straight-through' or 'gumbel'")
         if self.embedding_form not in ("cosine", "log"):
-            raise ClipgenError(f"embedding_form is {self.embedding_form!r}: choose 'cosine' or 'log'")
+            raise ClipgenError(f"embedding_form is {_shown(self.embedding_form)}: choose 'cosine' or 'log'")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Config):
     temperature: float = 1.0
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0
@@ -191,17 +247,18 @@ class SampleConfig:
     batch_size: int = 64
 
     def __post_init__(self):
+        super().__post_init__()
         if self.guidance_schedule not in ("constant", "linear", "cosine"):
-            raise ClipgenError(f"guidance_schedule is {self.guidance_schedule!r}: choose 'constant', 'linear' or 'cosine'")
+            raise ClipgenError(
+                f"guidance_schedule is {_shown(self.guidance_schedule)}: choose 'constant', 'linear' or 'cosine'"
+            )
         first, last = self.guidance_interval
         if not 0 <= first < last <= 1:
             raise ClipgenError(f"guidance_interval is {self.guidance_interval}: give two rising shares between 0 and 1")
-        if self.neighbours < 0 or self.candidates < 1:
-            raise ClipgenError(f"neighbours is {self.neighbours} and candidates {self.candidates}: use at least 0 and 1")
 
 
 @dataclass(frozen=True)
-class FusionGANConfig:
+class FusionGANConfig(Config):
     """The conditional GAN of the comparison, and its training (DF-GAN's rates)."""
 
     channels: int = 16  # at full resolution, up to four times as many below
@@ -215,7 +272,7 @@ class FusionGANConfig:
 
 
 @dataclass(frozen=True)
-class VQGANCLIPConfig:
+class VQGANCLIPConfig(Config):
     """Optimisation of VQGAN's latents for CLIP, in the comparison; rate and noise are those of the released notebook."""
 
     steps: int = 100
@@ -226,7 +283,7 @@ class VQGANCLIPConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Config):
     n: int = 30_000  # captions
     n_oracle: int = 512  # prompts of each kind (Shapes world only)
     blur: tuple[int, ...] = (0, 1, 2, 4, 8)  # k of FID-k, pixels
@@ -370,8 +427,8 @@ def load_preset(name: str, **overrides: dict) -> Preset:
     Raises:
         ClipgenError: unknown preset, part or field.
     """
-    if name not in PRESETS:
-        raise ClipgenError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ClipgenError(f"unknown preset {_shown(name)}: choose one of {', '.join(PRESETS)}")
     preset = replace(PRESETS[name](), name=name)
     for part, values in overrides.items():
         if part not in {f.name for f in fields(preset)} or not is_dataclass(getattr(preset, part)):
@@ -385,15 +442,18 @@ def replace_fields(config: object, values: dict) -> object:
     known = {f.name for f in fields(config)}
     for key in values:
         if key not in known:
-            raise ClipgenError(f"{type(config).__name__} has no field {key!r}: choose one of {', '.join(sorted(known))}")
+            raise ClipgenError(f"{type(config).__name__} has no field {_shown(key)}: choose one of {', '.join(sorted(known))}")
     return replace(config, **values)
 
 
 def from_dict(kind: type, values: dict) -> object:
-    """Rebuild a config from its JSON form, lists to tuples; an unknown field is refused, a missing one too."""
-    hints = get_type_hints(kind)
+    """Rebuild a config from its JSON form, lists to tuples; an unknown field is refused, a missing one too, one of another kind too."""
+    if not isinstance(values, dict):
+        raise ClipgenError(f"{kind.__name__} is {_shown(values)} where its fields should be: restore the original file")
     if missing := [f.name for f in fields(kind) if f.name not in values]:
         raise ClipgenError(f"{kind.__name__} lacks {', '.join(missing)}: the file was written by another version")
-    if unknown := [key for key in values if key not in hints]:
-        raise ClipgenError(f"{kind.__name__} has no field {', '.join(unknown)}: the file was written by another version")
+    if unknown := [key for key in values if key not in _hints(kind)]:
+        raise ClipgenError(
+            f"{kind.__name__} has no field {shortened(', '.join(map(str, unknown)))}: the file was written by another version"
+        )
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

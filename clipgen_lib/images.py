@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .runs import ClipgenError
+from .runs import ClipgenError, reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name says; Pillow hands EPS to another program
 MAX_PIXELS = 100_000_000  # a larger header is a decompression bomb or not meant for training
+MAX_ASPECT = 100  # long to short side: with the short side as asked, a line of 1 x 60,000 pixels would fill the memory
 
 
 def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
@@ -31,15 +33,17 @@ def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
         (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`.
 
     Raises:
-        ClipgenError: the file is not a picture, is cut short, or is larger than 100 megapixels.
+        ClipgenError: the file is not a picture of these formats, is cut short, is larger than 100 megapixels, or is a line.
     """
     path = name or source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ClipgenError(f"{path} has {image.width}x{image.height} pixels: shrink it below 100 megapixels")
+                if max(image.size) > MAX_ASPECT * min(image.size):
+                    raise ClipgenError(f"{path} has {image.width}x{image.height} pixels, more than {MAX_ASPECT} times as long as wide: crop it")  # fmt: skip
                 if image.format == "JPEG":
                     image.draft("RGB", (2 * size, 2 * size))  # decodes at a coarser scale where that is enough
                 image = to_rgb(ImageOps.exif_transpose(image))
@@ -50,10 +54,12 @@ def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     except ClipgenError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, of twice as many
+        raise ClipgenError(f"{path} has more than 100 megapixels: shrink it") from None
     except UnidentifiedImageError:
         raise ClipgenError(f"{path} is not a picture that Pillow can read: remove it or save it again") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ClipgenError(f"{path} is damaged ({error}): remove it or restore it from its source") from None
+    except Exception as error:  # of a file of any bytes: Pillow's plugins raise whatever they stumble over
+        raise ClipgenError(f"{path} is damaged ({reason(error)}): remove it or restore it from its source") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import processes
 from .clip_embed import ClipEmbedder
-from .protocols import VGG16, weights_file
+from .protocols import VGG16, weights_alone, weights_file
 from .runs import ClipgenError
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -86,7 +86,8 @@ def perceptual_loss(kind: str, clip: ClipEmbedder | None = None) -> Perceptual:
         weights_file(VGG16, "the perceptual loss LPIPS", "set perceptual to 'clip' in the preset")
         import lpips
 
-        network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+        with weights_alone():
+            network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
         return lambda real, fake: network.to(real.device)(fake, real).mean()
     raise ClipgenError(f"unknown perceptual loss {kind!r}: choose lpips, clip or none")
 

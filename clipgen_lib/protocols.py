@@ -7,7 +7,9 @@ and whither. No network ever takes the place of another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,12 +136,27 @@ def weights_file(weights: Weights, needed_by: str, otherwise: str) -> Path:
     return path
 
 
+@contextmanager
+def weights_alone() -> Iterator[None]:
+    """Within the block torch.load runs no code of any file, whatever a package asks of it: they ask for less."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _pytorch_fid_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
     from pytorch_fid.inception import InceptionV3
 
     head = torch.load(path, map_location="cpu", weights_only=True)["fc.weight"]  # which InceptionV3 leaves out
     own = protocol == "inception"  # `prepare` resizes and scales for the others
-    return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]], resize_input=own, normalize_input=own), head
+    with weights_alone():
+        return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]], resize_input=own, normalize_input=own), head
 
 
 def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
@@ -148,7 +165,8 @@ def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.T
 
     if not _TORCH_FIDELITY_AVAILABLE:
         raise MissingWeights(f"protocol {protocol!r} needs the package torch-fidelity, which holds torchmetrics' Inception: pip install torch-fidelity")  # fmt: skip
-    module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+    with weights_alone():
+        module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
     return module, module.fc.weight.detach()
 
 
@@ -170,4 +188,5 @@ def lpips_network(device: torch.device | str = "cpu") -> nn.Module:
     weights_file(ALEXNET, "LPIPS", "go without it")
     import lpips
 
-    return lpips.LPIPS(net="alex", verbose=False).requires_grad_(False).to(device)
+    with weights_alone():
+        return lpips.LPIPS(net="alex", verbose=False).requires_grad_(False).to(device)

@@ -36,9 +36,12 @@ RESULTS = Path(os.environ.get("CLIPGEN_RESULTS", ROOT / "results"))
 
 
 class ClipgenError(Exception):
-    """A mistake the user can mend: one sentence that says what is wrong, where, and the cure."""
+    """A mistake the user can mend: one sentence that says what is wrong, where, and the cure; on one line, whatever is named."""
 
     exit_code = 1
+
+    def __init__(self, sentence: str):
+        super().__init__("".join(c if c.isprintable() else "?" for c in sentence))  # names of files may hold anything
 
 
 class Stopped(ClipgenError):
@@ -47,6 +50,17 @@ class Stopped(ClipgenError):
     def __init__(self, number: int, where: str):
         super().__init__(f"stopped by {signal.Signals(number).name} {where}: what was done is kept, and the same command goes on from there")  # fmt: skip
         self.exit_code = 128 + number
+
+
+def reason(error: Exception) -> str:
+    """What another library's error says, on one line of at most 200 characters, for the brackets of a sentence of ours."""
+    return shortened(str(error)) or type(error).__name__
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text of others, such as a name from a file, as one line of at most `most` characters."""
+    line = " ".join(text[: 8 * most].split())
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -119,8 +133,10 @@ def read_json(path: Path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ClipgenError(f"{path} is missing: run the step that writes it first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ClipgenError(f"{path} is not valid JSON ({error}): restore it or delete it and run its step again") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON, of UTF-8, of numbers of 5,000 digits
+        raise ClipgenError(
+            f"{path} is not valid JSON ({reason(error)}): restore it or delete it and run its step again"
+        ) from None
     if not isinstance(content, dict):
         raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: restore the original file")
     return content
@@ -252,11 +268,13 @@ class Run:
         return sorted((line for line in self._lines() if line["stage"] == stage), key=lambda line: line["step"])
 
     def _lines(self) -> Iterator[dict]:
-        for text in self.file("metrics.jsonl").read_text().splitlines():
+        for text in self.file("metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(text)
-            except json.JSONDecodeError:  # a line cut short by a kill; its step is logged again on resuming
+                line = json.loads(text)
+            except (ValueError, RecursionError):  # a line cut short by a kill; its step is logged again on resuming
                 continue
+            if isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int):
+                yield line
 
     def keep(self, figure: Figure, name: str) -> Figure:
         """Save a figure as figures/<name>.png and return it for display."""
@@ -320,7 +338,7 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
     Raises:
         ClipgenError: missing, cut short, changed since it was written, or not one of ours.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as stream:
@@ -328,11 +346,16 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
         if header.pop("sha256") != _digest(header, tensors):
             raise ClipgenError(f"checkpoint {path} is not as it was written (its SHA-256 differs): delete it and run its step again")  # fmt: skip
-        return _put_tensors(json.loads(header["state"]), tensors), json.loads(header["meta"])
+        state, meta = _put_tensors(json.loads(header["state"]), tensors), json.loads(header["meta"])
+        if not isinstance(state, dict) or not isinstance(meta, dict):
+            raise ValueError("no state in it")
+        return state, meta
     except FileNotFoundError:
         raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ClipgenError(f"checkpoint {path} is damaged or not one of ours ({error}): delete it and run its step again") from None  # fmt: skip
+    except ClipgenError:
+        raise
+    except Exception as error:  # a header of any bytes: safetensors, JSON and what takes it apart raise whatever they like
+        raise ClipgenError(f"checkpoint {path} is damaged or not one of ours ({reason(error)}): delete it and run its step again") from None  # fmt: skip
 
 
 def checkpoint_meta(path: Path) -> dict:
@@ -403,7 +426,6 @@ def save_weights(folder: Path, module: object, **facts: object) -> None:
 
 def read_weights(folder: Path) -> dict:
     """The tensors of `folder/model.safetensors`; missing or damaged is one sentence."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / "model.safetensors"
@@ -411,8 +433,8 @@ def read_weights(folder: Path) -> dict:
         raise ClipgenError(f"{path} is missing: run the step that trains it first, or choose the run that has it")
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ClipgenError(f"{path} is damaged ({error}): delete it and run its step again") from None
+    except Exception as error:  # of a header of any bytes: safetensors' own errors, of the system, of a dtype torch lacks
+        raise ClipgenError(f"{path} is damaged ({reason(error)}): delete it and run its step again") from None
 
 
 def load_strictly(module: object, tensors: dict, source: Path) -> None:
@@ -422,6 +444,27 @@ def load_strictly(module: object, tensors: dict, source: Path) -> None:
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise ClipgenError(f"{source} does not fit the {type(module).__name__} of its config ({detail}): use weights and config of one run") from None  # fmt: skip
+
+
+def built_strictly(make: Callable[[], object], tensors: dict, source: Path) -> object:
+    """The module that `make` builds, with these weights.
+
+    It is built without memory first: a config of other sizes than its weights' is refused before it costs anything.
+
+    Raises:
+        ClipgenError: the config describes nothing that can be built, or the weights are of something else.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            imagined = make()
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise ClipgenError(f"{source / 'config.json'} describes nothing that can be built ({reason(error)}): restore the original file") from None  # fmt: skip
+    load_strictly(imagined, {name: tensor.to("meta") for name, tensor in tensors.items()}, source)
+    module = make()
+    load_strictly(module, tensors, source)
+    return module
 
 
 def module_hash(module: object) -> str:

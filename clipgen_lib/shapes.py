@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from .runs import fresh_folder, progress
+from .runs import fresh_folder, progress, read_json
 
 CANVAS = 64
 SUPERSAMPLE = 4
@@ -328,7 +328,7 @@ def make_world(root: Path, n_train: int, n_val: int, seed: int = 0, show_progres
     root = Path(root)
     recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 2}
     mark = root / "shapes.json"
-    if mark.exists() and json.loads(mark.read_text()) == recipe:
+    if mark.exists() and read_json(mark) == recipe:
         return root
     splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "heldout": (n_val, 20_000_000)}
     with fresh_folder(root) as folder, progress(sum(n for n, _ in splits.values()), "drawing", show_progress) as bar:

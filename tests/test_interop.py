@@ -4,6 +4,7 @@ The reference below is written from the papers and the released files' names, ap
 of steps, each with its published name, from which the shapes follow and by which it is computed.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -444,13 +445,17 @@ def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path, monkeypatch)
     assert interop.read_tensors(tmp_path / "last.ckpt", "state_dict").keys() == tensors.keys()
 
 
-def test_a_torchscript_archive_is_read_for_its_tensors(tmp_path):
-    """OpenAI's own CLIP files are such archives, with three sizes among the tensors."""
+def test_a_torchscript_archive_of_openai_is_read_for_its_tensors(tmp_path, monkeypatch):
+    """OpenAI's own CLIP files are such archives, with three sizes among the tensors; opening one runs code of its own."""
     module = torch.nn.Linear(3, 2)
     module.register_buffer("context_length", torch.tensor(77))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.jit.script(module).save(tmp_path / "archive.pt")
+    with pytest.raises(ClipgenError, match="holds code"):
+        clip_embed._plain(tmp_path / "archive.pt", tmp_path)
+    published = hashlib.sha256((tmp_path / "archive.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(clip_embed, "_published_archives", lambda: {published})
     found = load_file(clip_embed._plain(tmp_path / "archive.pt", tmp_path))
     assert torch.equal(found.pop("weight"), module.weight) and torch.equal(found.pop("bias"), module.bias) and not found
     torch.save(module.state_dict(), tmp_path / "plain.pt")

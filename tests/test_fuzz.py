@@ -1,0 +1,465 @@
+"""Whatever lies in a file: a reader gives what it promises, or one sentence of ours; nothing else, and no new file beside it.
+
+Each property takes hypothesis' data and an empty folder. The quick run is the same every time; the long one is marked slow.
+"""
+
+import copy
+import io
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+from clipgen_lib.captions import read_captions, split_prompts, texts_of
+from clipgen_lib.classifier import Classifier
+from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.config import ClassifierConfig, Preset, from_dict, load_preset
+from clipgen_lib.data import open_images
+from clipgen_lib.images import MAX_ASPECT, load_image
+from clipgen_lib.runs import (
+    DATA,
+    ClipgenError,
+    Run,
+    load_checkpoint,
+    load_strictly,
+    read_json,
+    read_weights,
+    save_checkpoint,
+    save_weights,
+)
+from clipgen_lib.shapes import make_world
+
+PARTS = {f.name: type(getattr(Preset(), f.name)) for f in fields(Preset) if is_dataclass(getattr(Preset(), f.name))}
+LONGEST = 600  # characters of a sentence, without the test's own folder in it
+
+
+def outcome(call, folder, *named):
+    """What a reader returns, None where it refuses; the refusal is one sentence that names the file or the entry."""
+    before = sorted(folder.rglob("*"))
+    try:
+        value = call()
+    except ClipgenError as error:
+        value, text = None, str(error)
+        assert text.splitlines() == [text] and text.encode(), repr(text)
+        assert len(text.replace(str(folder), "")) <= LONGEST, text
+        assert any(name in text for name in named), text
+    assert sorted(folder.rglob("*")) == before
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- strategies
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.sampled_from([0, -1, 10**400, 2**63, 1e308, math.nan, -math.inf, "", "..", "../x.png", "/etc/passwd", "a\0b", "a\nb",
+                     "x" * 10_000, "\ud800", "1" * 5_000, "builtins.eval", "hf-hub:a/b", [], {}, [[[]]], {"a": None}]),
+)  # fmt: skip
+ODD = st.recursive(ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=4)  # fmt: skip
+
+
+def mutated(draw, valid):
+    """A copy of a JSON value with up to three places of it replaced, dropped or joined by others."""
+    content = copy.deepcopy(valid)
+    for _ in range(draw(st.integers(0, 3))):
+        node = content
+        while True:
+            places = sorted(node) if isinstance(node, dict) else list(range(len(node)))
+            if not places:
+                break
+            place = draw(st.sampled_from(places))
+            if isinstance(node[place], (dict, list)) and draw(st.integers(0, 3)):
+                node = node[place]
+                continue
+            action = draw(st.sampled_from(["replace", "replace", "drop", "add"]))
+            if action == "drop":
+                del node[place]
+            elif action == "replace":
+                node[place] = draw(ODD)
+            elif isinstance(node, dict):
+                node[draw(st.text(max_size=8))] = draw(ODD)
+            else:
+                node.append(draw(ODD))
+            break
+    return content
+
+
+def damaged(draw, whole: bytes) -> bytes:
+    """Bytes that were a file: cut short, a few of them changed, some taken out or put in; or never a file at all."""
+    kind = draw(st.sampled_from(["whole", "cut", "changed", "changed", "spliced", "longer", "noise"]))
+    if kind == "noise":
+        return draw(st.binary(max_size=200))
+    content, at = bytearray(whole), draw(st.integers(0, max(len(whole) - 1, 0)))
+    if kind == "cut":
+        del content[at:]
+    if kind == "longer":
+        content += draw(st.binary(min_size=1, max_size=50))
+    if kind == "spliced":
+        content[at : at + draw(st.integers(0, 20))] = draw(st.binary(max_size=20))
+    for _ in range(draw(st.integers(1, 6)) if kind == "changed" else 0):
+        # headers are short and at the beginning: look there more often
+        content[draw(st.integers(0, min(len(whole), 120) - 1) | st.integers(0, len(whole) - 1))] = draw(st.integers(0, 255))
+    return bytes(content)
+
+
+def write(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode("utf-8", "surrogatepass"))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- configs and json
+
+
+def config_from_json(data, folder):
+    kind = data.draw(st.sampled_from(list(PARTS.values())))
+    values = mutated(data.draw, json.loads(json.dumps(asdict(kind()))))
+    values = values if data.draw(st.integers(0, 9)) else data.draw(ODD)
+    made = outcome(lambda: from_dict(kind, values), folder, kind.__name__, *(f.name for f in fields(kind)))
+    if made is not None:
+        assert json.loads(json.dumps(asdict(made))) == values
+        assert all(math.isfinite(v) for v in values.values() if isinstance(v, (int, float)))
+
+
+def preset_with_overrides(data, folder):
+    part = data.draw(st.sampled_from(list(PARTS)))
+    known = [f.name for f in fields(PARTS[part])]
+    values = data.draw(st.dictionaries(st.sampled_from(known) | st.text(max_size=5), ODD, max_size=3))
+    made = outcome(lambda: load_preset("smoke", **{part: values}), folder, PARTS[part].__name__, *known)
+    assert made is None or all(getattr(getattr(made, part), key) == value for key, value in values.items())
+
+
+def json_file(data, folder):
+    content = json.dumps(asdict(load_preset("smoke"))).encode()
+    hostile = [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 5_000,
+        b'{"a": ' + b"9" * 5_000 + b"}",
+        b"\xff\xfe{}",
+        b"NaN",
+        b"{}x",
+        b"",
+    ]
+    path = write(
+        folder / "x.json", data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else damaged(data.draw, content)
+    )
+    assert isinstance(outcome(lambda: read_json(path), folder, str(path)), (dict, type(None)))
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+STATE = {"step": 3, "model": {"a": torch.arange(6.0).view(2, 3), 7: [torch.ones(1), "x", None]}}
+
+
+def checkpoint(data, folder):
+    save_checkpoint(folder / "whole", STATE, {"kind": "test"})
+    path = write(folder / "c.safetensors", damaged(data.draw, (folder / "whole").read_bytes()))
+    found = outcome(lambda: load_checkpoint(path), folder, str(path))
+    assert found is None or all(isinstance(part, dict) for part in found)
+
+
+def checkpoint_of_hostile_json(data, folder):
+    skeleton = {"pairs": [["a", {"tensor": "000000"}], [7, [{"pairs": [["b", 1]]}, "text"]]]}
+    hostile = [
+        "[" * 100_000,
+        '{"tensor": "000009"}',
+        '{"tensor": ["x"]}',
+        '{"pairs": 5}',
+        '{"pairs": [[1]]}',
+        '{"pairs": [[[1], 2]]}',
+        "5",
+        "",
+    ]
+    state = data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else json.dumps(mutated(data.draw, skeleton))
+    meta = data.draw(st.sampled_from(["{}", "{}", "{}", "[]", "", "{" * 100_000]))
+    path = write(folder / "c.safetensors", save({"000000": torch.ones(2)}, {"state": state, "meta": meta}))
+    found = outcome(lambda: load_checkpoint(path), folder, str(path))
+    assert found is None or all(isinstance(part, dict) for part in found)
+
+
+def safetensors_header(data, folder):
+    """Shapes, dtypes and places of another making, some of them huge, over the same bytes."""
+    header = {
+        "weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "bias": {"dtype": "F32", "shape": [2], "data_offsets": [24, 32]},
+    }
+    header = mutated(data.draw, header)
+    if data.draw(st.booleans()):
+        header["weight"] = {
+            "dtype": data.draw(st.sampled_from(["F32", "F4", "F8_E8M0", "BOOL", "C64", "I64", "F6_E2M3"])),
+            "shape": data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 6, 24, 48, 2**40, 2**62]), max_size=4)),
+            "data_offsets": [0, 24],
+        }
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    length = data.draw(st.sampled_from([len(text)] * 5 + [0, 2**63, len(text) + 9]))
+    write(folder / "model.safetensors", struct.pack("<Q", length) + text + bytes(32))
+
+    def load():
+        load_strictly(module := torch.nn.Linear(3, 2), read_weights(folder), folder)
+        return module
+
+    module = outcome(load, folder, str(folder))
+    assert module is None or (module.weight == 0).all()
+
+
+def classifier_folder(data, folder):
+    config = {"config": asdict(ClassifierConfig(width=8)), "names": ["a cat", "a dog"]}
+    save_weights(folder / "classifier", SMALLEST)
+    write(folder / "classifier" / "config.json", mutated(data.draw, config))
+    loaded = outcome(lambda: Classifier.load(folder / "classifier"), folder, str(folder), "ClassifierConfig")
+    assert loaded is None or len(loaded.names) == 2
+
+
+def clip_folder(data, folder):
+    shutil.copytree(DATA / "shapes_clip", folder / "clip")
+    config = json.loads((folder / "clip" / "open_clip_config.json").read_text())
+    write(folder / "clip" / "open_clip_config.json", mutated(data.draw, config))
+    clip = outcome(lambda: ClipEmbedder.load(str(folder / "clip")), folder, str(folder), "CLIP")
+    assert clip is None or clip.texts(["a red circle"]).shape == (1, clip.dim)
+
+
+def clip_merges(data, folder):
+    shutil.copytree(DATA / "shapes_clip", folder / "clip")
+    path = folder / "clip" / "bpe_merges.txt.gz"
+    write(path, damaged(data.draw, path.read_bytes()))
+    outcome(lambda: ClipEmbedder.load(str(folder / "clip")), folder, str(folder))
+
+
+def metrics(data, folder):
+    lines = [{"stage": "vqgan", "step": 1, "loss": 0.5}, {"stage": "vqgan", "step": 2, "loss": None}]
+    content = "".join(json.dumps(mutated(data.draw, line)) + "\n" for line in lines).encode("utf-8", "surrogatepass")
+    write(folder / "metrics.jsonl", damaged(data.draw, content))
+    found = outcome(lambda: Run(folder).metrics("vqgan"), folder, str(folder))
+    assert all(line["stage"] == "vqgan" and isinstance(line["step"], int) for line in found)
+
+
+SMALLEST = Classifier(ClassifierConfig(width=8), ["a cat", "a dog"])
+
+
+# ---------------------------------------------------------------------------------------------- texts
+
+
+def caption_list(data, folder):
+    lines = b"a.png\ta cat\nb/c.png\ta dog on a mat\n./d\ttwo dogs\n/\tnothing\n..\tabove\n"
+    path = write(folder / "captions.txt", damaged(data.draw, lines))
+    found = outcome(lambda: read_captions(path), folder, str(path))
+    assert found is None or all(name and text and "\n" not in text for name, text in found.items())
+
+
+def caption_json(data, folder):
+    coco = {"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b/c.png"}],
+            "annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "caption": "a dog"}]}  # fmt: skip
+    path = write(
+        folder / "captions.json", mutated(data.draw, data.draw(st.sampled_from([coco, {"a.png": "a cat", "c": "a dog"}])))
+    )
+    found = outcome(lambda: read_captions(path), folder, str(path))
+    assert found is None or all(isinstance(text, str) for text in found.values())
+    pictures = small_folder(folder / "pictures", ["a.png"])
+    rows = outcome(lambda: texts_of(open_images(pictures, "train", 8), path), folder, str(path))
+    assert rows is None or (set(rows) <= {0} and all(rows.values()))
+
+
+def shapes_mark(data, folder):
+    """A world is made again only where its mark says that it is another."""
+    recipe = {"n_train": 1, "n_val": 1, "seed": 0, "version": 2}
+    path = write(folder / "world" / "shapes.json", damaged(data.draw, json.dumps(recipe).encode()))
+    before = path.read_bytes()
+    try:
+        make_world(folder / "world", 1, 1, show_progress=False)
+        assert json.loads(path.read_text()) == recipe and (before == path.read_bytes() or (folder / "world" / "train").is_dir())
+    except ClipgenError as error:
+        assert str(path) in str(error) and path.read_bytes() == before
+
+
+def prompts(data, folder):
+    text = data.draw(st.text(alphabet="| \n\0ab", max_size=30) | st.just("|" * 10_000) | st.text())
+    found = outcome(lambda: split_prompts(text), folder, "PROMPTS")
+    assert found is None or all(p and "|" not in p and p == " ".join(p.split()) for p in found)
+
+
+def small_folder(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        (folder / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(folder / "train" / name, "PNG")
+    shutil.copytree(folder / "train", folder / "val", dirs_exist_ok=True)
+    return folder
+
+
+def captions_beside_pictures(data, folder):
+    small_folder(folder / "set", ["a.png", "b.png"])
+    content = data.draw(
+        st.binary(max_size=60) | st.sampled_from([b"\0" * 100, b"x" * 1_000_000, b"\xff\xfe\n\n", "\u2028\x85".encode()])
+    )
+    write(folder / "set" / "train" / "a.txt", content)
+    images = outcome(lambda: open_images(folder / "set", "train", 8), folder, str(folder))
+    assert len(images) == 2 and images[0].shape == (3, 8, 8)
+    assert all(text.strip() == text and text for texts in (images.captions if images.has_captions else ()) for text in texts)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def _files() -> list[bytes]:
+    """Small whole pictures of every format and of modes that are rare, one of them animated, two of them turned by EXIF."""
+    values = np.arange(12 * 9 * 3, dtype=np.uint8).reshape(9, 12, 3)
+    rgb, exif = Image.fromarray(values), Image.Exif()
+    exif[0x0112] = 6
+    ways = [(rgb, kind, {}) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")]
+    ways += [(rgb, kind, {"exif": exif}) for kind in ("JPEG", "WEBP", "PNG")]
+    ways += [
+        (rgb.convert(mode), kind, {})
+        for mode, kind in (("LA", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("RGBA", "WEBP"), ("1", "PNG"), ("L", "PPM"))
+    ]
+    ways += [(rgb.convert("P"), "PNG", {"transparency": 3}), (rgb.convert("P"), "GIF", {"transparency": 3})]
+    ways += [
+        (rgb, "GIF", {"save_all": True, "append_images": [rgb.rotate(90)]}),
+        (rgb, "TIFF", {"compression": "tiff_lzw"}),
+        (rgb, "TIFF", {"compression": "jpeg"}),
+    ]
+    ways += [
+        (Image.fromarray(values[:, :, 0].astype(np.uint16) * 200), "PNG", {}),
+        (Image.fromarray(values[:, :, 0].astype(np.float32)), "TIFF", {}),
+    ]
+    ways += [(Image.fromarray(np.where(values[:, :, 0] < 9, np.nan, 1).astype(np.float32)), "TIFF", {})]
+    found = []
+    for image, kind, options in ways:
+        stream = io.BytesIO()
+        image.save(stream, kind, **options)
+        found.append(stream.getvalue())
+    return found
+
+
+PICTURES = _files()
+
+
+def picture(data, folder):
+    content = damaged(data.draw, data.draw(st.sampled_from(PICTURES)))
+    path = write(folder / data.draw(st.sampled_from(["x.png", "x.jpg", "a\nb.png", "x" * 200 + ".png"])), content)
+    size = data.draw(st.sampled_from([1, 8, 31]))
+    with np.errstate(all="ignore"):
+        found = outcome(lambda: load_image(path, size), folder, str(folder))
+    if found is not None:
+        assert found.dtype == torch.uint8 and found.shape[0] == 3 and min(found.shape[1:]) == size
+        assert max(found.shape[1:]) <= MAX_ASPECT * size + 1
+
+
+# ---------------------------------------------------------------------------------------------- bombs
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _png(width: int, height: int, *chunks: bytes, rows: int = 1) -> bytes:
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = _chunk(b"IDAT", zlib.compress(bytes(rows * (width + 1))))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + _chunk(b"IEND", b"")
+
+
+def _frames(kind: str, count: int) -> bytes:
+    stream = io.BytesIO()
+    frames = [Image.new("L", (64, 64), i % 251) for i in range(count)]
+    frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
+    return stream.getvalue()
+
+
+def _bombs() -> dict[str, tuple[bytes, bool]]:
+    """Name -> (small file that asks for much, whether it may be read nevertheless)."""
+    much = zlib.compress(bytes(300_000_000), 1)
+    gif = bytearray(_frames("GIF", 1))
+    gif[gif.index(b",") + 5 : gif.index(b",") + 9] = b"\xff\xff\xff\xff"  # a frame of 65,535 pixels a side on a small screen
+    bmp = bytearray(PICTURES[4])
+    bmp[18:26] = struct.pack("<ii", 2**30, -(2**30))
+    return {
+        "huge header": (_png(50_000, 50_000), False),
+        "a line": (_png(60_000, 1), False),
+        "a line on end": (_png(1, 60_000, rows=60_000), False),
+        "text": (_png(9, 9, _chunk(b"zTXt", b"a\0\0" + much), rows=9), False),
+        "profile": (_png(9, 9, _chunk(b"iCCP", b"a\0\0" + much), rows=9), False),
+        "frames": (_frames("GIF", 1_000), True),
+        "pages": (_frames("TIFF", 1_000), True),
+        "large frame": (bytes(gif), False),
+        "bmp": (bytes(bmp), False),
+        "ppm": (b"P6 50000 50000 255\n" + bytes(99), False),
+    }
+
+
+def test_bombs_take_no_memory(tmp_path):
+    """In a process of its own, with 400 MB beyond what the library has taken: refused, or read without the rest of the file."""
+    may = {}
+    for index, (name, (content, may_be_read)) in enumerate(_bombs().items()):
+        write(tmp_path / f"{index}.png", content)
+        may[str(tmp_path / f"{index}.png")] = name, may_be_read
+        assert len(content) < 5_000_000
+    code = (
+        "import json, resource, sys\n"
+        "from pathlib import Path\n"
+        "from clipgen_lib.images import load_image\n"
+        "from clipgen_lib.runs import ClipgenError\n"
+        "load_image(Path(sys.argv[1]), 64)\n"
+        "now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 400_000_000,) * 2)\n"
+        "found = {}\n"
+        "for path in sys.argv[2:]:\n"
+        "    try:\n"
+        "        found[path] = list(load_image(Path(path), 64).shape)\n"
+        "    except ClipgenError as error:\n"
+        "        found[path] = str(error)\n"
+        "print(json.dumps(found))\n"
+    )
+    write(tmp_path / "whole.png", PICTURES[0])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, tmp_path / "whole.png", *may], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path, found in json.loads(done.stdout).items():
+        name, may_be_read = may[path]
+        assert (found == [3, 64, 64]) if may_be_read else (isinstance(found, str) and path in found), (name, found)
+        assert "memory" not in str(found).replace(path, "").lower(), (name, found)
+
+
+# ---------------------------------------------------------------------------------------------- all of them
+
+
+QUICK = {
+    config_from_json: 300, preset_with_overrides: 200, json_file: 100, checkpoint: 150, checkpoint_of_hostile_json: 100,
+    safetensors_header: 150, classifier_folder: 12, caption_list: 100, caption_json: 100, shapes_mark: 40, prompts: 80,
+    captions_beside_pictures: 50, picture: 600, metrics: 100, clip_folder: 25, clip_merges: 10,
+}  # fmt: skip
+
+
+def attempt(check, examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def one(data):
+        with tempfile.TemporaryDirectory() as folder:
+            check(data, Path(folder))
+
+    one()
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of files that are damaged on purpose
+@pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
+def test_readers(check):
+    attempt(check, QUICK[check])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
+def test_readers_at_length(check):
+    attempt(check, 20 * QUICK[check])

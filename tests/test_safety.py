@@ -1,0 +1,347 @@
+"""No file that is read and no value that is given runs code: weights, configs, archives, notebook parameters, our own source."""
+
+import ast
+import contextlib
+import json
+import pickle
+import shutil
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from papermill.translators import PythonTranslator
+from PIL import Image
+
+import clipgen_lib
+from clipgen_lib import clip_embed, protocols
+from clipgen_lib.baselines import FusionGenerator
+from clipgen_lib.classifier import Classifier
+from clipgen_lib.cli import _parse
+from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.config import ClassifierConfig, VQGANTrainConfig, load_preset
+from clipgen_lib.images import load_image
+from clipgen_lib.interop import RELEASES, load_released
+from clipgen_lib.losses import perceptual_loss
+from clipgen_lib.optim import build_optimizer
+from clipgen_lib.passes import StatisticsFile
+from clipgen_lib.protocols import Weights, weights_alone, weights_file
+from clipgen_lib.runs import DATA, ClipgenError, load_checkpoint, read_weights, save_weights
+from clipgen_lib.sample import TextToImage
+from clipgen_lib.transformer import ImageTransformer
+from clipgen_lib.vqgan import VQGAN
+
+PACKAGE = Path(clipgen_lib.__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------- weights with code
+
+
+class Bomb:
+    """Pickled, it makes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def _torch_file(bomb: Bomb, path: Path, **options) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "model": bomb}, path, **options)
+
+
+FORMS = {
+    "pickle": lambda bomb, path: path.write_bytes(pickle.dumps({"model": bomb}, protocol=2)),
+    "zip": _torch_file,
+    "legacy": lambda bomb, path: _torch_file(bomb, path, _use_new_zipfile_serialization=False),
+}
+
+
+@pytest.fixture(params=FORMS)
+def armed(request, tmp_path):
+    """A maker of files with code, and the file that the code would make; that it would is seen first."""
+    fired = tmp_path / "fired"
+
+    def arm(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FORMS[request.param](Bomb(fired), path)
+        return path
+
+    arm(tmp_path / "control")
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):  # a plain pickle is no file of torch's, once it is read
+        warnings.simplefilter("ignore")
+        torch.load(tmp_path / "control", weights_only=False)
+    assert fired.exists()
+    fired.unlink()
+    return arm, fired
+
+
+def refused(call, fired: Path) -> str:
+    with pytest.raises(ClipgenError) as error:
+        call()
+    assert not fired.exists()
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 700, text
+    return text
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "last.pt", "last.pth", "last.bin", "last.safetensors"])
+def test_released_weights_with_code(armed, name, tmp_path):
+    arm, fired = armed
+    refused(lambda: load_released("taming-f16-1024", arm(tmp_path / name)), fired)
+    for release in RELEASES:
+        refused(lambda release=release: load_released(release, arm(tmp_path / name)), fired)
+
+
+@pytest.fixture
+def tiny_clip(tmp_path, monkeypatch):
+    """An open_clip model by name, as small as the embedded one."""
+    config = json.loads((DATA / "shapes_clip" / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setattr("open_clip.factory._MODEL_CONFIGS", {**open_clip.factory._MODEL_CONFIGS, "tiny": config})
+    return "tiny"
+
+
+@pytest.mark.parametrize("name", ["clip.pt", "clip.bin", "clip.pth", "clip.safetensors"])
+def test_clip_checkpoint_with_code(armed, tiny_clip, name, tmp_path):
+    arm, fired = armed
+    assert "cannot be loaded" in refused(lambda: ClipEmbedder.load(tiny_clip, str(arm(tmp_path / name))), fired)
+
+
+def test_torchscript_archive_that_is_not_openais(tiny_clip, tmp_path):
+    """Opening one runs its `__setstate__`; the known ones are told by the hash that stands in their address."""
+
+    class Code(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Code()).save(tmp_path / "ViT-B-32.pt")
+    assert "holds code" in refused(lambda: ClipEmbedder.load(tiny_clip, str(tmp_path / "ViT-B-32.pt")), tmp_path / "none")
+    published = clip_embed._published_archives()
+    assert "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af" in published  # ViT-B/32
+    assert all(len(digest) == 64 and int(digest, 16) for digest in published)
+
+
+def test_folders_with_code_for_weights(armed, tmp_path):
+    """The folders of this project: whatever lies beside or in place of model.safetensors is not run."""
+    arm, fired = armed
+    smoke = load_preset("smoke")
+    save_weights(tmp_path / "classifier", Classifier(ClassifierConfig(width=8), ["a", "b"]))
+    save_weights(tmp_path / "vqgan", VQGAN(smoke.vqgan))
+    save_weights(tmp_path / "transformer", ImageTransformer(smoke.transformer, 32, 4, 16))
+    save_weights(tmp_path / "gan", FusionGenerator(smoke.fusion_gan, 16, 16))
+    shutil.copytree(DATA / "shapes_generator", tmp_path / "generator")
+    loads = {"classifier": Classifier.load, "vqgan": VQGAN.load, "transformer": ImageTransformer.load, "gan": FusionGenerator.load,
+             "generator": TextToImage.from_pretrained}  # fmt: skip
+    for name, load in loads.items():
+        folder = tmp_path / name
+        arm(folder / "model.safetensors")
+        arm(folder / "pytorch_model.bin")
+        refused(lambda load=load, folder=folder: load(folder), fired)
+        (folder / "model.safetensors").unlink()
+        refused(lambda load=load, folder=folder: load(folder), fired)
+    refused(lambda: read_weights(arm(tmp_path / "gan" / "model.safetensors").parent), fired)
+    refused(lambda: load_checkpoint(arm(tmp_path / "checkpoint.safetensors")), fired)
+
+
+def test_clip_folder_with_code_for_weights(armed, tmp_path):
+    arm, fired = armed
+    shutil.copytree(DATA / "shapes_clip", tmp_path / "clip")
+    for name in ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "pytorch_model.bin"):
+        arm(tmp_path / "clip" / name)
+    assert ClipEmbedder.load(str(tmp_path / "clip")).dim == 256 and not fired.exists()  # the safetensors go first
+    arm(tmp_path / "clip" / "open_clip_model.safetensors")
+    refused(lambda: ClipEmbedder.load(str(tmp_path / "clip")), fired)
+
+
+def test_statistics_with_code(tmp_path):
+    fired = tmp_path / "fired"
+    np.savez(tmp_path / "x.npz", mu=np.array([Bomb(fired)], dtype=object), sigma=np.eye(1))
+    refused(lambda: StatisticsFile(tmp_path / "x.npz"), fired)
+    (tmp_path / "y.npz").write_bytes(pickle.dumps(Bomb(fired)))
+    refused(lambda: StatisticsFile(tmp_path / "y.npz"), fired)
+    with np.load(tmp_path / "x.npz", allow_pickle=True) as content:  # the same file does it where it may
+        content["mu"]
+    assert fired.exists()
+
+
+def test_feature_network_with_code(armed, tmp_path, monkeypatch):
+    """Refused by its hash; and were the hash right, the packages that read these files would still run nothing."""
+    arm, fired = armed
+    monkeypatch.setattr(protocols, "hub_folder", lambda: tmp_path)
+    path = arm(tmp_path / "alexnet.pth")
+    weights = Weights(path.name, "7be5be79", "nowhere")
+    assert "SHA-256" in refused(lambda: weights_file(weights, "LPIPS", "go without it"), fired)
+    with weights_alone(), pytest.raises(pickle.UnpicklingError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.hub.load_state_dict_from_url("https://nowhere/alexnet.pth", str(tmp_path))
+    assert not fired.exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in protocols.os.environ
+
+
+def test_a_picture_is_given_to_no_other_program(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.eps", "EPS")
+    shutil.copy(tmp_path / "x.eps", tmp_path / "x.png")
+    assert "not a picture" in refused(lambda: load_image(tmp_path / "x.png", 8), tmp_path / "none")
+
+
+# ---------------------------------------------------------------------------------------------- configs that name code
+
+
+ELSEWHERE = ["hf-hub:someone/model", "local-dir:/tmp/model", "/tmp/model", "../model", "https://nowhere/model", "builtins:eval"]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def ask(*args, **kwargs):
+        pytest.fail("the network was asked")
+
+    monkeypatch.setattr("socket.create_connection", ask)
+    monkeypatch.setattr("socket.getaddrinfo", ask)
+    monkeypatch.setattr(urllib.request, "urlopen", ask)
+
+
+@pytest.mark.parametrize("key", ["timm_model_name", "hf_model_name"])
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_a_clip_folder_names_no_model_elsewhere(key, place, tmp_path, offline):
+    shutil.copytree(DATA / "shapes_clip", tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
+    for tower in ("vision_cfg", "text_cfg"):
+        changed = {**config, "model_cfg": {**config["model_cfg"], tower: {**config["model_cfg"][tower], key: place}}}
+        (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(changed))
+        assert key in refused(lambda: ClipEmbedder.load(str(tmp_path / "clip")), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "name", [p for p in ELSEWHERE if ":" in p] + ["builtins.eval", "os.system", "x" * 10_000, "a\0b", "", None, ["shapes"]]
+)
+def test_a_generator_names_no_clip_elsewhere(name, tmp_path, offline):
+    shutil.copytree(DATA / "shapes_generator", tmp_path / "generator")
+    config = json.loads((tmp_path / "generator" / "config.json").read_text())
+    (tmp_path / "generator" / "config.json").write_text(json.dumps({**config, "clip": {"name": name, "pretrained": "x"}}))
+    refused(lambda: TextToImage.from_pretrained(tmp_path / "generator").clip, tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "os.system", "torch.optim.SGD", "__import__('os')"])
+def test_a_choice_by_name_is_among_ours(name):
+    for call in (
+        lambda: perceptual_loss(name),
+        lambda: build_optimizer(torch.nn.Linear(1, 1), name, 0.1, 0.9, 0.0),
+        lambda: VQGANTrainConfig(precision=name),
+        lambda: protocols.feature_network(name, None),
+        lambda: load_preset("smoke", vqgan={"codebook_update": name}),
+        lambda: load_preset("smoke", transformer={"conditioning": name}),
+        lambda: load_preset(name),
+    ):
+        with pytest.raises(ClipgenError, match="choose"):
+            call()
+
+
+def test_names_of_classes_are_no_models(tmp_path):
+    """What a classifier's folder calls its classes and its config goes nowhere near timm's register of models."""
+    save_weights(tmp_path, Classifier(ClassifierConfig(width=8), ["hf-hub:a/b", "os.system"]))
+    assert Classifier.load(tmp_path).names == ["hf-hub:a/b", "os.system"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "config": {**config["config"], "width": "hf-hub:a/b"}}))
+    assert "width" in refused(lambda: Classifier.load(tmp_path), tmp_path / "none")
+
+
+# ---------------------------------------------------------------------------------------------- notebook parameters
+
+
+HOSTILE = ["; rm -rf /", "$(touch x)", "`touch x`", "'; import os; '", '"; import os; "', '"""', "a\nimport os\n", "\\", '\\"', "{x}", "%s",
+           "!ls", "%run x", "# comment", "a=b=c", "\x00", "\u2028", "\udcff", "None or 1", "__import__('os')"]  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(HOSTILE) | st.text())
+def test_a_value_becomes_a_literal(value):
+    """What is given by -p stands in the injected cell as one literal, which gives the value back."""
+    for texts in ({"DATA"}, set()):
+        key, parsed = _parse(f"DATA={value}", texts)
+        assert parsed == value or not texts
+        cell = ast.parse(PythonTranslator.codify({key: parsed})).body
+        assert len(cell) == 1 and isinstance(cell[0], ast.Assign) and cell[0].targets[0].id == "DATA"
+        if isinstance(parsed, float):  # nan and inf are written as a call of float
+            continue
+        assert ast.literal_eval(cell[0].value) == parsed
+
+
+@pytest.mark.parametrize("text", ["os.system=1", "a b=1", "DATA;x=1", "=1", "DATA", "a[0]=1", "x\nimport os=1"])
+def test_a_key_is_a_plain_name(text):
+    with pytest.raises(ClipgenError, match="not KEY=VALUE"):
+        _parse(text, set())
+
+
+# ---------------------------------------------------------------------------------------------- our own source
+
+
+NEVER = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code", "runpy"}
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.spawnv", "yaml.load", "yaml.unsafe_load",
+         "yaml.full_load", "torch.hub.load", "pickle.load", "pickle.loads", "pd.read_pickle"}  # fmt: skip
+
+
+def unsafe(source: str) -> list[str]:
+    """Lines of a source that could run what a file or a parameter holds."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [f"{node.lineno}: imports {m}" for m in modules if m.split(".")[0] in NEVER]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        bad = (
+            name in CALLS
+            or (name.endswith("torch.load") and given.get("weights_only") is not True)
+            or given.get("allow_pickle") is True
+            or given.get("weights_only") is False
+            or given.get("shell") is True
+            or given.get("trust_remote_code") is True
+            or name.endswith((".extractall", ".unpack_archive"))
+            or (name.endswith(".extract") and name != "bench.extract")  # the one is of archives, the other of tokens
+        )
+        if bad:
+            found.append(f"{node.lineno}: {name}")
+    return found
+
+
+def cells(path: Path) -> str:
+    """The code of a notebook; a line of IPython's own (%, !), which may be a shell's, is no Python and fails in the scan."""
+    found = [c["source"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    return "\n".join("".join(source) if isinstance(source, list) else source for source in found)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE.parent / "notebooks").glob("*.ipynb")), ids=lambda path: path.name
+)
+def test_source_runs_nothing_that_it_reads(path):
+    assert unsafe(cells(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["torch.load(x)", "torch.load(x, weights_only=False)", "np.load(x, allow_pickle=True)", "import pickle", "from pickle import loads",
+     "eval(x)", "os.system(x)", "subprocess.run(x, shell=True)", "yaml.load(x)", "archive.extractall(x)", "tar.extract(m, x)", "exec(x)"],
+)  # fmt: skip
+def test_the_scan_sees_it(line):
+    assert unsafe(line)
+
+
+def test_a_name_from_outside_is_imported_nowhere():
+    """`import_module` is the package's own lazy loading, by a table of its own."""
+    users = [path.name for path in PACKAGE.glob("*.py") if "import_module" in path.read_text(encoding="utf-8")]
+    assert users == ["__init__.py"]
+    with pytest.raises(AttributeError):
+        clipgen_lib.os  # noqa: B018
+    users = [path.name for path in PACKAGE.glob("*.py") if "jit.load(" in path.read_text(encoding="utf-8")]
+    assert users == ["clip_embed.py"]  # of archives whose hash is known
