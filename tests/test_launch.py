@@ -40,8 +40,9 @@ def test_two_processes_have_the_losses_of_one(stages, stage, tmp_path):
     assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"stage"}:
-            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), (a["step"], key)
+        for key in a.keys() - {"stage"}:  # a vector halfway between two codes may fall to either, after sums in another order
+            close = 0.1 if key in ("perplexity", "codebook_usage") else 5e-3
+            assert a[key] == pytest.approx(b[key], rel=1e-5 if a["step"] < 3 else close, abs=1e-4), (a["step"], key)
     assert open_run("two", tmp_path).metrics(f"{stage}_held_out")[-1]["step"] == 6
 
 
