@@ -196,10 +196,10 @@ def evaluate_generator(
     if images.has_captions:
         drawn["captions"] = CaptionFit(judge, dict(enumerate(text for _, text in prompts)))
 
-    def drawings(done: int):
-        for i in range(done * config.batch_size, len(prompts), config.batch_size):
-            part = prompts[i : i + config.batch_size]
-            positions = list(range(i, i + len(part)))
+    def drawings(numbers: range):
+        for i in numbers:
+            positions = list(range(i * config.batch_size, min((i + 1) * config.batch_size, len(prompts))))
+            part = [prompts[j] for j in positions]
             yield positions, generator.draw_each(_prompts(generator, images, part), [seed + j for j in positions], **settings)
 
     listed = caption_list((names[row], text or "") for row, text in prompts)
@@ -451,7 +451,7 @@ def damage_scores(
 
 def _add(statistics: SetStatistics, pictures: torch.Tensor) -> None:
     for part in pictures.split(64):
-        statistics.add([], part)
+        statistics.add([], statistics.find([], part))
 
 
 # ---------------------------------------------------------------------------------------------- the Shapes world

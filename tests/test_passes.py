@@ -33,6 +33,10 @@ def statistics(module, radii=(0, 2), parts=2, head=True):
     return SetStatistics(FeatureNetwork("inception", module, "stand-in", "0", head), radii, parts)
 
 
+def fill(sink, pictures):
+    sink.add([], sink.find([], pictures))
+
+
 def same_state(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
@@ -102,9 +106,9 @@ def test_halves_are_every_other_picture():
     x = torch.rand(11, 3, 20, 20) * 2 - 1
     parted, first, second = statistics(StandIn()), statistics(StandIn(), parts=1), statistics(StandIn(), parts=1)
     for part in x.split(3):
-        parted.add([], part)
-    first.add([], x[::2])
-    second.add([], x[1::2])
+        fill(parted, part)
+    fill(first, x[::2])
+    fill(second, x[1::2])
     assert parted.floor() == pytest.approx(first.distance(second), rel=1e-5)
 
 
@@ -112,13 +116,13 @@ def test_nan_pixels_are_an_error_not_black():
     x = torch.zeros(2, 3, 20, 20)
     x[1, 0, 3, 3] = torch.nan
     with pytest.raises(ClipgenError, match="NaN or infinite pixels"):
-        statistics(StandIn()).add([], x)
+        fill(statistics(StandIn()), x)
 
 
 def test_first_pictures():
     shown = FirstPictures(5)
     for part in torch.arange(9.0).view(9, 1, 1, 1).split(2):
-        shown.add([], part)
+        fill(shown, part)
     assert [float(x) for x in shown.pictures] == [0, 1, 2, 3, 4]
 
 

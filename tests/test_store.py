@@ -55,12 +55,12 @@ def test_other_pictures_are_refused(store, world, vqgan, clip):
 def test_damaged_stores_are_refused(store, tmp_path):
     with pytest.raises(ClipgenError, match="no finished token store"):
         TokenStore.open(tmp_path / "none")
-    tokens = store.folder / "tokens.u16"
+    tokens = store.folder / "00000" / "tokens.u16"
     tokens.write_bytes(tokens.read_bytes() + b"xx")
-    with pytest.raises(ClipgenError, match="another size"):
+    with pytest.raises(ClipgenError, match="damaged .00000/tokens.u16 has 5122 bytes, not 5120"):
         TokenStore.open(store.folder)
     tokens.write_bytes(tokens.read_bytes()[:100])
-    with pytest.raises(ClipgenError, match="damaged"):
+    with pytest.raises(ClipgenError, match="damaged .00000/tokens.u16 has 100 bytes"):
         TokenStore.open(store.folder)
     meta = json.loads((store.folder / "meta.json").read_text())
     del meta["L"]
@@ -86,7 +86,7 @@ def test_interrupted_extraction_goes_on(store, images, vqgan, clip, tmp_path, mo
     extract(images, vqgan, clip, tmp_path / "again", batch_size=1)
     assert len(calls) == 3 and calls[2][1] == range(32, 40)
     for name in ("tokens.u16", "rows.i32"):
-        assert (tmp_path / "again" / name).read_bytes() == (store.folder / name).read_bytes()
+        assert (tmp_path / "again" / "00000" / name).read_bytes() == (store.folder / "00000" / name).read_bytes()
 
 
 def test_unreadable_pictures_have_no_row(tmp_path, world, vqgan, clip):
@@ -101,7 +101,7 @@ def test_unreadable_pictures_have_no_row(tmp_path, world, vqgan, clip):
     store = extract(open_images(tmp_path / "p"), vqgan, clip, tmp_path / "store", batch_size=4)
     assert len(store) == 5 and list(store.arrays["rows"]) == [0, 1, 3, 4, 5]
     assert list(store.meta["skipped"]) == ["train/2.png"]
-    assert (store.folder / "tokens.u16").stat().st_size == 5 * 64 * 2
+    assert (store.folder / "00000" / "tokens.u16").stat().st_size == 5 * 64 * 2
 
 
 def test_nearest(store):
