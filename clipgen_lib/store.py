@@ -63,12 +63,13 @@ class Parts:
         asked = rows[order]
         if len(asked) and not 0 <= asked[0] <= asked[-1] < len(self):
             raise IndexError(f"rows {asked[0]} to {asked[-1]} of an array of {len(self)}")
-        found = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
         bounds = asked.searchsorted(self.starts)
-        for j in np.flatnonzero(np.diff(bounds)):
-            there = slice(bounds[j], bounds[j + 1])
-            # checked above: with another mode than "raise" numpy writes to `out` without a copy between
-            np.take(self.parts[j], asked[there] - self.starts[j], axis=0, out=found[there], mode="clip")
+        within = asked - np.repeat(self.starts[:-1], np.diff(bounds))
+        found = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
+        bounds = bounds.tolist()
+        for part, first, end in zip(self.parts, bounds, bounds[1:], strict=False):
+            if first < end:  # checked above: with another mode than "raise" numpy writes to `out` without a copy between
+                part.take(within[first:end], 0, found[first:end], "clip")
         unsorted = np.empty_like(found)
         unsorted[order] = found
         return unsorted
