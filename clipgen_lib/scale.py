@@ -21,8 +21,6 @@ import torch
 from .runs import ClipgenError, progress, versions, write_json
 from .store import FILES, TokenStore, shard_span
 
-PEER = "np.memmap of one flat file of each kind, indexed by the rows"
-
 
 def store_speed(
     folder: Path, rows: int = 10_000_000, tokens: int = 64, dim: int = 256, batch_size: int = 256, batches: int = 2_000,
@@ -30,18 +28,18 @@ def store_speed(
 ) -> dict:  # fmt: skip
     """How fast a synthetic store opens and gives random batches, and what memory a process that reads it takes.
 
-    Rows are random bits on the disk, written shard by shard as an extraction does; beside them the same rows as two flat
-    files, for the peer. Everything is deleted again.
+    Rows are random bits on the disk, written shard by shard as an extraction does. The peer is numpy alone: the same rows in
+    one flat file for tokens and one for embeddings, `np.memmap`, indexed by the rows. Everything is deleted again.
 
     Args:
-        folder: a new folder, made and deleted; the files take up to 2 rows * (2 tokens + 2 dim + 4) bytes.
-        batches: that are timed in each of `repeats` rounds; a read gives int64 tokens and unit-norm float32 embeddings.
+        folder: a new folder, made and deleted; the files take about 2 rows * (2 tokens + 2 dim + 4) bytes.
+        batches: that are read in each of `repeats` rounds; a read gives int64 tokens and unit-norm float32 embeddings.
         smaller: further numbers of rows whose memory is measured.
 
     Returns:
-        `open_seconds`, and `cold`, `warm` and `peer_warm` with rows per second: `cold` after the kernel was told to forget
-        the files, `warm` once all of them have been read. `memory` has for each number of rows the bytes of a fresh
-        process that has read the batches (RssAnon: without the pages of files, which the kernel takes back when it likes).
+        `open_seconds`; for `store` and `peer` the rows per second, `cold` (one round, the kernel having dropped the files'
+        pages) and `warm` (all pages read before); for each number of rows in `memory` the resident bytes of a fresh process
+        that has read the batches: its `own`, and those of `files`, which the kernel takes back when it likes.
 
     Raises:
         ClipgenError: the folder exists.
@@ -52,21 +50,25 @@ def store_speed(
     try:
         counts = sorted({*smaller, rows})
         with progress(sum(counts), "writing synthetic stores", show_progress) as bar:
-            stores = {n: synthetic_store(folder / str(n), n, tokens, dim, bar.update) for n in counts}
-        store = stores[rows]
-        flat = _flat_copy(store, folder / "flat")
+            for n in counts:
+                synthetic_store(folder / str(n), n, tokens, dim, bar.update)
+        _flat_copy(TokenStore.open(folder / str(rows)), folder / "flat")
+        _forget(folder)  # while no page of it is mapped
+        store = TokenStore.open(folder / str(rows))
         found["shards"] = len(store.meta["shards"])
         found["bytes"] = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
         found["open_seconds"] = _spread([_seconds(TokenStore.open, store.folder) for _ in range(repeats)])
-        read = lambda chosen: (store.tokens(chosen), store.embeds(chosen))
-        _forget(store.folder)
-        found["cold"] = _rates(read, rows, batch_size, batches, 1)
-        _read_through(store.folder)
-        found["warm"] = _rates(read, rows, batch_size, batches, repeats)
-        _read_through(flat["tokens"].filename.parent)
-        found["peer"] = PEER
-        found["peer_warm"] = _rates(lambda chosen: _by_numpy(flat, chosen), rows, batch_size, batches, repeats)
-        found["memory"] = {str(n): _memory(stores[n].folder, batch_size, batches) for n in counts}
+        flat = _flat_arrays(folder / "flat", store)
+        readers = {"store": lambda chosen: (store.tokens(chosen), store.embeds(chosen)), "peer": lambda chosen: _by_numpy(flat, chosen)}  # fmt: skip
+        draws = [np.random.default_rng([1, i]).integers(0, rows, (batches, batch_size)) for i in range(repeats + 1)]
+        cold = {name: _rate(read, draws[0]) for name, read in readers.items()}
+        _read_through(folder)
+        warm = {name: [] for name in readers}
+        for chosen in draws[1:]:  # in turns, so that other work on the machine slows both
+            for name, read in readers.items():
+                warm[name].append(_rate(read, chosen))
+        found |= {name: {"cold": cold[name], "warm": _spread(warm[name])} for name in readers}
+        found["memory"] = {str(n): _memory(folder / str(n), batch_size, batches) for n in counts}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -75,7 +77,7 @@ def store_speed(
 
 def synthetic_store(
     folder: Path, rows: int, tokens: int, dim: int, told: Callable[[int], object] = lambda n: None, seed: int = 0
-) -> TokenStore:
+) -> None:
     """A store of random rows in the layout of `extract`, 1,024 codes. `told` is called with the rows of each shard written."""
     span, counts = shard_span(rows), []
     for shard, first in enumerate(range(0, rows, span)):
@@ -91,20 +93,19 @@ def synthetic_store(
         counts.append(n)
         told(n)
     write_json(folder / "meta.json", {"N": rows, "L": tokens, "K": 1_024, "D": dim, "flip": False, "skipped": {}, "shards": counts})  # fmt: skip
-    return TokenStore.open(folder)
 
 
-def _flat_copy(store: TokenStore, folder: Path) -> dict[str, np.memmap]:
+def _flat_copy(store: TokenStore, folder: Path) -> None:
     """The tokens and embeddings of a store, each in one file."""
     folder.mkdir()
-    flat = {}
     for key in ("tokens", "embeds"):
-        name, dtype = FILES[key]
-        with open(folder / name, "wb") as stream:
+        with open(folder / FILES[key][0], "wb") as stream:
             for part in store.arrays[key].parts:
                 part.tofile(stream)
-        flat[key] = np.memmap(folder / name, dtype, "r").reshape(len(store), -1)
-    return flat
+
+
+def _flat_arrays(folder: Path, store: TokenStore) -> dict[str, np.memmap]:
+    return {key: np.memmap(folder / FILES[key][0], FILES[key][1], "r").reshape(len(store), -1) for key in ("tokens", "embeds")}
 
 
 def _by_numpy(flat: dict[str, np.memmap], rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,16 +114,12 @@ def _by_numpy(flat: dict[str, np.memmap], rows: np.ndarray) -> tuple[torch.Tenso
     return tokens, torch.nn.functional.normalize(torch.from_numpy(flat["embeds"][rows].astype(np.float32)), dim=-1)
 
 
-def _rates(read: Callable[[np.ndarray], object], rows: int, batch_size: int, batches: int, repeats: int) -> dict:
-    """Rows per second of random batches, other ones in each round."""
-    found = []
-    for repeat in range(repeats):
-        chosen = np.random.default_rng([1, repeat]).integers(0, rows, (batches, batch_size))
-        start = time.perf_counter()
-        for batch in chosen:
-            read(batch)
-        found.append(batches * batch_size / (time.perf_counter() - start))
-    return _spread(found)
+def _rate(read: Callable[[np.ndarray], object], chosen: np.ndarray) -> float:
+    """Rows per second of batches of rows, chosen (batches, batch_size)."""
+    start = time.perf_counter()
+    for batch in chosen:
+        read(batch)
+    return chosen.size / (time.perf_counter() - start)
 
 
 def _seconds(action: Callable, *arguments: object) -> float:
@@ -161,7 +158,8 @@ def _memory(store: Path, batch_size: int, batches: int) -> dict[str, int]:
 def print_memory(store: str, batch_size: str, batches: str) -> None:
     """Read random batches of a store and print what memory this process has then, as JSON."""
     opened = TokenStore.open(Path(store))
-    _rates(lambda rows: (opened.tokens(rows), opened.embeds(rows)), len(opened), int(batch_size), int(batches), 1)
+    chosen = np.random.default_rng(0).integers(0, len(opened), (int(batches), int(batch_size)))
+    _rate(lambda rows: (opened.tokens(rows), opened.embeds(rows)), chosen)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kilobytes = {"own": status["RssAnon"], "files": status["RssFile"]}
     print(json.dumps({key: 1024 * int(text.split()[0]) for key, text in kilobytes.items()}))

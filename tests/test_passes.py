@@ -1,3 +1,6 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from clipgen_lib.data import open_images
 from clipgen_lib.evaluate import open_folder
 from clipgen_lib.passes import CaptionFit, Change, Embeddings, FirstPictures, SetStatistics, StatisticsFile, measure
 from clipgen_lib.protocols import FeatureNetwork
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.runs import ClipgenError, Stopped
 
 SAME = Change("none", lambda x: x)
 
@@ -59,6 +62,24 @@ def test_killed_and_started_again_it_is_the_same(world, clip, tmp_path, monkeypa
     assert module.calls == 6 and not list((tmp_path / "parted").glob("partial-*"))
     assert all(same_state(whole[name].state(), again[name].state()) for name in whole)
     assert whole["s"].n == 40 and whole["c"].n == 14
+
+
+def test_a_signal_saves_first(world, tmp_path):
+    images, whole = open_images(world, "train"), statistics(StandIn())
+    measure(images, {"s": whole}, SAME, 6, "", False, tmp_path / "whole")
+
+    class Signalled(StandIn):
+        def forward(self, x):
+            if self.calls == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(x)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM after 4 of 7 batches .features.: what was done is kept") as stopped:
+        measure(images, {"s": statistics(Signalled())}, SAME, 6, "features", False, tmp_path / "parted")
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    again = statistics(module := StandIn())
+    measure(images, {"s": again}, SAME, 6, "features", False, tmp_path / "parted")
+    assert module.calls == 6 and same_state(whole.state(), again.state())
 
 
 def test_seen_before_is_read_and_the_same(world, tmp_path):

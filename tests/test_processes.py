@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from test_passes import same_state
+from test_passes import SAME, StandIn, same_state, statistics
 
-from clipgen_lib import cli, evaluate, processes, runs, workbench
+from clipgen_lib import cli, evaluate, passes, processes, runs, workbench
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import load_preset
 from clipgen_lib.data import open_images
@@ -94,12 +94,16 @@ def commands(data, picture):
 def test_every_command_does_in_two_processes_what_it_does_in_one(pictures, tmp_path, monkeypatch, one_thread):
     for name in ("one", "two"):
         a_run(tmp_path / name, pictures)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(passes, "SAVE_SECONDS", 0)
+        a_pass(pictures, tmp_path / "two", StandIn(fails_at=9))  # the launch goes on after four batches of seven
     done = launched(__file__, "commands", pictures, tmp_path / "two", CLIPGEN_RESULTS=str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     for module in (runs, workbench):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "one")
     monkeypatch.setattr(evaluate, "measure", measured_anew(tmp_path / "one"))
     a_store(pictures, tmp_path / "one" / "shards")
+    a_pass(pictures, tmp_path / "one", StandIn())
     said = ""
     for command in commands(pictures, tmp_path / "one" / "out.png"):
         result = CliRunner().invoke(cli.main, command, catch_exceptions=False)
@@ -128,6 +132,11 @@ def a_store(data, folder):
     return extract(open_images(data, "val"), a_vqgan(), ClipEmbedder.load("shapes"), folder, True, 4, shard_rows=8)
 
 
+def a_pass(data, folder, module):
+    """Statistics of 40 pictures in 7 batches, two calls of the network each."""
+    measure(open_images(data, "val"), {"pass": statistics(module)}, SAME, 6, "", False, Path(folder) / "kept")
+
+
 def test_a_launch_of_which_one_is_killed_ends_and_any_number_goes_on(pictures, tmp_path, monkeypatch, one_thread):
     whole = a_store(pictures, tmp_path / "whole")
     done = launched(__file__, "killed", pictures, tmp_path / "store")
@@ -151,6 +160,8 @@ def measured_anew(folder):
 def job_commands(data, folder):
     processes.join("cpu")
     a_store(data, Path(folder) / "shards")
+    a_pass(data, folder, module := StandIn())
+    assert module.calls == (4, 2)[processes.rank()]
     evaluate.measure = measured_anew(Path(folder))
     for command in commands(data, Path(folder) / "out.png"):
         cli.main(command, standalone_mode=False)
