@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,18 @@ def test_a_launch_of_which_one_is_killed_ends_and_any_number_goes_on(pictures, t
     assert contents(again.folder) == contents(whole.folder) and len(again) == 78
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launch_that_is_told_to_end_saves_and_goes_on(pictures, tmp_path, number, one_thread):
+    whole = a_store(pictures, tmp_path / "whole")
+    done = launched(__file__, "signalled", pictures, tmp_path / "store", int(number))
+    assert done.returncode != 0 and f"stopped by {number.name} in the extraction of val: what was done is kept" in done.stderr
+    partial = tmp_path / "store.partial"
+    assert any(0 < json.loads(path.read_text())["read"] < 8 for path in partial.glob("*/shard.json"))  # saved within a shard
+    done = launched(__file__, "signalled", pictures, tmp_path / "store", 0)
+    assert done.returncode == 0 and contents(tmp_path / "store") == contents(whole.folder)
+
+
 def measured_anew(folder):
     """`passes.measure`, but with nothing known from before."""
     return lambda *arguments: measure(*arguments[:6], folder / "kept")
@@ -179,6 +192,23 @@ def job_killed(data, folder):
         return encode(*arguments)
 
     VQGAN.encode = dies
+    a_store(data, Path(folder))
+
+
+def job_signalled(data, folder, number):
+    """The launcher gets a signal when the first process is in its third shard; every process is slow from there on."""
+    processes.join("cpu")
+    encode, calls = VQGAN.encode, []
+
+    def signals(*arguments):
+        calls.append(1)
+        if len(calls) == 5 and int(number):
+            if processes.is_first():
+                os.kill(os.getppid(), int(number))
+            time.sleep(2)  # until it has come back to this process
+        return encode(*arguments)
+
+    VQGAN.encode = signals
     a_store(data, Path(folder))
 
 
