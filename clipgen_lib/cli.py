@@ -56,12 +56,40 @@ def _run_options(command):
 
 
 def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
+    from .processes import count, is_first, wait
     from .workbench import Workbench
 
+    _join(device)
     bench = Workbench.open(preset, run, data, seed, device, clip)
-    if bench.notice and _is_first_process():
-        click.echo(bench.notice, err=True)
+    if bench.notice:
+        _say(bench.notice, err=True)
+    if count() > 1 and bench.has_oracle:
+        if is_first():
+            bench.images()  # makes the Shapes world where it has not been made
+        wait()
     return bench
+
+
+def _join(device: str) -> None:
+    """Take this process into its launch, by gloo where it computes on the CPU."""
+    from .processes import join
+    from .workbench import pick_device
+
+    join(pick_device(device))
+
+
+def _alone(step: str) -> None:
+    """Small networks are trained by one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ClipgenError(f"{step} trains a small network in one process: start it without accelerate launch or torchrun")
+
+
+def _say(text: object, err: bool = False) -> None:
+    """Print, in a launch by the first process alone."""
+    from .processes import is_first
+
+    if is_first():
+        click.echo(text, err=err)
 
 
 @main.command("train-vqgan")
@@ -71,29 +99,16 @@ def train_vqgan(steps: int, **run_options) -> None:
     """Stage 1: train the VQGAN on pictures."""
     bench = _open(**run_options)
     bench.train_vqgan(steps)
-    click.echo(bench.run.summary()["vqgan"])
-
-
-def _alone(step: str) -> None:
-    """Small networks are trained by one process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ClipgenError(f"{step} trains a small network in one process: start it without accelerate launch or torchrun")
-
-
-def _is_first_process() -> bool:
-    """Under `accelerate launch`, steps that are not trainings are the first process's alone."""
-    return int(os.environ.get("RANK", 0)) == 0
+    _say(bench.run.summary().get("vqgan"))
 
 
 @main.command("extract")
 @_run_options
 def extract(**run_options) -> None:
     """Encode every picture once into tokens and an embedding."""
-    if not _is_first_process():
-        return
     bench = _open(**run_options)
     store = bench.extract()
-    click.echo(f"{len(store)} rows of {store.meta['L']} tokens in {store.folder}")
+    _say(f"{len(store)} rows of {store.meta['L']} tokens in {store.folder}")
 
 
 @main.command("train-transformer")
@@ -103,7 +118,7 @@ def train_transformer(steps: int, **run_options) -> None:
     """Stage 2: train the transformer on the token store."""
     bench = _open(**run_options)
     bench.train_transformer(steps)
-    click.echo(bench.run.summary()["transformer"])
+    _say(bench.run.summary().get("transformer"))
 
 
 @main.command("evaluate")
@@ -132,32 +147,34 @@ def evaluate(guidance: float, images: Path, reference: Path, captions: Path, spl
     Of a run: FID-k, rFID, KID, CapS, R-precision and, on shapes, the oracle. Of a folder: the same without rFID and oracle,
     against --reference, with --clip as the judge, under every --protocol whose weights are on this machine.
     """
-    if not _is_first_process():
-        return
     if images is None:
         if reference or captions or protocols or size or output:
             raise ClipgenError("--reference, --captions, --protocol, --size and --output are for a folder: name it by --images")
         from .evaluate import table
+        from .processes import is_first
 
         bench = _open(**run_options)
         bench.evaluate(guidance)
-        click.echo(table(bench.run.summary()))
+        if is_first():
+            click.echo(table(bench.run.summary()))
         return
     if reference is None:
         raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR or stats.npz")
     from .clip_embed import ClipEmbedder
     from .evaluate import evaluate_folder, folder_table
+    from .processes import is_first
     from .runs import write_atomic, write_json
     from .workbench import clip_fields, pick_device
 
+    _join(run_options["device"])
     judge = ClipEmbedder.load(**clip_fields(run_options["clip"] or "shapes"), device=pick_device(run_options["device"]))
     given = {"protocols": protocols} if protocols else {}
     result = evaluate_folder(
         images, reference, judge, captions=captions, size=size, split=split, seed=run_options["seed"], **given
     )
     listed = result.pop("caption_list", "")
-    click.echo(folder_table(result))
-    if output:
+    _say(folder_table(result))
+    if output and is_first():
         write_json(output, result)
         if listed:
             write_atomic(output.with_suffix(".captions.txt"), listed)
@@ -188,7 +205,7 @@ def captions(data: str, split: str, n: int, seed: int, output: Path) -> None:
 @main.command("generate")
 @click.argument("prompt")
 @click.option("--run", "run", help="a trained run under results/  [default: the weights that come with the project]")
-@click.option("-n", default=8, show_default=True, help="pictures")
+@click.option("-n", default=8, type=click.IntRange(1), show_default=True, help="pictures")
 @click.option("--seed", default=0, show_default=True, help="picture j uses seed + j")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True)
 @click.option("--guidance", type=float, help="guidance scale  [default: the preset's]")
@@ -202,19 +219,22 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
     from PIL import Image
 
     from .images import grid
-    from .sample import TextToImage
+    from .processes import is_first
+    from .sample import TextToImage, draw_together
     from .workbench import Workbench, pick_device
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
         raise ClipgenError(f"{output} cannot be written as a picture: give a name such as out.png in a folder that exists")
+    _join(device)
     if run:
         generator = Workbench.reopen(run, device).generator()
     else:
         generator = TextToImage.from_pretrained("shapes").to(pick_device(device))
     chosen = {key: value for key, value in settings.items() if value is not None}
-    images = generator(prompt, n=n, seed=seed, show_progress=True, **chosen)[0]
-    Image.fromarray(grid(images, columns=min(n, 8))).save(output)
-    click.echo(f"{n} pictures of {prompt!r} in {output}")
+    images = draw_together(generator, [prompt] * n, list(range(seed, seed + n)), show_progress=True, **chosen)
+    if is_first():
+        Image.fromarray(grid(images, columns=min(n, 8))).save(output)
+    _say(f"{n} pictures of {prompt!r} in {output}")
 
 
 @main.command("export")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from . import shapes
+from . import processes, shapes
 from .captions import caption_facts, caption_list, choose_captions, texts_of
 from .classifier import Classifier
 from .clip_embed import ClipEmbedder
@@ -49,7 +49,7 @@ from .passes import (
 )
 from .protocols import DEFINITIONS, FeatureNetwork, MissingWeights, feature_network, lpips_network
 from .runs import ClipgenError, module_hash, progress, versions
-from .sample import TextToImage
+from .sample import TextToImage, draw_together
 from .vqgan import VQGAN, codebook_statistics
 
 __all__ = ["frechet_distance", "feature_network"]  # part of this module's interface, defined elsewhere
@@ -196,10 +196,10 @@ def evaluate_generator(
     if images.has_captions:
         drawn["captions"] = CaptionFit(judge, dict(enumerate(text for _, text in prompts)))
 
-    def drawings(done: int):
-        for i in range(done * config.batch_size, len(prompts), config.batch_size):
-            part = prompts[i : i + config.batch_size]
-            positions = list(range(i, i + len(part)))
+    def drawings(numbers: range):
+        for i in numbers:
+            positions = list(range(i * config.batch_size, min((i + 1) * config.batch_size, len(prompts))))
+            part = [prompts[j] for j in positions]
             yield positions, generator.draw_each(_prompts(generator, images, part), [seed + j for j in positions], **settings)
 
     listed = caption_list((names[row], text or "") for row, text in prompts)
@@ -451,7 +451,7 @@ def damage_scores(
 
 def _add(statistics: SetStatistics, pictures: torch.Tensor) -> None:
     for part in pictures.split(64):
-        statistics.add([], part)
+        statistics.add([], statistics.find([], part))
 
 
 # ---------------------------------------------------------------------------------------------- the Shapes world
@@ -471,7 +471,8 @@ def evaluate_oracle(
     kinds = {"text": ("one", "two", "held_out"), "image": ("one",), "reconstruction": ("one", "two", "held_out")}
     kinds = {modality: kinds[modality] for modality in modalities}
     found: dict = {modality: {} for modality in kinds}
-    with progress(n * sum(map(len, kinds.values())), "drawing for the oracle", show_progress) as bar:
+    show = show_progress and processes.is_first()
+    with progress(n * sum(map(len, kinds.values())), "drawing for the oracle", show) as bar:
         for modality, kind in ((m, k) for m in kinds for k in kinds[m]):
             prompts = shapes.prompts(kind, n, seed)
             if modality != "text":
@@ -480,7 +481,7 @@ def evaluate_oracle(
                 images = torch.cat([generator.vqgan.decode(generator.vqgan.encode(part)) for part in scenes.split(64)])
             else:
                 asked = [p.text for p in prompts] if modality == "text" else generator.clip.images(scenes)
-                images = generator.draw_each(asked, list(range(seed, seed + n)), **settings)
+                images = draw_together(generator, asked, list(range(seed, seed + n)), **settings)
             found[modality][kind] = shapes.score(to_arrays(images), prompts)
             bar.update(n)
     return found

@@ -3,6 +3,9 @@
 In: batches of pictures (B, 3, H, W) in [-1, 1] and sinks that take them. Out: the sinks, filled. Memory does not grow with
 the number of pictures. A pass that is killed goes on from its last checkpoint and ends with the same bits; one over
 pictures that were seen before is read from `data/statistics/`.
+
+A sink has two halves. `find` is the networks: every process of a launch does it for batches of its own. `add` sums what was
+found: the first process does it in the order of the batches. The sums are therefore the same bits with any number of processes.
 """
 
 from __future__ import annotations
@@ -11,23 +14,26 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from . import processes
 from .classifier import Classifier
 from .clip_embed import ClipEmbedder
 from .data import ImageSet, ordered_batches
 from .images import blur, eight_bit, to_float
 from .metrics import ClassSums, FeatureSample, GaussianStatistics, Moments, frechet_distance
 from .protocols import FeatureNetwork
-from .runs import DATA, ClipgenError, load_checkpoint, module_hash, progress, save_checkpoint, versions
+from .runs import DATA, ClipgenError, Stop, load_checkpoint, module_hash, progress, save_checkpoint, stoppable, versions
 
 STATISTICS = DATA / "statistics"
 SAVE_SECONDS = 60  # between the checkpoints of a pass
+SKIPPED = "skipped"  # the name of the one sink that looks at batches in which nothing could be read too
 JUDGED = 10_000  # pairs of picture and caption whose embeddings are kept, for what needs all of them at once
 BLUR_DEFINITION = "Gaussian, sigma = k pixels at the evaluation resolution, kernel to 4 sigma, reflected border, on both sets, before the network's resize"  # fmt: skip
 
@@ -64,18 +70,25 @@ class SetStatistics:
         }  # fmt: skip
 
     @torch.inference_mode()
-    def add(self, rows: list[int], pictures: torch.Tensor) -> None:
-        """pictures: (B, 3, H, W) in [-1, 1]; rounded to 8 bits first, as files are."""
-        pictures = eight_bit(pictures)
-        for k, parts in self.by_radius.items():
+    def find(self, rows: list[int], pictures: torch.Tensor) -> dict:
+        """Features (B, d) by radius, and logits where the network has a head; pictures are rounded to 8 bits, as files are."""
+        pictures, found = eight_bit(pictures), {}
+        for k in self.by_radius:
             features = self.network(blur(pictures, k))
+            found[k] = features.cpu()
+            if k == 0 and self.classes is not None:
+                found["logits"] = self.network.logits(features).cpu()
+        return found
+
+    def add(self, rows: list[int], found: dict) -> None:
+        for k, parts in self.by_radius.items():
             for i, part in enumerate(parts):
-                part.add(features[(i - self.n) % len(parts) :: len(parts)])
-            if k == 0:
-                self.sample.add(features)
-                if self.classes is not None:
-                    self.classes.add(self.network.logits(features))
-        self.n += len(pictures)
+                part.add(found[k][(i - self.n) % len(parts) :: len(parts)])
+        if 0 in found:
+            self.sample.add(found[0])
+        if "logits" in found:
+            self.classes.add(found["logits"])
+        self.n += len(next(iter(found.values())))
 
     @property
     def dim(self) -> int:
@@ -137,11 +150,13 @@ class Embeddings:
         return {"judge": self.judge.weights_hash, "rows": digest(sorted(self.wanted))}
 
     @torch.inference_mode()
-    def add(self, rows: list[int], pictures: torch.Tensor) -> None:
+    def find(self, rows: list[int], pictures: torch.Tensor) -> torch.Tensor | None:
         kept = [i for i, row in enumerate(rows) if row in self.wanted]
-        if kept:
-            embeds = self.judge.images(eight_bit(pictures[kept])).cpu()
-            self.found |= {rows[i]: embed for i, embed in zip(kept, embeds, strict=True)}
+        return self.judge.images(eight_bit(pictures[kept])).cpu() if kept else None
+
+    def add(self, rows: list[int], found: torch.Tensor | None) -> None:
+        if found is not None:
+            self.found |= dict(zip([row for row in rows if row in self.wanted], found, strict=True))
 
     def of(self, rows: Sequence[int]) -> torch.Tensor:
         """(N, D) in the order of `rows`."""
@@ -173,13 +188,17 @@ class CaptionFit:
         return {"judge": self.judge.weights_hash, "texts": digest(sorted(self.texts.items()))}
 
     @torch.inference_mode()
-    def add(self, rows: list[int], pictures: torch.Tensor) -> None:
+    def find(self, rows: list[int], pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         kept = [i for i, row in enumerate(rows) if row in self.texts]
         if not kept:
+            return None
+        texts = [self.texts[rows[i]] for i in kept]
+        return self.judge.images(eight_bit(pictures[kept])).cpu(), self.judge.texts(texts).cpu()
+
+    def add(self, rows: list[int], found: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        if found is None:
             return
-        rows = [rows[i] for i in kept]
-        embeds = self.judge.images(eight_bit(pictures[kept])).cpu()
-        texts = self.judge.texts([self.texts[row] for row in rows]).cpu()
+        rows, (embeds, texts) = [row for row in rows if row in self.texts], found
         self.n, self.total = self.n + len(rows), self.total + float((embeds * texts).sum(1).double().sum())
         self.truncated += sum(self.judge.is_truncated(self.texts[row]) for row in rows)
         room = JUDGED - len(self.rows)
@@ -210,10 +229,12 @@ class ClassHits:
     def facts(self) -> dict:
         return {"classifier": module_hash(self.classifier), "classes": digest(list(self.classes))}
 
-    def add(self, rows: list[int], pictures: torch.Tensor) -> None:
+    def find(self, rows: list[int], pictures: torch.Tensor) -> int:
         found = self.classifier.read(pictures)
-        self.right += sum(name == self.classes[row] for name, row in zip(found, rows, strict=True))
-        self.n += len(rows)
+        return sum(name == self.classes[row] for name, row in zip(found, rows, strict=True))
+
+    def add(self, rows: list[int], found: int) -> None:
+        self.n, self.right = self.n + len(rows), self.right + found
 
     @property
     def share(self) -> float:
@@ -231,25 +252,38 @@ class FirstPictures:
 
     def __init__(self, count: int):
         self.count, self.pictures = count, []
+        self.room = count  # what this process may still find: its batches come in their order, so no more can be needed
 
-    def add(self, rows: list[int], pictures: torch.Tensor) -> None:
-        self.pictures += list(pictures[: self.count - len(self.pictures)].cpu())
+    def find(self, rows: list[int], pictures: torch.Tensor) -> torch.Tensor:
+        pictures = pictures[: self.room].to("cpu", copy=True)  # not a view, which would travel with its whole batch
+        self.room -= len(pictures)
+        return pictures
+
+    def add(self, rows: list[int], found: torch.Tensor) -> None:
+        self.pictures += list(found[: self.count - len(self.pictures)])
 
     def state(self) -> dict:
         return {"pictures": self.pictures}
 
     def restore(self, state: dict) -> None:
         self.pictures = list(state["pictures"])
+        self.room = self.count - len(self.pictures)
 
 
 class _Skipped:
     """The files that could not be read, so that a pass that is not made again still knows them."""
 
     def __init__(self, images: ImageSet):
-        self.images = images
+        self.images, self.told = images, set()
 
-    def add(self, rows: list[int], pictures: torch.Tensor) -> None:
-        """Nothing: the set itself keeps the list."""
+    def find(self, rows: list[int], pictures: torch.Tensor) -> dict[str, str]:
+        """Those that this process has come upon since it was asked last."""
+        new = {name: why for name, why in self.images.skipped.items() if name not in self.told}
+        self.told |= new.keys()
+        return new
+
+    def add(self, rows: list[int], found: dict[str, str]) -> None:
+        self.images.skipped.update(found)
 
     def state(self) -> dict:
         return dict(self.images.skipped)
@@ -262,32 +296,61 @@ class _Skipped:
 
 
 def stream(
-    batches: Callable[[int], Iterable[tuple[list[int], torch.Tensor]]], total: int, batch_size: int, sinks: dict,
+    batches: Callable[[range], Iterator[tuple[list[int], torch.Tensor]]], total: int, batch_size: int, sinks: dict,
     label: str, show: bool = True, partial: Path | None = None,
 ) -> None:  # fmt: skip
-    """Feed batches to sinks under a bar with an ETA.
+    """Feed batches to sinks under a bar with an ETA; in a launch every process ends with the same sinks.
 
     Args:
-        batches: number of batches to leave out -> (rows, pictures) of the others, in order.
+        batches: numbers of batches -> (rows, pictures) of each, in order; a process asks for its own alone.
         total: pictures. partial: file that the sinks are kept in every minute; where it is there, the pass goes on from it.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT has come, and the sinks are kept in `partial`.
     """
-    done = 0
-    if partial is not None and partial.exists():
-        state, meta = load_checkpoint(partial)
-        done = meta["batches"]
+    done, count = 0, -(-total // batch_size)
+    if kept := _read(partial):
+        state, done = kept[0], kept[1]["batches"]
         for name, sink in sinks.items():
             sink.restore(state[name])
-    saved = time.monotonic()
-    with progress(total, label, show, min(done * batch_size, total)) as bar:
-        for rows, pictures in batches(done):
-            for sink in sinks.values():
-                if rows:
-                    sink.add(rows, pictures)
-            done += 1
-            bar.update(min(batch_size, total - bar.n))
-            if partial is not None and time.monotonic() - saved >= SAVE_SECONDS:
-                save_checkpoint(partial, {name: sink.state() for name, sink in sinks.items()}, {"batches": done})
+
+    def save() -> None:
+        if processes.is_first():
+            save_checkpoint(partial, {name: sink.state() for name, sink in sinks.items()}, {"batches": done})
+
+    def save_for_all() -> None:
+        save()
+        processes.wait()  # a process that ends takes the others with it
+
+    saved, mine = time.monotonic(), batches(range(done + processes.rank(), count, processes.count()))
+    bar = progress(total, label, show and processes.is_first(), min(done * batch_size, total))
+    with bar, stoppable() if partial else nullcontext(Stop()) as stop:
+        while done < count:
+            found = None
+            if done + processes.rank() < count:
+                rows, pictures = next(mine)
+                found = rows, {name: sink.find(rows, pictures) for name, sink in sinks.items() if rows or name == SKIPPED}
+            for rows, parts in filter(None, processes.gathered(found)):
+                for name, part in parts.items():
+                    sinks[name].add(rows, part)
+            done = min(done + processes.count(), count)
+            bar.update(min(done * batch_size, total) - bar.n)
+            stop.number = processes.shared(stop.number)
+            stop.raise_if_asked(save_for_all, f"after {done} of {count} batches ({label})")
+            if partial and time.monotonic() - saved >= SAVE_SECONDS:
+                save()
                 saved = time.monotonic()
+    if processes.count() > 1:
+        state = processes.shared({name: sink.state() for name, sink in sinks.items()} if processes.is_first() else None)
+        for name, sink in sinks.items():
+            if not processes.is_first():
+                sink.restore(state[name])
+
+
+def _read(path: Path | None) -> tuple[dict, dict] | None:
+    """A checkpoint as the first process finds it, for all; None where there is none."""
+    there = processes.is_first() and path is not None and path.exists()
+    return processes.shared(load_checkpoint(path) if there else None)
 
 
 class Change(NamedTuple):
@@ -305,25 +368,27 @@ def measure(
     A result is kept under the hash of the files' bytes, the resolution, the change and the sink's own facts; batch size
     and device are not among them, which differ in the last bits.
     """
-    content = {"pictures": images.content_hash, "size": images.size, "change": change.name}
+    pictures = processes.shared(images.content_hash if processes.is_first() else None)  # reads every file
+    content = {"pictures": pictures, "size": images.size, "change": change.name}
     files = {name: folder / f"{name}-{digest([content, sink.facts])}.safetensors" for name, sink in sinks.items()}
     skipped, todo = _Skipped(images), {}
     for name, sink in sinks.items():
-        if files[name].exists():
-            state, _ = load_checkpoint(files[name])
-            sink.restore(state["sink"])
-            skipped.restore(state["skipped"])
+        if kept := _read(files[name]):
+            sink.restore(kept[0]["sink"])
+            skipped.restore(kept[0]["skipped"])
         else:
             todo[name] = sink
     if not todo:
         return
 
-    def batches(start: int):
-        for rows, batch in ordered_batches(images, range(start * batch_size, len(images)), batch_size):
-            yield rows, change.function(to_float(batch)) if rows else batch
+    def batches(numbers: range) -> Iterator[tuple[list[int], torch.Tensor]]:
+        rows = [row for i in numbers for row in range(i * batch_size, min((i + 1) * batch_size, len(images)))]
+        for kept, batch in ordered_batches(images, rows, batch_size):
+            yield kept, change.function(to_float(batch)) if kept else batch
 
     partial = folder / f"partial-{digest([batch_size, *(files[name].name for name in todo)])}.safetensors"
-    stream(batches, len(images), batch_size, {**todo, "skipped": skipped}, label, show, partial)
-    for name, sink in todo.items():
-        save_checkpoint(files[name], {"sink": sink.state(), "skipped": skipped.state()}, {**content, **sink.facts})
-    partial.unlink(missing_ok=True)
+    stream(batches, len(images), batch_size, {**todo, SKIPPED: skipped}, label, show, partial)
+    if processes.is_first():
+        for name, sink in todo.items():
+            save_checkpoint(files[name], {"sink": sink.state(), "skipped": skipped.state()}, {**content, **sink.facts})
+        partial.unlink(missing_ok=True)

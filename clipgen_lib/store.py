@@ -1,12 +1,18 @@
 """The token store: every picture once through both frozen encoders, kept as flat memory-mapped files.
 
-In: pictures, a frozen VQGAN, a frozen CLIP image encoder. Out: a folder with tokens.u16 (N, L), embeds.f16 (N, D),
-rows.i32 (N,) (which picture a row came from) and meta.json. Stage 2 trains from it alone. No caption comes near it.
+In: pictures, a frozen VQGAN, a frozen CLIP image encoder. Out: a folder with meta.json and shards 00000/, 00001/, ..., each
+with tokens.u16 (n, L), embeds.f16 (n, D), rows.i32 (n,) (which picture a row came from) and a shard.json that says how it
+was made. Which pictures a shard covers depends on their number alone, so that any number of processes, killed and started
+again at will, write the same bytes. Stage 2 trains from the store alone. No caption comes near it.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +21,58 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import processes
 from .clip_embed import ClipEmbedder
 from .data import ImageSet, ordered_batches
 from .images import to_float
-from .runs import ClipgenError, module_hash, progress, read_json, write_json
+from .runs import ClipgenError, Stop, file_hash, module_hash, progress, read_json, stoppable, write_json
 from .vqgan import VQGAN
 
 FILES = {"tokens": ("tokens.u16", np.uint16), "embeds": ("embeds.f16", np.float16), "rows": ("rows.i32", np.int32)}
+MOST_SHARDS = 128  # quickly opened, and enough of them for every process of a launch to have its share
+SHARD_ROWS = 2_048  # of pictures that a shard covers, or a multiple of it
+ROUND = 16  # batches between two states on disk
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class Parts:
+    """Arrays that are laid end to end and read as one: rows by index in any order, or a slice of them, always as a copy."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])  # the last is the number of rows
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        if not isinstance(rows, slice):
+            rows = np.asarray(rows)
+            return self._gathered(rows) if rows.ndim else self._gathered(rows[None])[0]
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            return self._gathered(np.arange(start, stop, step))
+        reached = zip(self.starts.tolist(), self.parts, strict=False)
+        return np.concatenate([part[max(start - first, 0) : max(stop - first, 0)] for first, part in reached])
+
+    def _gathered(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (n,) of any order; the files are read in theirs."""
+        order = rows.argsort()
+        asked = rows[order]
+        if len(asked) and not 0 <= asked[0] <= asked[-1] < len(self):
+            raise IndexError(f"rows {asked[0]} to {asked[-1]} of an array of {len(self)}")
+        bounds = asked.searchsorted(self.starts)
+        within = asked - np.repeat(self.starts[:-1], np.diff(bounds))
+        found = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
+        bounds = bounds.tolist()
+        for part, first, end in zip(self.parts, bounds, bounds[1:], strict=False):
+            if first < end:  # checked above: with another mode than "raise" numpy writes to `out` without a copy between
+                part.take(within[first:end], 0, found[first:end], "clip")
+        unsorted = np.empty_like(found)
+        unsorted[order] = found
+        return unsorted
 
 
 @dataclass(frozen=True)
@@ -30,7 +81,7 @@ class TokenStore:
 
     folder: Path
     meta: dict
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Parts | np.ndarray]
 
     @classmethod
     def open(cls, folder: Path, vqgan: VQGAN | None = None, clip: ClipEmbedder | None = None) -> TokenStore:
@@ -51,25 +102,24 @@ class TokenStore:
             if given is not None and given != made_by:
                 raise ClipgenError(f"{folder} was made by another {kind} (weights {made_by}, not {given}): extract again with this one")  # fmt: skip
         try:
-            shapes = {"tokens": (meta["N"], meta["L"]), "embeds": (meta["N"], meta["D"]), "rows": (meta["N"],)}
-            arrays = {key: np.memmap(folder / name, dtype, "r", shape=shapes[key]) for key, (name, dtype) in FILES.items()}
+            shards = {folder / _name(j): n for j, n in enumerate(meta["shards"])} if "shards" in meta else {folder: meta["N"]}
+            if sum(shards.values()) != meta["N"]:
+                raise ValueError(f"shards of {sum(shards.values())} rows where N is {meta['N']}")
+            mapped = [_mapped(shard, n, _widths(meta)) for shard, n in shards.items()]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ClipgenError(f"{folder} is damaged ({error}): delete it and extract again") from None
-        for key, (name, dtype) in FILES.items():
-            if (folder / name).stat().st_size != arrays[key].size * np.dtype(dtype).itemsize:
-                raise ClipgenError(f"{folder / name} has another size than meta.json says: delete the store and extract again")
-        return cls(folder, meta, arrays)
+        return cls(folder, meta, {key: Parts([arrays[key] for arrays in mapped]) for key in FILES})
 
     def __len__(self) -> int:
         return self.meta["N"]
 
     def tokens(self, rows: np.ndarray | slice) -> torch.Tensor:
         """(len(rows), L) int64."""
-        return torch.from_numpy(self.arrays["tokens"][rows].astype(np.int64))
+        return torch.from_numpy(self.arrays["tokens"][rows]).long()
 
     def embeds(self, rows: np.ndarray | slice) -> torch.Tensor:
         """(len(rows), D) float32, unit-norm again after float16."""
-        return F.normalize(torch.from_numpy(self.arrays["embeds"][rows].astype(np.float32)), dim=-1)
+        return F.normalize(torch.from_numpy(self.arrays["embeds"][rows]).float(), dim=-1)
 
     @property
     def n_unmirrored(self) -> int:
@@ -77,13 +127,42 @@ class TokenStore:
         return len(self) // (2 if self.meta["flip"] else 1)
 
     def mean_embed(self) -> torch.Tensor:
-        """Mean (D,) of all embeddings."""
+        """Mean (D,) of all embeddings, of which few are in memory at a time."""
         parts = (self.embeds(slice(i, i + 65_536)).double().sum(0) for i in range(0, len(self), 65_536))
         return (sum(parts) / len(self)).float()
 
     def nearest(self, embed: torch.Tensor, k: int) -> np.ndarray:
         """The k rows whose pictures are nearest in CLIP space to one embedding (D,), nearest first."""
         return nearest(self.embeds(slice(None)), embed[None].cpu().float(), k)[0].numpy()
+
+
+def _name(shard: int) -> str:
+    return f"{shard:05d}"
+
+
+def _widths(meta: dict) -> dict[str, tuple[int, ...]]:
+    """Shape of one row of each file."""
+    return {"tokens": (meta["L"],), "embeds": (meta["D"],), "rows": ()}
+
+
+def _row_bytes(meta: dict) -> dict[str, int]:
+    return {key: int(np.prod(width, dtype=int)) * np.dtype(FILES[key][1]).itemsize for key, width in _widths(meta).items()}
+
+
+def _mapped(folder: Path, n: int, widths: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The files of one shard of n rows.
+
+    Raises:
+        ValueError: a file of another size. OSError: no such file.
+    """
+    arrays = {}
+    for key, (name, dtype) in FILES.items():
+        shape = (n, *widths[key])
+        size, wanted = (folder / name).stat().st_size, int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+        if size != wanted:
+            raise ValueError(f"{folder.name}/{name} has {size} bytes, not {wanted}")
+        arrays[key] = np.asarray(np.memmap(folder / name, dtype, "r", shape=shape)) if size else np.empty(shape, dtype)
+    return arrays
 
 
 def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int, exact_below: int = 1_000_000) -> torch.Tensor:
@@ -100,6 +179,14 @@ def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int, exact_below: int 
     return (queries @ bank.T).topk(k, dim=1).indices
 
 
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def shard_span(n: int, rows: int = SHARD_ROWS) -> int:
+    """How many of n pictures a shard covers: the smallest multiple of `rows` that gives at most MOST_SHARDS shards."""
+    return rows * -(-n // (rows * MOST_SHARDS))
+
+
 @torch.inference_mode()
 def extract(
     images: ImageSet,
@@ -110,18 +197,19 @@ def extract(
     batch_size: int = 256,
     workers: int = 0,
     show_progress: bool = True,
+    shard_rows: int = SHARD_ROWS,
 ) -> TokenStore:
     """Run both frozen encoders over all pictures, once, and return the opened store.
 
     A finished store of the same pictures and weights is opened as it is. An interrupted extraction goes on where it
     stopped. With `flip`, mirrored pictures follow as rows of their own. Pictures that cannot be read have no row and
-    are listed in meta.json.
+    are listed in meta.json. Of a launch, process r makes the shards r, r + count, ...; all return the whole store.
 
     Raises:
-        ClipgenError: the folder holds a store made from other pictures or by other weights.
+        ClipgenError: the folder holds a store made from other pictures or by other weights, the disk is full, or (Stopped)
+            SIGTERM or SIGINT has come.
     """
     folder, partial = Path(folder), Path(folder).with_name(Path(folder).name + ".partial")
-    device = clip.device
     side = vqgan.config.side
     meta = {
         "N": len(images) * (2 if flip else 1), "L": side * side, "K": vqgan.config.codebook_size, "D": clip.dim,
@@ -129,56 +217,152 @@ def extract(
         "split": images.split, "data_hash": images.hash, "transform": f"short side {images.size}, centre crop",
         "flip": flip,
     }  # fmt: skip
-    if (folder / "meta.json").is_file():
+    if processes.shared((folder / "meta.json").is_file()):
         store = TokenStore.open(folder, vqgan, clip)
         if any(store.meta.get(key) != meta[key] for key in ("data_hash", "flip", "transform")):
             raise ClipgenError(f"{folder} was made from other pictures: delete it or choose another run name")
         images.skipped.update(store.meta["skipped"])
         return store
-    done = _resume(partial, meta)
-    shapes = {"tokens": (meta["N"], meta["L"]), "embeds": (meta["N"], meta["D"]), "rows": (meta["N"],)}
-    mode = "r+" if done["read"] else "w+"
-    arrays = {key: np.memmap(partial / name, dtype, mode, shape=shapes[key]) for key, (name, dtype) in FILES.items()}
-    images.skipped.update(done["skipped"])
-    with progress(meta["N"], f"extracting {images.split}", show_progress, initial=done["read"]) as bar:
-        while done["read"] < meta["N"]:
+    job = {**meta, "span": shard_span(meta["N"], shard_rows), "batch_size": batch_size}
+    starts = range(0, meta["N"], job["span"])
+    with _full_disk_told(partial, meta):
+        if processes.is_first():
+            if _lacking(partial, meta) > 0:  # told before the work rather than in it
+                raise OSError(errno.ENOSPC, "the store will not fit")
+            _tidy(partial, {_name(j) for j in range(len(starts))})
+        processes.wait()
+        mine = range(processes.rank(), len(starts), processes.count())
+        shards = {j: _Shard(partial / _name(j), {**job, "shard": j}) for j in mine}
+        parts = {j: range(starts[j], min(starts[j] + job["span"], meta["N"])) for j in mine}
+        total, done = sum(map(len, parts.values())), sum(shard.state["read"] for shard in shards.values())
+        show = show_progress and processes.is_first()  # its own share
+        with stoppable() as stop, progress(total, f"extracting {images.split}", show, done) as bar:
+            for j in mine:
+                _fill(shards[j], parts[j], images, vqgan, clip, batch_size, workers, stop, bar)
+            stop.raise_if_asked(lambda: None, f"after the extraction of {images.split}")
+        processes.wait()
+        if processes.is_first():
+            _finish(partial, folder, meta, len(starts), images)
+        processes.wait()
+    store = TokenStore.open(folder, vqgan, clip)
+    images.skipped.update(store.meta["skipped"])
+    return store
+
+
+def _fill(
+    shard: _Shard, part: range, images: ImageSet, vqgan: VQGAN, clip: ClipEmbedder, batch_size: int, workers: int,
+    stop: Stop, bar,
+) -> None:  # fmt: skip
+    """Make what a shard still lacks of its part; pictures from len(images) on are the mirrored ones."""
+    known, images.skipped = images.skipped, shard.state["skipped"]  # those of this part alone, whoever makes it
+    try:
+        while todo := part[shard.state["read"] :]:
             # a round of several batches for one loader, then the state on disk moves forward with the data
-            first, mirrored = done["read"] % len(images), done["read"] >= len(images)
-            part = range(first, min(first + 16 * batch_size, len(images)))
-            for kept, squares in ordered_batches(images, part, batch_size, workers):
-                x = to_float(squares.flip(3) if mirrored else squares).to(device)
-                written = slice(done["written"], done["written"] + len(kept))
-                if len(kept):
-                    arrays["tokens"][written] = vqgan.encode(x).flatten(1).cpu().numpy()
-                    arrays["embeds"][written] = clip.images(x).cpu().numpy()
-                    arrays["rows"][written] = kept
-                done["written"] += len(kept)
-                bar.update(len(squares))
-            done["read"] += len(part)
-            done["skipped"] = images.skipped
-            for array in arrays.values():
-                array.flush()
-            write_json(partial / "progress.json", {"meta": meta, **done})
-    if done["written"] == 0:
+            mirrored, first = divmod(todo[0], len(images))
+            rows = range(first, min(first + len(todo), first + ROUND * batch_size, len(images)))
+            for kept, squares in ordered_batches(images, rows, batch_size, workers):
+                if kept:
+                    x = to_float(squares.flip(3) if mirrored else squares).to(clip.device)
+                    shard.append(vqgan.encode(x).flatten(1), clip.images(x), kept)
+                read = min(batch_size, len(rows))
+                shard.state["read"], rows = shard.state["read"] + read, rows[read:]
+                bar.update(read)
+                stop.raise_if_asked(shard.save, f"in the extraction of {images.split}")
+            shard.save()
+        shard.finish()
+    finally:
+        images.skipped = known
+
+
+class _Shard:
+    """A shard in the making: three files that grow, and shard.json, written after them, which says how far they are good.
+
+    Attributes:
+        state: `of` (what is being made), `read` (pictures gone through), `rows` (written), `skipped`, and when all is there
+            `hash` (of the files' bytes).
+    """
+
+    def __init__(self, folder: Path, of: dict):
+        self.folder, self.row_bytes = folder, _row_bytes(of)
+        self.paths = {key: folder / name for key, (name, _) in FILES.items()}
+        self.state: dict = {"of": of, "read": 0, "rows": 0, "skipped": {}}
+        folder.mkdir(exist_ok=True)
+        if (folder / "shard.json").is_file():
+            found = read_json(folder / "shard.json")
+            if found.get("of") == of and self._is_there(found):
+                self.state = found
+        self.pending: list[dict[str, np.ndarray]] = []  # batches that are not on disk
+
+    def _is_there(self, state: dict) -> bool:
+        """Whether the files hold what a state says."""
+        sizes = {key: path.stat().st_size if path.is_file() else -1 for key, path in self.paths.items()}
+        if "hash" in state:
+            return min(sizes.values()) >= 0 and file_hash(*self.paths.values()) == state["hash"]
+        return all(sizes[key] >= state["rows"] * self.row_bytes[key] for key in sizes)
+
+    def append(self, tokens: torch.Tensor, embeds: torch.Tensor, rows: list[int]) -> None:
+        """tokens: (b, L) int64. embeds: (b, D) float32."""
+        batch = {"tokens": tokens.cpu().numpy(), "embeds": embeds.cpu().numpy(), "rows": np.array(rows)}
+        self.pending.append({key: values.astype(FILES[key][1]) for key, values in batch.items()})
+
+    def save(self) -> None:
+        """Bring the files and then the state to disk."""
+        for key, path in self.paths.items():
+            # written, not mapped: a full disk is then an error and not a signal that kills
+            with open(path, "ab") as stream:
+                stream.truncate(self.state["rows"] * self.row_bytes[key])  # what a kill left behind the rows that count
+                stream.writelines(batch[key].tobytes() for batch in self.pending)
+                stream.flush()
+                os.fsync(stream.fileno())
+        self.state["rows"] += sum(len(batch["rows"]) for batch in self.pending)
+        self.pending.clear()
+        write_json(self.folder / "shard.json", self.state)
+
+    def finish(self) -> None:
+        if "hash" not in self.state:
+            self.state["hash"] = file_hash(*self.paths.values())
+            write_json(self.folder / "shard.json", self.state)
+
+
+def _finish(partial: Path, folder: Path, meta: dict, shards: int, images: ImageSet) -> None:
+    """Write meta.json of what all processes have made, and give the store its name."""
+    made = [read_json(partial / _name(j) / "shard.json") for j in range(shards)]
+    counts, skipped = [shard["rows"] for shard in made], dict(images.skipped)
+    for shard in made:
+        skipped |= shard["skipped"]
+    if not any(counts):
         raise ClipgenError(f"none of the {len(images)} pictures of {images.root} could be read: check the data")
-    del arrays
-    meta |= {"N": done["written"], "skipped": images.skipped}
-    for key, (name, dtype) in FILES.items():
-        per_row = {"tokens": meta["L"], "embeds": meta["D"], "rows": 1}[key] * np.dtype(dtype).itemsize
-        with open(partial / name, "r+b") as stream:
-            stream.truncate(meta["N"] * per_row)
-    (partial / "progress.json").unlink()
-    write_json(partial / "meta.json", meta)
+    write_json(partial / "meta.json", {**meta, "N": sum(counts), "shards": counts, "skipped": skipped})
     partial.rename(folder)
-    return TokenStore.open(folder, vqgan, clip)
 
 
-def _resume(partial: Path, meta: dict) -> dict:
-    """How far an interrupted extraction of the very same kind came; anything else in the folder is cleared away."""
-    if (partial / "progress.json").is_file():
-        done = read_json(partial / "progress.json")
-        if done.pop("meta") == meta:
-            return done
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return {"read": 0, "written": 0, "skipped": {}}
+def _tidy(partial: Path, names: set[str]) -> None:
+    """Make the folder, or clear it of all but shards, and those of files that a kill has left half written."""
+    partial.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        if not path.is_dir():
+            path.unlink()
+        elif path.name not in names:
+            shutil.rmtree(path)
+    for path in partial.glob("*/.*"):
+        path.unlink()
+
+
+@contextmanager
+def _full_disk_told(partial: Path, meta: dict) -> Iterator[None]:
+    """A full disk as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        lacking = _lacking(partial, meta)
+        missing = f", {lacking / 1e9:.3g} GB are missing for the token store" if lacking > 0 else ""
+        raise ClipgenError(f"the disk under {partial.parent} has too little room{missing}: make room there, and the same command goes on from what is done") from None  # fmt: skip
+
+
+def _lacking(partial: Path, meta: dict) -> int:
+    """Bytes that a store needs beyond what is there already and what is free."""
+    there = sum(path.stat().st_size for name, _ in FILES.values() for path in partial.glob(f"*/{name}"))
+    place = next(folder for folder in partial.parents if folder.is_dir())
+    return meta["N"] * sum(_row_bytes(meta).values()) - there - shutil.disk_usage(place).free

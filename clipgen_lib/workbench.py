@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from . import evaluate, shapes, train
+from . import evaluate, processes, shapes, train
 from .captions import choose_captions, split_prompts
 from .classifier import Classifier, accuracy, train_classifier
 from .clip_embed import ClipEmbedder, photo_notice
@@ -59,7 +59,7 @@ class Sheet(NamedTuple):
 
 
 def pick_device(device: str = "auto") -> str:
-    """`auto` is a GPU where torch sees one; a name that torch does not know or have is one sentence."""
+    """`auto` is a GPU where torch sees one, in a launch this process's own; a name that torch does not know or have is one sentence."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -102,11 +102,11 @@ class Workbench:
             differing = differences(before, config)
             if differing:
                 raise ClipgenError(f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}")  # fmt: skip
-        else:
+        elif processes.is_first():
             write_json(path, config)
         bench = cls(opened, chosen, data, seed, pick_device(device))
         if not opened.summary().get("versions"):
-            opened.add_to_summary(run=run, preset=preset, seed=seed, versions=versions())
+            bench._record(run=run, preset=preset, seed=seed, versions=versions())
         return bench
 
     @classmethod
@@ -208,7 +208,7 @@ class Workbench:
             vqgan = train.train_vqgan(self.run, images, held_out, self.preset.vqgan, config, self.clip, self.seed, self.device)
         data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(held_out)}
         scores = evaluate.evaluate_vqgan(vqgan.to(self.device), held_out)
-        self.run.add_to_summary(data=data, vqgan=scores)
+        self._record(data=data, vqgan=scores)
         return vqgan
 
     def extract(self) -> TokenStore:
@@ -219,7 +219,7 @@ class Workbench:
                 images = self.images(split)
                 store = extract(images, vqgan, self.clip, self.run.path / "store" / split, flip, workers=settings.workers)
                 if images.skipped:
-                    self.run.add_to_summary(skipped=images.skipped)
+                    self._record(skipped=images.skipped)
         return store
 
     def train_transformer(self, steps: int = 0) -> None:
@@ -238,7 +238,7 @@ class Workbench:
                                                   self.seed, self.device, True, self.text_mean() if config.centre else None, preview)  # fmt: skip
         scores = train.held_out_losses(transformer.to(self.device), held_out, vqgan, self.clip)
         clip_size = sum(p.numel() for p in self.clip.parameters())
-        self.run.add_to_summary(transformer=scores, parameters={"clip": clip_size})
+        self._record(transformer=scores, parameters={"clip": clip_size})
 
     def train_classifier(self) -> dict[str, float]:
         """The judge of classes, on real pictures of the train split; returns its accuracy on those of the val split."""
@@ -247,7 +247,7 @@ class Workbench:
             raise ClipgenError(f"the val split of {held_out.root} has no classes to try a classifier on: sort its pictures into a folder for each class")  # fmt: skip
         with self._timed("classifier"):
             classifier = train_classifier(self.run, images, self.preset.classifier, self.seed, self.device)
-        self.run.add_to_summary(classifier=accuracy(classifier, held_out))
+        self._record(classifier=accuracy(classifier, held_out))
         return self.run.summary()["classifier"]
 
     def preview_prompts(self, n: int = 6) -> list[str]:
@@ -301,7 +301,7 @@ class Workbench:
         if own.pictures is not None:
             images = torch.cat([own.pictures[:, None], images], dim=1)
             titles = [[title] + ["variation"] * each for title in own.titles]
-        self.run.add_to_summary(prompts={"source": own.source, "asked": own.titles})
+        self._record(prompts={"source": own.source, "asked": own.titles})
         return Sheet(images.flatten(0, 1), sum(titles, []), 2 * images.shape[1], own.source)
 
     def class_rows(self, real: int = 4, drawn: int = 6, most: int = 20) -> dict[str, torch.Tensor]:
@@ -336,13 +336,15 @@ class Workbench:
                 resume=self.run.path / "checkpoints", **settings)  # fmt: skip
             oracle = evaluate.evaluate_oracle(generator, self.preset.evaluate.n_oracle, self.seed, **settings) if self.has_oracle else None  # fmt: skip
         sample = {**asdict(self.preset.sample), **settings}
+        if not processes.is_first():
+            return shown
         start, texts = time.perf_counter(), shown["prompts"][:16]
         generator.draw_each(texts, list(range(len(texts))), **settings)
         per_image = (time.perf_counter() - start) / len(texts)
         entries = {"evaluation": numbers, "sample": sample} | ({"oracle": oracle} if oracle else {})
         seconds = {**self.run.summary().get("seconds", {}), "per_image": per_image}
         seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
-        self.run.add_to_summary(**entries, seconds=seconds)
+        self._record(**entries, seconds=seconds)
         if shown["captions"]:
             write_atomic(self.run.file("captions.txt"), shown["captions"])
         for partial in (self.run.path / "checkpoints").glob("drawn-*"):  # the numbers are on disk
@@ -366,8 +368,13 @@ class Workbench:
                 str(count): evaluate.evaluate_oracle(written, n, self.seed, modalities=("text",), candidates=count)["text"]
                 for count in sorted({1, candidates})
             }
-        self.run.add_to_summary(export=found)
+        self._record(export=found)
         return found
+
+    def _record(self, **entries: object) -> None:
+        """Put entries into summary.json; in a launch the first process does."""
+        if processes.is_first():
+            self.run.add_to_summary(**entries)
 
     @contextmanager
     def _timed(self, step: str, resumable: bool = True) -> Iterator[None]:
@@ -377,7 +384,7 @@ class Workbench:
             yield
         finally:
             before = self.run.summary().get("seconds", {}).get(step, 0.0) if resumable else 0.0
-            self.run.add_to_summary(seconds={step: before + time.perf_counter() - start})
+            self._record(seconds={step: before + time.perf_counter() - start})
 
 
 def _portable(data: str) -> str:

@@ -1,3 +1,6 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from clipgen_lib.data import open_images
 from clipgen_lib.evaluate import open_folder
 from clipgen_lib.passes import CaptionFit, Change, Embeddings, FirstPictures, SetStatistics, StatisticsFile, measure
 from clipgen_lib.protocols import FeatureNetwork
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.runs import ClipgenError, Stopped
 
 SAME = Change("none", lambda x: x)
 
@@ -33,6 +36,10 @@ def statistics(module, radii=(0, 2), parts=2, head=True):
     return SetStatistics(FeatureNetwork("inception", module, "stand-in", "0", head), radii, parts)
 
 
+def fill(sink, pictures):
+    sink.add([], sink.find([], pictures))
+
+
 def same_state(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
@@ -55,6 +62,24 @@ def test_killed_and_started_again_it_is_the_same(world, clip, tmp_path, monkeypa
     assert module.calls == 6 and not list((tmp_path / "parted").glob("partial-*"))
     assert all(same_state(whole[name].state(), again[name].state()) for name in whole)
     assert whole["s"].n == 40 and whole["c"].n == 14
+
+
+def test_a_signal_saves_first(world, tmp_path):
+    images, whole = open_images(world, "train"), statistics(StandIn())
+    measure(images, {"s": whole}, SAME, 6, "", False, tmp_path / "whole")
+
+    class Signalled(StandIn):
+        def forward(self, x):
+            if self.calls == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(x)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM after 4 of 7 batches .features.: what was done is kept") as stopped:
+        measure(images, {"s": statistics(Signalled())}, SAME, 6, "features", False, tmp_path / "parted")
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    again = statistics(module := StandIn())
+    measure(images, {"s": again}, SAME, 6, "features", False, tmp_path / "parted")
+    assert module.calls == 6 and same_state(whole.state(), again.state())
 
 
 def test_seen_before_is_read_and_the_same(world, tmp_path):
@@ -102,9 +127,9 @@ def test_halves_are_every_other_picture():
     x = torch.rand(11, 3, 20, 20) * 2 - 1
     parted, first, second = statistics(StandIn()), statistics(StandIn(), parts=1), statistics(StandIn(), parts=1)
     for part in x.split(3):
-        parted.add([], part)
-    first.add([], x[::2])
-    second.add([], x[1::2])
+        fill(parted, part)
+    fill(first, x[::2])
+    fill(second, x[1::2])
     assert parted.floor() == pytest.approx(first.distance(second), rel=1e-5)
 
 
@@ -112,13 +137,13 @@ def test_nan_pixels_are_an_error_not_black():
     x = torch.zeros(2, 3, 20, 20)
     x[1, 0, 3, 3] = torch.nan
     with pytest.raises(ClipgenError, match="NaN or infinite pixels"):
-        statistics(StandIn()).add([], x)
+        fill(statistics(StandIn()), x)
 
 
 def test_first_pictures():
     shown = FirstPictures(5)
     for part in torch.arange(9.0).view(9, 1, 1, 1).split(2):
-        shown.add([], part)
+        fill(shown, part)
     assert [float(x) for x in shown.pictures] == [0, 1, 2, 3, 4]
 
 

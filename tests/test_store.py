@@ -1,4 +1,10 @@
+import errno
 import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,8 +13,8 @@ import torch
 from clipgen_lib import store as store_module
 from clipgen_lib.data import open_images
 from clipgen_lib.images import crop, to_float
-from clipgen_lib.runs import ClipgenError
-from clipgen_lib.store import TokenStore, extract
+from clipgen_lib.runs import ClipgenError, Stopped
+from clipgen_lib.store import TokenStore, extract, shard_span
 
 
 @pytest.fixture
@@ -55,18 +61,227 @@ def test_other_pictures_are_refused(store, world, vqgan, clip):
 def test_damaged_stores_are_refused(store, tmp_path):
     with pytest.raises(ClipgenError, match="no finished token store"):
         TokenStore.open(tmp_path / "none")
-    tokens = store.folder / "tokens.u16"
+    tokens = store.folder / "00000" / "tokens.u16"
     tokens.write_bytes(tokens.read_bytes() + b"xx")
-    with pytest.raises(ClipgenError, match="another size"):
+    with pytest.raises(ClipgenError, match="damaged .00000/tokens.u16 has 5122 bytes, not 5120"):
         TokenStore.open(store.folder)
     tokens.write_bytes(tokens.read_bytes()[:100])
-    with pytest.raises(ClipgenError, match="damaged"):
+    with pytest.raises(ClipgenError, match="damaged .00000/tokens.u16 has 100 bytes"):
         TokenStore.open(store.folder)
     meta = json.loads((store.folder / "meta.json").read_text())
     del meta["L"]
     (store.folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ClipgenError, match="damaged"):
         TokenStore.open(store.folder)
+
+
+# ---------------------------------------------------------------------------------------------- shards
+
+
+class Encoders:
+    """Stand-ins for both encoders: quick, and different for every picture."""
+
+    dim, device, name, weights_hash = 4, torch.device("cpu"), "stand-in", "1" * 16
+
+    class Codes(torch.nn.Module):
+        config = SimpleNamespace(side=8, codebook_size=256)
+
+        def encode(self, x):
+            return ((x[:, :, ::8, ::8].mean(1) + 1) * 127).long()
+
+    def images(self, x):
+        return torch.nn.functional.normalize(x[:, :, :32].mean((2, 3)).repeat(1, 2)[:, :4] + 1.01)
+
+
+def made(images, folder, vqgan=None, clip=None, **settings):
+    """A store of 40 pictures and their mirror images in shards of 24, the second of both kinds."""
+    return extract(
+        images, vqgan or Encoders.Codes(), clip or Encoders(), folder, True, 4, show_progress=False, shard_rows=24, **settings
+    )
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_at_most_128_shards_of_whole_thousands():
+    for n, shards in ((1, 1), (2_048, 1), (2_049, 2), (262_144, 128), (262_145, 65), (10_000_000, 126)):
+        span = shard_span(n)
+        assert span % 2_048 == 0 and -(-n // span) == shards <= 128
+
+
+def test_shards_are_read_as_one(images, tmp_path):
+    store, whole = made(images, tmp_path / "parts"), extract(images, Encoders.Codes(), Encoders(), tmp_path / "whole", True)
+    assert store.meta["shards"] == [24, 24, 24, 8] and whole.meta["shards"] == [80]
+    rows = np.random.default_rng(0).integers(0, 80, 300)
+    for chosen in (
+        rows,
+        rows[:1],
+        rows[:0],
+        list(rows[:3]),
+        slice(None),
+        slice(20, 60),
+        slice(70, 5, -7),
+        slice(24, 48),
+        slice(9, 9),
+    ):
+        assert torch.equal(store.tokens(chosen), whole.tokens(chosen)) and torch.equal(
+            store.embeds(chosen), whole.embeds(chosen)
+        )
+    assert [int(row) for row in store.arrays["rows"]] == 2 * list(range(40)) and store.arrays["rows"][43] == 3
+    assert torch.equal(store.mean_embed(), whole.mean_embed()) and store.n_unmirrored == 40
+    for row in (-1, 80):
+        with pytest.raises(IndexError):
+            store.tokens(np.array([3, row]))
+
+
+def test_a_store_without_shards_is_one(images, tmp_path):
+    store = extract(images, Encoders.Codes(), Encoders(), tmp_path / "store")
+    before = store.tokens(slice(None))
+    for path in (store.folder / "00000").iterdir():
+        path.rename(store.folder / path.name)
+    meta = json.loads((store.folder / "meta.json").read_text())
+    del meta["shards"]
+    (store.folder / "meta.json").write_text(json.dumps(meta))
+    assert torch.equal(TokenStore.open(store.folder).tokens(slice(None)), before)
+
+
+def test_a_shard_cut_in_half_is_named(images, tmp_path):
+    store = made(images, tmp_path / "store")
+    path = store.folder / "00002" / "embeds.f16"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ClipgenError, match="damaged .00002/embeds.f16 has 96 bytes, not 192.: delete it and extract again"):
+        TokenStore.open(store.folder)
+    path.unlink()
+    with pytest.raises(ClipgenError, match="damaged .*00002/embeds.f16"):
+        TokenStore.open(store.folder)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """Kills at a moment by its number: before files reach the disk, before a state does, or before a picture is encoded.
+
+    `kill_at(None)` lives on; `kill_at.moments` says how many there were.
+    """
+
+    def chosen(number):
+        chosen.number, chosen.moments = number, 0
+
+    def deadly(real):
+        def call(*arguments):
+            chosen.moments += 1
+            if chosen.moments == chosen.number:
+                raise Killed
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", deadly(os.fsync))
+    monkeypatch.setattr(store_module, "write_json", deadly(store_module.write_json))
+    monkeypatch.setattr(Path, "rename", deadly(Path.rename))
+    monkeypatch.setattr(Encoders.Codes, "encode", deadly(Encoders.Codes.encode))
+    return chosen
+
+
+@pytest.fixture
+def broken(images, tmp_path):
+    """The pictures as a folder, one of which cannot be read."""
+    for split in ("train", "val"):
+        (tmp_path / "p" / split).mkdir(parents=True)
+        for row, path in enumerate(images.paths):
+            content = path.read_bytes()
+            (tmp_path / "p" / split / path.name).write_bytes(content[:60] if row == 30 else content)
+    return open_images(tmp_path / "p", "train", 64)
+
+
+def test_killed_at_any_moment_and_started_again_it_is_the_same(broken, tmp_path, kill_at, monkeypatch):
+    monkeypatch.setattr(store_module, "ROUND", 2)
+    kill_at(None)
+    store = made(broken, tmp_path / "whole")
+    whole, moments = contents(store.folder), kill_at.moments
+    assert store.meta["shards"] == [24, 23, 23, 8] and list(store.meta["skipped"]) == ["train/000000000030.png"]
+    assert moments > 60
+    for moment in range(1, moments + 1, 2):
+        folder = tmp_path / str(moment)
+        for again in (moment, 2):  # twice, the second time in what the first has left
+            kill_at(again)
+            with pytest.raises(Killed):
+                made(broken, folder)
+        assert not folder.exists()
+        kill_at(None)
+        assert contents(made(broken, folder).folder) == whole, moment
+        assert not folder.with_name(f"{moment}.partial").exists() and kill_at.moments <= moments
+
+
+def test_what_a_kill_leaves_half_written_is_cleared(broken, tmp_path, kill_at):
+    kill_at(None)
+    whole = contents(made(broken, tmp_path / "whole").folder)
+    kill_at(30)
+    with pytest.raises(Killed):
+        made(broken, tmp_path / "store")
+    partial = tmp_path / "store.partial"
+    (partial / ".meta.json.1").write_text("{")
+    (partial / "00000" / ".shard.json.1").write_text("{")
+    (partial / "tokens.u16").write_bytes(b"of a store without shards")
+    (partial / "00000" / "rows.i32").write_bytes(b"cut")  # a finished shard, damaged
+    (partial / "00099").mkdir()
+    kill_at(None)
+    assert contents(made(broken, tmp_path / "store").folder) == whole
+
+
+def test_another_extraction_begins_anew(broken, tmp_path, kill_at):
+    kill_at(30)
+    with pytest.raises(Killed):
+        made(broken, tmp_path / "store")
+    kill_at(None)
+    other = Encoders()
+    other.weights_hash = "2" * 16
+    assert made(broken, tmp_path / "store", clip=other).meta["clip_hash"] == "2" * 16
+    shards = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*/shard.json")]
+    assert {shard["of"]["clip_hash"] for shard in shards} == {"2" * 16}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_batch_and_stops(broken, tmp_path, number, monkeypatch):
+    whole = contents(made(broken, tmp_path / "whole").folder)
+    encode, calls = Encoders.Codes.encode, []
+
+    def signalled(self, x):
+        calls.append(len(x))
+        if len(calls) == 8:  # in the second shard
+            os.kill(os.getpid(), number)
+        return encode(self, x)
+
+    monkeypatch.setattr(Encoders.Codes, "encode", signalled)
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        made(broken, tmp_path / "store")
+    assert stopped.value.exit_code == 128 + number and len(calls) == 8
+    assert contents(made(broken, tmp_path / "store").folder) == whole
+    assert sum(calls) == 78  # every picture once
+
+
+def test_a_full_disk_is_one_sentence(broken, tmp_path, monkeypatch):
+    whole = contents(made(broken, tmp_path / "whole").folder)
+    sync, calls = os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(ClipgenError, match="too little room: make room there, and the same command goes on"):
+            made(broken, tmp_path / "store")
+        patched.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=0))
+        with pytest.raises(ClipgenError, match=r"too little room, 5.8e-06 GB are missing for the token store"):
+            made(broken, tmp_path / "store")
+    assert contents(made(broken, tmp_path / "store").folder) == whole
 
 
 def test_interrupted_extraction_goes_on(store, images, vqgan, clip, tmp_path, monkeypatch):
@@ -86,7 +301,7 @@ def test_interrupted_extraction_goes_on(store, images, vqgan, clip, tmp_path, mo
     extract(images, vqgan, clip, tmp_path / "again", batch_size=1)
     assert len(calls) == 3 and calls[2][1] == range(32, 40)
     for name in ("tokens.u16", "rows.i32"):
-        assert (tmp_path / "again" / name).read_bytes() == (store.folder / name).read_bytes()
+        assert (tmp_path / "again" / "00000" / name).read_bytes() == (store.folder / "00000" / name).read_bytes()
 
 
 def test_unreadable_pictures_have_no_row(tmp_path, world, vqgan, clip):
@@ -101,7 +316,7 @@ def test_unreadable_pictures_have_no_row(tmp_path, world, vqgan, clip):
     store = extract(open_images(tmp_path / "p"), vqgan, clip, tmp_path / "store", batch_size=4)
     assert len(store) == 5 and list(store.arrays["rows"]) == [0, 1, 3, 4, 5]
     assert list(store.meta["skipped"]) == ["train/2.png"]
-    assert (store.folder / "tokens.u16").stat().st_size == 5 * 64 * 2
+    assert (store.folder / "00000" / "tokens.u16").stat().st_size == 5 * 64 * 2
 
 
 def test_nearest(store):
