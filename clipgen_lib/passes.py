@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -348,9 +349,14 @@ def stream(
 
 
 def _read(path: Path | None) -> tuple[dict, dict] | None:
-    """A checkpoint as the first process finds it, for all; None where there is none."""
-    there = processes.is_first() and path is not None and path.exists()
-    return processes.shared(load_checkpoint(path) if there else None)
+    """What a pass left behind as the first process finds it, for all; None where there is nothing, or nothing whole."""
+    found = None
+    if processes.is_first() and path is not None and path.exists():
+        try:
+            found = load_checkpoint(path)
+        except ClipgenError:  # it can be made again, unlike what a person has made
+            warnings.warn(f"{path} is damaged or of another version: it is made again", stacklevel=3)
+    return processes.shared(found)
 
 
 class Change(NamedTuple):

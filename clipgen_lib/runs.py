@@ -103,8 +103,12 @@ def fresh_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def room_on_disk(target: Path) -> Iterator[None]:
-    """What is raised within the block because the disk, or a quota of it, is full becomes one sentence."""
+def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iterator[None]:
+    """What is raised within the block because the disk, or a quota of it, is full becomes one sentence.
+
+    Args:
+        lacking: the bytes that are missing, where that can be told.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -113,8 +117,8 @@ def room_on_disk(target: Path) -> Iterator[None]:
         numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))}
         if not numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
-        free = shutil.disk_usage(target.parent).free / 1e9
-        raise ClipgenError(f"no room for {target} ({free:.2g} GB are free): free some and run the same command, which goes on from what is there") from None  # fmt: skip
+        missing = f" ({lacking() / 1e9:.3g} GB are missing)" if lacking() > 0 else ""
+        raise ClipgenError(f"no room for {target}{missing}: free some, and the same command goes on from what is there") from None  # fmt: skip
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +23,7 @@ from . import processes
 from .clip_embed import ClipEmbedder
 from .data import ImageSet, ordered_batches
 from .images import to_float
-from .runs import ClipgenError, Stop, file_hash, module_hash, progress, read_json, stoppable, write_json
+from .runs import ClipgenError, Stop, file_hash, module_hash, progress, read_json, room_on_disk, stoppable, write_json
 from .vqgan import VQGAN
 
 FILES = {"tokens": ("tokens.u16", np.uint16), "embeds": ("embeds.f16", np.float16), "rows": ("rows.i32", np.int32)}
@@ -225,7 +223,7 @@ def extract(
         return store
     job = {**meta, "span": shard_span(meta["N"], shard_rows), "batch_size": batch_size}
     starts = range(0, meta["N"], job["span"])
-    with _full_disk_told(partial, meta):
+    with room_on_disk(partial, lambda: _lacking(partial, meta)):
         if processes.is_first():
             if _lacking(partial, meta) > 0:  # told before the work rather than in it
                 raise OSError(errno.ENOSPC, "the store will not fit")
@@ -346,19 +344,6 @@ def _tidy(partial: Path, names: set[str]) -> None:
             shutil.rmtree(path)
     for path in partial.glob("*/.*"):
         path.unlink()
-
-
-@contextmanager
-def _full_disk_told(partial: Path, meta: dict) -> Iterator[None]:
-    """A full disk as one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        lacking = _lacking(partial, meta)
-        missing = f", {lacking / 1e9:.3g} GB are missing for the token store" if lacking > 0 else ""
-        raise ClipgenError(f"the disk under {partial.parent} has too little room{missing}: make room there, and the same command goes on from what is done") from None  # fmt: skip
 
 
 def _lacking(partial: Path, meta: dict) -> int:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 
@@ -161,3 +162,17 @@ def test_statistics_of_pytorch_fid(tmp_path):
     for name in ("short", "text", "other", "pickle", "shape", "nan", "absent"):
         with pytest.raises(ClipgenError, match=f"{name}.npz .*(make it again|check the path)"):
             StatisticsFile(tmp_path / f"{name}.npz")
+
+
+def test_a_damaged_cache_is_made_again(images, tmp_path):
+    found = []
+    for damaged in (False, True):
+        for path in tmp_path.glob("*.safetensors"):
+            path.write_bytes(b"cut")
+        module = StandIn()
+        sink = statistics(module, (0,), 1)
+        with pytest.warns(UserWarning, match="made again") if damaged else contextlib.nullcontext():
+            measure(images, {"s": sink}, SAME, 16, "x", False, tmp_path)
+        assert module.calls == 3
+        found.append(sink.moments(0))
+    assert (found[0][0] == found[1][0]).all() and (found[0][1] == found[1][1]).all()
