@@ -147,7 +147,7 @@ class ImageSet(Dataset):
         """16 hex digits of the relative paths and file sizes: the same for the same files, wherever they lie."""
         digest = hashlib.sha256(str(self.size).encode())
         for fact in self.pictures.facts():
-            digest.update(fact.encode())
+            digest.update(fact.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -304,7 +304,7 @@ def _is_hidden(path: Path, top: Path) -> bool:
 
 
 def _held_out(names: Sequence[str]) -> np.ndarray:
-    """Which rows are the val split, (N,) bool: those whose names have the smallest hashes, so that new files move few old ones."""
+    """Which rows are the val split, (N,) bool: those with the smallest hashes of their names, so that new files move few."""
     digests = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
     order = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(names))
     count = int((order >> np.uint64(56) < 256 * VAL_SHARE).sum())
@@ -370,11 +370,11 @@ def training_batches(
 ) -> Iterator[torch.Tensor]:
     """Batches start..stop-1 of an endless shuffled stream: (batch_size / world, 3, S, S) uint8.
 
-    Order and augmentation depend on seed and step alone; rank r takes the r-th of `world` even shares of each batch. An unreadable file is recorded in `images.skipped` and
-    another picture of the batch takes its place.
+    Order and augmentation depend on seed and step alone; rank r takes the r-th of `world` even shares of each batch, as it
+    stands. An unreadable file is recorded in `images.skipped` and another picture of the share takes its place.
 
     Raises:
-        ClipgenError: no picture of a whole batch can be read.
+        ClipgenError: no picture of a whole share can be read, or a worker process was killed.
     """
     if batch_size % world:
         raise ClipgenError(f"batch_size {batch_size} does not divide by {world} processes: change one of them")

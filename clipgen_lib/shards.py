@@ -272,7 +272,7 @@ def _unusable(member: tarfile.TarInfo) -> str:
         return "its name has control characters"
     if not (member.isreg() or member.isdir()) or member.issparse():
         return "it is a link, a device or a sparse file"
-    return "it is larger than any picture" if member.size >= 1 << 32 else ""
+    return "it is larger than any picture" if member.size > 1 << 30 else ""
 
 
 def _add(fields: dict, ending: str, name: str, member: tarfile.TarInfo, skipped: dict[str, str]) -> None:
