@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -119,3 +121,14 @@ def test_a_batch_that_does_not_divide_is_one_sentence(images, preset, clip, tmp_
 def test_numbers_of_processes_that_cannot_be_are_one_sentence():
     with pytest.raises(ClipgenError, match="0 processes cannot be started"):
         processes.launch(print, processes=0)
+
+
+@pytest.mark.slow
+def test_notebooks_share_the_work_by_one_parameter(tmp_path):
+    """01 to 03 in kernels of their own, each of which forks two processes."""
+    command = [sys.executable, "-m", "clipgen_lib", "run", "--preset", "smoke", "--run", "two", "-p", "PROCESSES=2"]
+    for name in ("01", "02", "03"):
+        command += ["--notebook", name]
+    subprocess.run(command, env={**os.environ, "CLIPGEN_RESULTS": str(tmp_path)}, check=True, timeout=600)
+    summary = open_run("two", tmp_path).summary()
+    assert {"vqgan", "transformer"} <= summary.keys() and (tmp_path / "two" / "figures" / "previews.png").exists()
