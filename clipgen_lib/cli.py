@@ -247,7 +247,11 @@ def export(run: str, folder: Path | None, n: int, candidates: int, device: str) 
 @_run_options
 def train_classifier(**run_options) -> None:
     """Train the judge of classes on real pictures in class folders; `evaluate` then uses it."""
-    click.echo(_open(**run_options).train_classifier())
+    from .processes import is_first
+
+    bench = _open(**run_options)
+    if is_first():  # small enough for one
+        click.echo(bench.train_classifier())
 
 
 @main.command("compare")
