@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ def join(device: str = "auto") -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu")
+        # a day: one process may have more to read, hash or write than the others, who wait for it
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def rank() -> int:
