@@ -237,6 +237,19 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
     _say(f"{n} pictures of {prompt!r} in {output}")
 
 
+@main.command("best")
+@click.argument("stage", type=click.Choice(["vqgan", "transformer"]))
+@click.option("--run", "run", required=True, help="a trained run under results/")
+def best(stage: str, run: str) -> None:
+    """Take the weights of STAGE's best checkpoint on held-out pictures instead of its last ones."""
+    from .train import take_best
+    from .workbench import Workbench
+
+    found = take_best(Workbench.reopen(run, "cpu").run, stage)
+    after = ": extract again, the store was made by the last ones" if stage == "vqgan" else ""
+    click.echo(f"{stage} of {run}: weights of step {found['step']}, held-out score {found['score']:.4g}{after}")
+
+
 @main.command("export")
 @click.option("--run", "run", default="reference", show_default=True, help="a trained run under results/")
 @click.option("--to", "folder", type=click.Path(path_type=Path), help="a new folder  [default: results/<run>/generator]")

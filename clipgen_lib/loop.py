@@ -224,6 +224,15 @@ def load_whole(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict({**state, "state": cuts})
 
 
+def checkpoints(run: Run, stage: str, best_first: bool = False) -> list[Path]:
+    """The checkpoints of a stage in order of their steps; with `best_first` those that have a score, in order of it."""
+    paths = sorted((run.path / "checkpoints").glob(f"{stage}-{'[0-9]' * 8}.safetensors"))
+    if not best_first:
+        return paths
+    scores = {path: score for path in paths if (score := checkpoint_meta(path).get("score")) is not None}
+    return sorted(scores, key=scores.get)
+
+
 class TrainingState:
     """All that a training needs to go on, by name, in one file for each checkpoint: `checkpoints/<stage>-<step>.safetensors`.
 
@@ -242,22 +251,13 @@ class TrainingState:
         for cut in self.folder.glob(f".{self.stage}-*"):  # left by a process that was killed while it wrote
             cut.unlink()
         path = self.folder / f"{self.stage}-{step:08d}.safetensors"
-        if not (score is None and path in self.paths()):
+        if not (score is None and path in checkpoints(self.run, self.stage)):
             score = score if score is not None and math.isfinite(score) else None
             save_checkpoint(path, state, {"training": self.facts, "step": step, "score": score})
-        kept = self.paths()[-KEPT:] + self.best()[:1]
-        for path in self.paths():
+        kept = checkpoints(self.run, self.stage)[-KEPT:] + checkpoints(self.run, self.stage, best_first=True)[:1]
+        for path in checkpoints(self.run, self.stage):
             if path not in kept:
                 path.unlink()
-
-    def paths(self) -> list[Path]:
-        """The checkpoints that are there, in order of their steps."""
-        return sorted(self.folder.glob(f"{self.stage}-{'[0-9]' * 8}.safetensors"))
-
-    def best(self) -> list[Path]:
-        """Those that have a score, the best one first."""
-        scores = {path: score for path in self.paths() if (score := checkpoint_meta(path).get("score")) is not None}
-        return sorted(scores, key=scores.get)
 
     def resume(self) -> int:
         """Load the last checkpoint that is whole; returns the step to go on from.
@@ -266,7 +266,7 @@ class TrainingState:
             ClipgenError: it belongs to another training, or none of those there is whole.
         """
         step, damaged = 0, []
-        for path in reversed(self.paths()):
+        for path in reversed(checkpoints(self.run, self.stage)):
             try:
                 state, meta = load_checkpoint(path)
             except ClipgenError as error:

@@ -26,6 +26,7 @@ from .loop import (
     TrainingState,
     accelerator_on,
     apply,
+    checkpoints,
     compiled,
     finish,
     is_sharded,
@@ -49,7 +50,7 @@ from .losses import (
     ramp,
 )
 from .optim import build_optimizer
-from .runs import ClipgenError, Run, module_hash, progress, stoppable
+from .runs import ClipgenError, Run, load_checkpoint, module_hash, progress, read_json, save_weights, stoppable
 from .schedule import batch_rows
 from .store import TokenStore
 from .transformer import ImageTransformer, centre
@@ -346,6 +347,26 @@ def embedding_loss(
     images = vqgan.decode_codes(codes.transpose(1, 2).unflatten(2, (side, side)))
     similarity = (clip.images(images) * embeds).sum(-1)
     return (1 - similarity if form == "cosine" else -((1 + similarity) / 2).clamp_min(1e-6).log()).mean()
+
+
+def take_best(run: Run, stage: str) -> dict:
+    """Put the EMA of the best checkpoint in the place of a stage's last weights; returns its `step` and `score`.
+
+    Args:
+        stage: `vqgan`, whose score is the squared error of held-out reconstructions, or `transformer`, whose score is the
+            held-out likelihood in nats a token.
+
+    Raises:
+        ClipgenError: the stage is not trained, or none of its checkpoints has a score.
+    """
+    module = {"vqgan": VQGAN, "transformer": ImageTransformer}[stage].load(run.path / stage)
+    if not (paths := checkpoints(run, stage, best_first=True)):
+        raise ClipgenError(f"{run.path / 'checkpoints'} holds no checkpoint of the {stage} with a score: train it first")
+    state, meta = load_checkpoint(paths[0])
+    module.load_state_dict(state["ema"]["module"])
+    before = read_json(run.path / stage / "config.json")
+    save_weights(run.path / stage, module, **{key: value for key, value in before.items() if key == "trained_with"})
+    return {"step": meta["step"], "score": meta["score"]}
 
 
 @torch.inference_mode()

@@ -15,6 +15,8 @@ from clipgen_lib.data import ImageSet
 from clipgen_lib.runs import ClipgenError, Stopped, load_checkpoint, open_run
 from clipgen_lib.schedule import batch_rows, learning_rate
 from clipgen_lib.store import extract
+from clipgen_lib.transformer import ImageTransformer
+from clipgen_lib.vqgan import VQGAN
 
 
 def test_learning_rate_by_hand():
@@ -115,6 +117,32 @@ def test_the_last_checkpoints_and_the_best_stay(store, preset, vqgan, clip, tmp_
     stage_two(run, store, preset, vqgan, clip, save_every=1)
     assert steps_kept(run) == [2, 5, 6]
     assert [load_checkpoint(path)[1]["score"] for path in sorted((run.path / "checkpoints").iterdir())] == [0.2, 0.3, None]
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
+def test_the_best_weights_can_take_the_place_of_the_last(stage, images, store, preset, vqgan, clip, tmp_path, monkeypatch):
+    scores = {
+        "vqgan": iter([{"l1": 0, "l2": x} for x in (3.0, 1.0, 2.0)]),
+        "transformer": iter([{"nll": x} for x in (3.0, 1.0, 2.0)]),
+    }
+    monkeypatch.setattr(train, "held_out_losses", lambda *_: next(scores["transformer"]))
+    monkeypatch.setattr(train, "held_out_reconstruction", lambda *_: next(scores["vqgan"]))
+    run, kind = open_run("r", tmp_path), {"vqgan": VQGAN, "transformer": ImageTransformer}[stage]
+    (
+        stage_one(run, images, preset, clip, save_every=2)
+        if stage == "vqgan"
+        else stage_two(run, store, preset, vqgan, clip, save_every=2)
+    )
+    last, config = kind.load(run.path / stage), (run.path / stage / "config.json").read_text()
+    assert train.take_best(run, stage) == {"step": 4, "score": 1.0}
+    state, _ = load_checkpoint(run.path / "checkpoints" / f"{stage}-00000004.safetensors")
+    taken = kind.load(run.path / stage)
+    assert all(torch.equal(x, taken.state_dict()[key]) for key, x in state["ema"]["module"].items())
+    assert not same_weights(last, taken) and (run.path / stage / "config.json").read_text() == config
+    for path in (run.path / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(ClipgenError, match="holds no checkpoint"):
+        train.take_best(run, stage)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
