@@ -19,7 +19,7 @@ def test_environment_and_pyproject_are_in_step():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [p for extra in project["optional-dependencies"].values() for p in extra]
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert next(d["pip"] for d in conda if isinstance(d, dict)) == wanted
+    assert next(d["pip"] for d in conda if isinstance(d, dict)) == list(dict.fromkeys(wanted))
     assert f"python{project['requires-python']}" in conda
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", p) for p in wanted), "lower bounds only"
 
