@@ -345,15 +345,22 @@ class _Crops(Dataset):
         return row, crop(image, self.source.size, at)
 
 
-def _loader(crops: _Crops, batches: Iterable, workers: int) -> Iterator[list[tuple[int, torch.Tensor | str]]]:
-    # a generator of its own: a loader otherwise draws from the global one, and a resumed run would differ
-    own = torch.Generator().manual_seed(0)
+@contextmanager
+def dead_workers_told(images: ImageSet, workers: int) -> Iterator[None]:
+    """A process that read pictures and was killed as one sentence: torch raises wherever the main thread is at that moment."""
     try:
-        yield from DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own)
+        yield
     except RuntimeError as error:
         if not re.search(r"DataLoader worker \(pid", str(error)):
             raise
-        raise ClipgenError(f"a process that reads pictures of {crops.source.root} was killed, most often for want of memory or of /dev/shm ({str(error).splitlines()[0]}): take fewer workers than {workers}, or give more of both") from None  # fmt: skip
+        raise ClipgenError(f"a process that reads pictures of {images.root} was killed, most often for want of memory or of /dev/shm ({str(error).splitlines()[0]}): take fewer workers than {workers}, or give more of both") from None  # fmt: skip
+
+
+def _loader(crops: _Crops, batches: Iterable, workers: int) -> Iterator[list[tuple[int, torch.Tensor | str]]]:
+    # a generator of its own: a loader otherwise draws from the global one, and a resumed run would differ
+    own = torch.Generator().manual_seed(0)
+    with dead_workers_told(crops.source, workers):
+        yield from DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own)
 
 
 def training_batches(

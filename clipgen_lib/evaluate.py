@@ -7,7 +7,8 @@ among what is missing, and never replaced by others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from . import processes, shapes
+from . import shapes
 from .captions import caption_facts, caption_list, choose_captions, texts_of
 from .classifier import Classifier
 from .clip_embed import ClipEmbedder
@@ -48,8 +49,8 @@ from .passes import (
     stream,
 )
 from .protocols import DEFINITIONS, FeatureNetwork, MissingWeights, feature_network, lpips_network
-from .runs import ClipgenError, module_hash, progress, versions
-from .sample import TextToImage, draw_together
+from .runs import ClipgenError, module_hash, versions
+from .sample import TextToImage
 from .vqgan import VQGAN, codebook_statistics
 
 __all__ = ["frechet_distance", "feature_network"]  # part of this module's interface, defined elsewhere
@@ -457,33 +458,68 @@ def _add(statistics: SetStatistics, pictures: torch.Tensor) -> None:
 # ---------------------------------------------------------------------------------------------- the Shapes world
 
 
+class _OracleReads:
+    """What the oracle finds right in each picture: row -> parts of `shapes.score`."""
+
+    def __init__(self, prompts: Sequence[shapes.Prompt]):
+        self.prompts, self.found = prompts, {}
+
+    def find(self, rows: list[int], pictures: torch.Tensor) -> list[dict[str, bool]]:
+        return [shapes.right(image, self.prompts[row]) for row, image in zip(rows, to_arrays(pictures), strict=True)]
+
+    def add(self, rows: list[int], found: list[dict[str, bool]]) -> None:
+        self.found |= dict(zip(rows, found, strict=True))
+
+    def state(self) -> dict:
+        return {"found": [[row, parts] for row, parts in self.found.items()]}
+
+    def restore(self, state: dict) -> None:
+        self.found = {row: parts for row, parts in state["found"]}
+
+
 @torch.inference_mode()
 def evaluate_oracle(
     generator: TextToImage, n: int, seed: int = 0, show_progress: bool = True,
-    modalities: tuple[str, ...] = ("text", "image", "reconstruction"), **settings: float,
+    modalities: tuple[str, ...] = ("text", "image", "reconstruction"), batch_size: int = 128, resume: Path | None = None,
+    **settings: float,
 ) -> dict:  # fmt: skip
     """Shapes world only: what share of pictures shows what was asked for, read by the oracle.
 
     Text prompts of one thing, of two with a relation, and of held-out pairs; as image prompts, the embeddings of real
     scenes of one thing; and, with nothing generated, the tokenizer's reconstructions of real scenes, above which no
     generator on its tokens can rise. Every prompt gets one picture: nothing is picked or ranked.
+
+    Args:
+        resume: folder for the checkpoint from which an interrupted drawing goes on; None begins anew.
+        settings: fields of SampleConfig, such as guidance.
     """
     kinds = {"text": ("one", "two", "held_out"), "image": ("one",), "reconstruction": ("one", "two", "held_out")}
-    kinds = {modality: kinds[modality] for modality in modalities}
-    found: dict = {modality: {} for modality in kinds}
-    show = show_progress and processes.is_first()
-    with progress(n * sum(map(len, kinds.values())), "drawing for the oracle", show) as bar:
-        for modality, kind in ((m, k) for m in kinds for k in kinds[m]):
-            prompts = shapes.prompts(kind, n, seed)
-            if modality != "text":
-                scenes = from_arrays(np.stack([shapes.render(p.scene) for p in prompts])).to(generator.device)
-            if modality == "reconstruction":
-                images = torch.cat([generator.vqgan.decode(generator.vqgan.encode(part)) for part in scenes.split(64)])
-            else:
-                asked = [p.text for p in prompts] if modality == "text" else generator.clip.images(scenes)
-                images = draw_together(generator, asked, list(range(seed, seed + n)), **settings)
-            found[modality][kind] = shapes.score(to_arrays(images), prompts)
-            bar.update(n)
+    groups = [(modality, kind) for modality in modalities for kind in kinds[modality]]
+    prompts = [prompt for _, kind in groups for prompt in shapes.prompts(kind, n, seed)]
+
+    def pictures_of(modality: str, rows: list[int]) -> torch.Tensor:
+        asked = [prompts[row] for row in rows]
+        if modality != "text":
+            scenes = from_arrays(np.stack([shapes.render(p.scene) for p in asked])).to(generator.device)
+        if modality == "reconstruction":
+            return generator.vqgan.decode(generator.vqgan.encode(scenes))
+        texts = [p.text for p in asked] if modality == "text" else generator.clip.images(scenes)
+        return generator.draw_each(texts, [seed + row % n for row in rows], **settings)
+
+    def drawings(numbers: range) -> Iterator[tuple[list[int], torch.Tensor]]:
+        for i in numbers:
+            rows = list(range(i * batch_size, min((i + 1) * batch_size, len(prompts))))
+            parts = itertools.groupby(rows, lambda row: groups[row // n][0])
+            yield rows, torch.cat([pictures_of(modality, list(part)) for modality, part in parts])
+
+    reads, partial = _OracleReads(prompts), None
+    if resume is not None:
+        weights = [module_hash(generator), generator.clip.weights_hash, asdict(generator.settings)]
+        partial = resume / f"oracle-{digest([weights, settings, n, seed, groups, batch_size])}.safetensors"
+    stream(drawings, len(prompts), batch_size, {"reads": reads}, "drawing for the oracle", show_progress, partial)
+    found: dict = {modality: {} for modality in modalities}
+    for i, (modality, kind) in enumerate(groups):
+        found[modality][kind] = shapes.score([reads.found[row] for row in range(i * n, (i + 1) * n)])
     return found
 
 

@@ -29,6 +29,8 @@ from .runs import DATA, RESULTS, ClipgenError, file_hash, progress, read_json, v
 STEPS = ("train-clip", "train-vqgan", "extract", "train-transformer", "evaluate")
 TRAINED = {"train-clip": 60, "train-vqgan": 120, "train-transformer": 160}  # training steps
 OUTPUTS = {"train-clip": "clip", "train-vqgan": "vqgan", "extract": "store", "train-transformer": "transformer"}
+BARS = {step: ("training",) for step in TRAINED} | {"extract": ("extracting",), "evaluate": ("features", "drawing for")}
+SIZE = {"shapes": {"n_train": 1_536}}  # of preset `smoke` changed: an extraction of two shards
 RUN = "run"
 PATIENCE = 300  # seconds that a command may take before it counts as hung
 
@@ -98,8 +100,8 @@ def bars(record: Path) -> dict[str, tuple[int, int]]:
 
 
 def lost(step: str, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> int:
-    """Work of a step that was done before a fault and is done again after it; previews on the way are left out."""
-    mine = [label for label in before if label in after and (step not in TRAINED or label.startswith("training"))]
+    """Work of a step that was done before a fault and is done again after it; bars within the step's own are left out."""
+    mine = [label for label in before if label in after and label.startswith(BARS[step])]
     return sum(max(before[label][1] - after[label][0], 0) for label in mine)
 
 
@@ -121,7 +123,7 @@ class Place:
         record = self.home / f"record-{time.monotonic_ns()}"
         trained = ["--steps", str(TRAINED[step])] if step in TRAINED else []
         device = [] if step == "train-clip" else ["--device", "cpu"]
-        command = [sys.executable, "-c", "from clipgen_lib.faults import child; child()", str(record), json.dumps(changes),
+        command = [sys.executable, "-c", "from clipgen_lib.faults import child; child()", str(record), json.dumps({**SIZE, **changes}),
                    step, "--preset", "smoke", "--run", RUN, "--data", data, *trained, *device]  # fmt: skip
         package = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "CLIPGEN_HOME": str(self.home), "CLIPGEN_RESULTS": str(self.home / "results"),
@@ -219,9 +221,9 @@ class Harness:
                 shutil.copytree(self.whole.run / OUTPUTS[earlier], place.run / OUTPUTS[earlier])
         return place
 
-    def finish(self, row: Row, place: Place, before: dict[str, tuple[int, int]]) -> None:
+    def finish(self, row: Row, place: Place, before: dict[str, tuple[int, int]], **changes: dict) -> None:
         """Give a harmed step's command again, and enter into the row what came of it."""
-        command = place.start(row.step)
+        command = place.start(row.step, **changes)
         row.survived += command.end() == 0
         row.lost_steps = max(row.lost_steps, lost(row.step, before, bars(command.record)))
         row.corrupted += place.outputs(row.step) != self.whole.outputs(row.step)
@@ -319,8 +321,9 @@ class Harness:
         command.wait_until(lambda: command.has_begun(30))
         psutil.Process(command.process.pid).children()[0].kill()
         command.end()
-        row.survived -= not command.ended_by_a_sentence
-        self.finish(row, place, bars(command.record))
+        by_sentence = command.ended_by_a_sentence
+        self.finish(row, place, bars(command.record), **workers)
+        row.survived *= by_sentence
         return row
 
     def bad_picture(self) -> Row:

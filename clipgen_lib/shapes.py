@@ -481,22 +481,24 @@ def _plain(thing: Thing) -> str:
     return " ".join([_article(words[0]), *words])
 
 
-def score(images: np.ndarray, asked: list[Prompt]) -> dict[str, float]:
-    """Shares of pictures (N, 64, 64, 3) uint8 that show what their prompts ask for, read by the oracle.
+def right(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
+    """What of a prompt a picture (64, 64, 3) uint8 shows, read by the oracle: the parts of `score`."""
+    reading, things = read_scene(image), prompt.claim.things
+    if len(things) == 2:
+        return {
+            "both": match(prompt.claim, reading, with_relation=False) is not None,
+            "relation": match(prompt.claim, reading) is not None,
+        }
+    shown = reading[0] if reading else Thing(None, None, None)
+    found = {key: getattr(things[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
+    return {**found, "both": found["colour"] and found["shape"], "count": len(reading) == 1}
+
+
+def score(found: list[dict[str, bool]]) -> dict[str, float]:
+    """Shares of pictures that show what their prompts ask for, from what is `right` in each; all prompts of one kind.
 
     One thing asked for: `colour`, `shape`, `size` of the largest thing read, `both` (colour and shape) and `count`
     (exactly one thing there). Two: `both` (each with shape and colour, anywhere) and `relation` (both, and placed
     as asked; so never above `both`).
     """
-    readings = [read_scene(image) for image in images]
-    if len(readings) != len(asked):
-        raise ValueError(f"{len(readings)} pictures for {len(asked)} prompts: give one picture for each prompt")
-    if len(asked[0].claim.things) == 2:
-        both = [match(p.claim, r, with_relation=False) is not None for p, r in zip(asked, readings, strict=True)]
-        related = [match(p.claim, r) is not None for p, r in zip(asked, readings, strict=True)]
-        return {"n": len(asked), "both": float(np.mean(both)), "relation": float(np.mean(related))}
-    shown = [(p.claim.things[0], r[0] if r else Thing(None, None, None)) for p, r in zip(asked, readings, strict=True)]
-    right = {key: [getattr(a, key) == getattr(b, key) for a, b in shown] for key in ("colour", "shape", "size")}
-    right["both"] = [c and s for c, s in zip(right["colour"], right["shape"], strict=True)]
-    right["count"] = [len(r) == 1 for r in readings]
-    return {"n": len(asked), **{key: float(np.mean(values)) for key, values in right.items()}}
+    return {"n": len(found), **{key: float(np.mean([parts[key] for parts in found])) for key in found[0]}}

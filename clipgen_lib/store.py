@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from . import processes
 from .clip_embed import ClipEmbedder
-from .data import ImageSet, ordered_batches
+from .data import ImageSet, dead_workers_told, ordered_batches
 from .images import to_float
 from .runs import ClipgenError, Stop, file_hash, module_hash, progress, read_json, room_on_disk, stoppable, write_json
 from .vqgan import VQGAN
@@ -236,7 +236,8 @@ def extract(
         show = show_progress and processes.is_first()  # its own share
         with stoppable() as stop, progress(total, f"extracting {images.split}", show, done) as bar:
             for j in mine:
-                _fill(shards[j], parts[j], images, vqgan, clip, batch_size, workers, stop, bar)
+                with dead_workers_told(images, workers):
+                    _fill(shards[j], parts[j], images, vqgan, clip, batch_size, workers, stop, bar)
             stop.raise_if_asked(lambda: None, f"after the extraction of {images.split}")
         processes.wait()
         if processes.is_first():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from . import processes
 from .clip_embed import ClipEmbedder
 from .config import TransformerConfig, TransformerTrainConfig, VQGANConfig, VQGANTrainConfig
-from .data import ImageSet, ordered_batches, training_batches
+from .data import ImageSet, dead_workers_told, ordered_batches, training_batches
 from .images import to_float
 from .loop import (
     Averaged,

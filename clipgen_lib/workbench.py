@@ -334,7 +334,10 @@ class Workbench:
             numbers, shown = evaluate.evaluate_generator(
                 generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, classifier=self.classifier(),
                 resume=self.run.path / "checkpoints", **settings)  # fmt: skip
-            oracle = evaluate.evaluate_oracle(generator, self.preset.evaluate.n_oracle, self.seed, **settings) if self.has_oracle else None  # fmt: skip
+            oracle = None
+            if self.has_oracle:
+                n = self.preset.evaluate.n_oracle
+                oracle = evaluate.evaluate_oracle(generator, n, self.seed, resume=self.run.path / "checkpoints", **settings)
         sample = {**asdict(self.preset.sample), **settings}
         if not processes.is_first():
             return shown
@@ -347,8 +350,9 @@ class Workbench:
         self._record(**entries, seconds=seconds)
         if shown["captions"]:
             write_atomic(self.run.file("captions.txt"), shown["captions"])
-        for partial in (self.run.path / "checkpoints").glob("drawn-*"):  # the numbers are on disk
-            partial.unlink()
+        for kind in ("drawn", "oracle"):
+            for partial in (self.run.path / "checkpoints").glob(f"{kind}-*"):  # the numbers are on disk
+                partial.unlink()
         return shown
 
     def export(self, folder: Path, n: int, candidates: int) -> dict:

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from clipgen_lib import cli, evaluate, passes, plots
+from clipgen_lib import cli, evaluate, passes, plots, shapes
 from clipgen_lib.captions import caption_facts, caption_list, choose_captions, read_captions
 from clipgen_lib.config import SampleConfig
 from clipgen_lib.data import open_images, ordered_batches
@@ -25,7 +25,7 @@ from clipgen_lib.evaluate import (
     open_folder,
     table,
 )
-from clipgen_lib.images import to_float
+from clipgen_lib.images import from_arrays, to_float
 from clipgen_lib.protocols import FeatureNetwork, MissingWeights, feature_network
 from clipgen_lib.runs import ClipgenError
 from clipgen_lib.sample import TextToImage
@@ -131,20 +131,18 @@ def test_missing_weights_leave_the_rest(generator, world, clip, preset, tmp_path
 
 
 class Perfect(torch.nn.Module):
-    """Draws exactly what it is asked for: the scenes of the prompts, in their order."""
+    """Draws exactly what it is asked for: the scene of a text, and where embeddings come in the scene of a seed."""
 
     def __init__(self, clip, vqgan):
         super().__init__()
         self.vqgan = vqgan
-        self.clip, self.device, self.calls = clip, torch.device("cpu"), 0
+        self.clip, self.device, self.settings = clip, torch.device("cpu"), SampleConfig()
 
     def draw_each(self, prompts, seeds, **settings):
-        from clipgen_lib import shapes
-        from clipgen_lib.images import from_arrays
-
-        kind = ("one", "two", "held_out", "one")[self.calls]
-        self.calls += 1
-        return from_arrays(np.stack([shapes.render(p.scene) for p in shapes.prompts(kind, len(seeds), 0)]))
+        one = shapes.prompts("one", 20, 0)
+        known = {p.text: p for kind in ("one", "two", "held_out") for p in shapes.prompts(kind, 20, 0)}
+        asked = [one[seed] for seed in seeds] if isinstance(prompts, torch.Tensor) else [known[text] for text in prompts]
+        return from_arrays(np.stack([shapes.render(p.scene) for p in asked]))
 
 
 def test_the_oracle_gives_a_perfect_generator_full_marks(clip, vqgan):
@@ -153,6 +151,24 @@ def test_the_oracle_gives_a_perfect_generator_full_marks(clip, vqgan):
     assert blind["both"] < 0.3 and scores["reconstruction"]["two"]["both"] == 0.0
     assert scores["text"]["one"]["both"] == scores["text"]["two"]["relation"] == scores["image"]["one"]["shape"] == 1.0
     assert set(scores["text"]) == {"one", "two", "held_out"}
+
+
+def test_an_interrupted_oracle_goes_on_and_finds_the_same(generator, tmp_path, monkeypatch):
+    whole = evaluate_oracle(generator, n=6, seed=4, batch_size=4)
+    monkeypatch.setattr(passes, "SAVE_SECONDS", 0)
+    real, calls = shapes.right, []
+
+    def breaks(*args):
+        calls.append(1)
+        if len(calls) == 19:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(shapes, "right", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_oracle(generator, n=6, seed=4, batch_size=4, resume=tmp_path)
+    assert evaluate_oracle(generator, n=6, seed=4, batch_size=4, resume=tmp_path) == whole
+    assert len(calls) == 19 + 42 - 16  # what was read before the last checkpoint is not read again
 
 
 def test_the_oracle_is_not_fooled_by_an_untrained_one(generator):
