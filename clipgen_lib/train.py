@@ -108,6 +108,7 @@ def train_vqgan(
     with (
         progress(config.steps, "training VQGAN", show_progress and accelerator.is_main_process, start) as bar,
         stoppable() as stop,
+        dead_workers_told(images, config.workers),
     ):
         for step in range(start, config.steps):
             torch.manual_seed(step_seed(seed, step, processes.rank()))
