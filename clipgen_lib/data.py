@@ -221,7 +221,7 @@ def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
     used, skipped = {}, {}
     for key in keys.tolist():
         if why := _unusable(folder, names[key]):
-            skipped[shortened(names[key])] = why
+            skipped[shortened(names[key]).encode(errors="replace").decode()] = why
         else:
             used[key] = (folder / names[key]).relative_to(root).as_posix()
     for key in sorted(texts.keys() - names.keys()):

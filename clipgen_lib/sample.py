@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file
 from torch import nn
 
 from . import processes
@@ -291,11 +292,28 @@ class TextToImage(
         """
         try:
             with contextlib.redirect_stdout(None):  # the mixin prints where it reads from
-                return super().from_pretrained(PRETRAINED.get(str(name), name), **{"strict": True, **options})
+                return super().from_pretrained(PRETRAINED.get(str(name), name), **options)
         except ClipgenError:
             raise
         except Exception as error:  # of a config and weights of any bytes: hub, mixin and torch raise whatever they like
             raise ClipgenError(f"{shortened(str(name))!r} is no generator that can be read here ({reason(error)}): give 'shapes', a folder that save_pretrained wrote, or a hub id") from error  # fmt: skip
+
+    @classmethod
+    def _from_pretrained(cls, **options: object) -> TextToImage:
+        with torch.device("meta"):  # a config of other sizes than its weights' is refused before it costs anything
+            return super()._from_pretrained(**options)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: TextToImage, model_file: str, map_location: str, strict: bool) -> TextToImage:
+        """What the mixin calls: the file's tensors take the places of those that have no memory yet, each of its own dtype."""
+        with torch.device(map_location):
+            tensors, wanted = load_file(model_file, map_location), model.state_dict()
+            model.load_state_dict({k: v.to(wanted[k].dtype) if k in wanted else v for k, v in tensors.items()}, assign=True)
+        return model
+
+    @classmethod
+    def _load_as_pickle(cls, model: TextToImage, model_file: str, map_location: str, strict: bool) -> TextToImage:
+        raise ClipgenError(f"{model_file} holds pickled weights, which are not read: ask for model.safetensors")
 
     def export(self, folder: Path) -> None:
         """Write float16 weights as `from_pretrained` reads them, in place of an earlier export.
