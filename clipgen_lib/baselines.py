@@ -22,10 +22,10 @@ from torch import nn
 from torchvision.transforms import v2
 
 from .clip_embed import ClipEmbedder
-from .config import FusionGANConfig, SampleConfig, VQGANCLIPConfig, from_dict, replace_fields
+from .config import Config, FusionGANConfig, SampleConfig, VQGANCLIPConfig, from_dict, replace_fields
 from .data import ImageSet
 from .images import crop, to_float
-from .runs import ClipgenError, load_strictly, progress, read_json, read_weights
+from .runs import ClipgenError, built_strictly, progress, read_json, read_weights
 from .sample import generate, row_noise
 from .schedule import batch_rows
 from .store import TokenStore, nearest
@@ -195,11 +195,21 @@ class _UpBlock(nn.Module):
         return self.shortcut(x) + self.second(self.first(x, condition), condition)
 
 
+@dataclass(frozen=True)
+class FusionGANSizes(Config):
+    """What a GAN takes from its pictures and CLIP, beside its own config."""
+
+    image_size: int
+    clip_dim: int
+
+
 class FusionGenerator(nn.Module):
     """Noise (B, Z) and a text embedding (B, D) -> (B, 3, H, W) in [-1, 1], doubling from 4x4."""
 
     def __init__(self, config: FusionGANConfig, image_size: int, clip_dim: int):
         super().__init__()
+        if image_size not in (4 * 2**i for i in range(1, 9)):
+            raise ClipgenError(f"the GAN doubles from 4 pixels and cannot draw {image_size}: choose a power of two as image_size")  # fmt: skip
         levels = (image_size // 4).bit_length() - 1
         widths = [config.channels * min(2**i, 4) for i in reversed(range(levels + 1))]
         self.config, self.image_size, self.clip_dim = config, image_size, clip_dim
@@ -223,8 +233,9 @@ class FusionGenerator(nn.Module):
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> FusionGenerator:
         """Read what `save_weights` wrote to a folder, in eval mode."""
         described = read_json(folder / "config.json")
-        model = cls(from_dict(FusionGANConfig, described["config"]), described["image_size"], described["clip_dim"])
-        load_strictly(model, read_weights(folder), folder)
+        config = from_dict(FusionGANConfig, described.pop("config", None))
+        sizes = asdict(from_dict(FusionGANSizes, described))
+        model = built_strictly(lambda: cls(config, **sizes), read_weights(folder), folder)
         return model.to(device).eval().requires_grad_(False)
 
 
@@ -272,16 +283,15 @@ def train_fusion_gan(
     pairs = [(row, texts) for row, texts in enumerate(images.captions) if texts]
     if not pairs:
         raise ClipgenError(f"{images.root} has no captions beside its pictures: a supervised baseline needs pairs")
-    if images.size not in (4 * 2**i for i in range(1, 9)):
-        raise ClipgenError(f"the GAN doubles from 4 pixels and cannot draw {images.size}: choose a power of two as image_size")
     torch.manual_seed(seed)
     generator, critic = (kind(config, images.size, clip.dim).to(clip.device) for kind in (FusionGenerator, _Critic))
     optimizers = [torch.optim.Adam(m.parameters(), lr, betas=(0.0, 0.9)) for m, lr in ((generator, config.generator_lr), (critic, config.critic_lr))]  # fmt: skip
     ema = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay))  # fmt: skip
-    draw = np.random.default_rng([seed, 31])
+    draw, blocks = np.random.default_rng([seed, 31]), images.blocks_of(np.array([row for row, _ in pairs]))
     with progress(config.steps, "training GAN", show_progress) as bar:
         for step in range(config.steps):
-            rows, said = zip(*(pairs[i] for i in batch_rows(len(pairs), config.batch_size, seed, step)), strict=True)
+            chosen = batch_rows(len(pairs), config.batch_size, seed, step, blocks, images.window)
+            rows, said = zip(*(pairs[i] for i in chosen), strict=True)
             texts = [choice[draw.integers(len(choice))] for choice in said]
             with torch.no_grad():
                 embeds = clip.texts(texts).clone()

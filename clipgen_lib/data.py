@@ -8,6 +8,7 @@ read is left out, counted and listed in `ImageSet.skipped`. In memory are names 
 from __future__ import annotations
 
 import hashlib
+import os  # os.path.expanduser leaves the home of nobody as it stands, where Path.expanduser raises
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from torchvision.transforms import v2
 from . import shapes
 from .config import ShapesConfig
 from .images import EXTENSIONS, crop, load_image
-from .runs import DATA, ClipgenError, file_hash, read_json
+from .runs import DATA, ClipgenError, file_hash, read_json, reason, shortened
 from .schedule import batch_rows
 from .shards import CLASS_PROMPT, Names, ParquetShards, TarShards, find_shards, open_shards, split_of
 
@@ -142,6 +143,10 @@ class ImageSet(Dataset):
         """Whether the captions are no more than the names of classes: then a mirrored picture has the same one."""
         return self.classes is not None and self._captions == [(CLASS_PROMPT.format(name),) for name in self.classes]
 
+    def blocks_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """`blocks` of some of the rows, rising: positions among these in place of rows."""
+        return None if self.blocks is None else np.searchsorted(rows, self.blocks)
+
     @property
     def hash(self) -> str:
         """16 hex digits of the relative paths and file sizes: the same for the same files, wherever they lie."""
@@ -187,7 +192,7 @@ def open_images(
         root = DATA / f"shapes-{world.n_train}-{world.n_val}-{seed}"
         path = shapes.make_world(root, world.n_train, world.n_val, seed)
         return _open_coco(Path(path), split, size, "shapes")
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     is_coco = (root / "annotations").is_dir()
     if not is_coco and (files := find_shards(root)):
         return _open_shards(root, files, split, size)
@@ -210,26 +215,34 @@ def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
     content = read_json(found[0])
     try:
         names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-        texts = _coco_texts(content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ClipgenError(f"{found[0]} is not in COCO's caption layout ({type(error).__name__}: {error}): restore the original file") from None  # fmt: skip
+        texts, keys = _coco_texts(content), np.array(sorted(names), np.int64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ClipgenError(f"{found[0]} is not in COCO's caption layout ({type(error).__name__}: {reason(error)}): restore the original file") from None  # fmt: skip
     used, skipped = {}, {}
-    for key, file_name in sorted(names.items()):
-        path = folder / file_name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            skipped[file_name] = "the annotations point outside the image folder"
-        elif not path.is_file():
-            skipped[file_name] = "named in the annotations, but the file is missing"
+    for key in keys.tolist():
+        if why := _unusable(folder, names[key]):
+            skipped[shortened(names[key]).encode(errors="replace").decode()] = why
         else:
-            used[key] = path.relative_to(root).as_posix()
+            used[key] = (folder / names[key]).relative_to(root).as_posix()
     for key in sorted(texts.keys() - names.keys()):
-        skipped[f"image_id {key}"] = "captions without an entry among the images"
+        skipped[shortened(f"image_id {key}")] = "captions without an entry among the images"
     if not used:
         raise ClipgenError(
             f"{folder} holds none of the {len(names)} pictures of {found[0].name}: unpack {folder.name}.zip there"
         )
     pictures = Files(root, Names.of(used.values()), partial(_coco_captions, found[0], np.array(list(used), np.int64)))
     return ImageSet(name, folder.name, root, pictures, size, skipped)
+
+
+def _unusable(folder: Path, file_name: str) -> str:
+    """Why a name from the annotations is no picture of the folder; else nothing."""
+    path = folder / file_name
+    try:
+        if Path(file_name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+            return "the annotations point outside the image folder"
+        return "" if path.is_file() else "named in the annotations, but the file is missing"
+    except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
+        return "named in the annotations, but no file can have this name"
 
 
 def _coco_texts(content: dict) -> dict[int, list[str]]:

@@ -51,6 +51,7 @@ from .passes import (
 from .protocols import DEFINITIONS, FeatureNetwork, MissingWeights, feature_network, lpips_network
 from .runs import ClipgenError, module_hash, versions
 from .sample import TextToImage
+from .shards import find_shards, open_shards, split_of
 from .vqgan import VQGAN, codebook_statistics
 
 __all__ = ["frechet_distance", "feature_network"]  # part of this module's interface, defined elsewhere
@@ -289,8 +290,8 @@ def evaluate_folder(
 
     Args:
         images: every picture below this folder is scored.
-        reference: a COCO root (its `split`), a folder (every picture below it), or an npz of pytorch-fid, which allows
-            FID-0 alone.
+        reference: a COCO root (its `split`), shards (those named as of `split`, all where none is), a folder (every picture
+            below it), or an npz of pytorch-fid, which allows FID-0 alone.
         captions: what the pictures were drawn for (see `read_captions`), matched by file name without its ending.
         size: side in pixels that both sets are brought to; 0 takes the scored pictures' own, if they share one.
         networks: what gives the feature network of a protocol.
@@ -311,8 +312,7 @@ def evaluate_folder(
     if reference.suffix == ".npz":
         real: ImageSet | StatisticsFile = StatisticsFile(reference)
     else:
-        is_coco = (reference / "annotations").is_dir()
-        real = open_images(reference, split, size) if is_coco else open_folder(reference, size)
+        real = _open_reference(reference, split, size)
     result: dict = {"images": scored.name, "reference": reference.resolve().name, "resolution": size, "protocols": {},
                     "missing": {}, "warnings": []}  # fmt: skip
 
@@ -358,6 +358,17 @@ def evaluate_folder(
     result["n"] = len(scored) - sum(name in scored.skipped for name in scored.names)
     result["warnings"] += _skipped_warnings(scored) + (_skipped_warnings(real) if isinstance(real, ImageSet) else [])
     return result
+
+
+def _open_reference(path: Path, split: str, size: int) -> ImageSet:
+    if (path / "annotations").is_dir():
+        return open_images(path, split, size)
+    if not (files := find_shards(path)):
+        return open_folder(path, size)
+    root = path if path.is_dir() else path.parent
+    named = [file for file in files if split_of(file.relative_to(root).as_posix()) == split]
+    pictures, skipped = open_shards(root, named or files)
+    return ImageSet(path.resolve().name, split if named else "all", root, pictures, size, skipped)
 
 
 def open_folder(root: Path, size: int = 0) -> ImageSet:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +29,18 @@ from .data import ImageSet, ordered_batches
 from .images import blur, eight_bit, to_float
 from .metrics import ClassSums, FeatureSample, GaussianStatistics, Moments, frechet_distance
 from .protocols import FeatureNetwork
-from .runs import DATA, ClipgenError, Stop, load_checkpoint, module_hash, progress, save_checkpoint, stoppable, versions
+from .runs import (
+    DATA,
+    ClipgenError,
+    Stop,
+    load_checkpoint,
+    module_hash,
+    progress,
+    reason,
+    save_checkpoint,
+    stoppable,
+    versions,
+)
 
 STATISTICS = DATA / "statistics"
 SAVE_SECONDS = 60  # between the checkpoints of a pass
@@ -129,8 +139,8 @@ class StatisticsFile:
                 self.mu, self.sigma = (np.asarray(content[key], np.float64) for key in ("mu", "sigma"))
         except FileNotFoundError:
             raise ClipgenError(f"{path} is missing: check the path") from None
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
-            raise ClipgenError(f"{path} is cut short or holds no mu and sigma ({error}): make it again by pytorch-fid's --save-stats") from None  # fmt: skip
+        except Exception as error:  # of an archive of any bytes: zipfile, zlib and numpy raise whatever they like
+            raise ClipgenError(f"{path} is cut short or holds no mu and sigma ({reason(error)}): make it again by pytorch-fid's --save-stats") from None  # fmt: skip
         d = len(self.mu) if self.mu.ndim == 1 else 0
         if self.sigma.shape != (d, d) or not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
             raise ClipgenError(f"{path} holds mu {self.mu.shape} and sigma {self.sigma.shape}, not finite (d,) and (d, d): make it again by pytorch-fid's --save-stats")  # fmt: skip

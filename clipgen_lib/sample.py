@@ -19,14 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from . import processes
 from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict, replace_fields
 from .interop import GENERATORS, load_released
-from .runs import DATA, ClipgenError, fresh_folder, progress, read_json
+from .runs import DATA, ClipgenError, fresh_folder, progress, read_json, reason, shortened
 from .store import nearest
 from .transformer import ImageTransformer, KVCache, centre
 from .vqgan import VQGAN
@@ -247,6 +247,8 @@ class TextToImage(
         self.vqgan = VQGAN(from_dict(VQGANConfig, vqgan)).eval().requires_grad_(False)
         self.transformer = ImageTransformer.from_description(transformer).eval().requires_grad_(False)
         self.settings: SampleConfig = from_dict(SampleConfig, sample)
+        if not isinstance(clip, dict) or not {"name"} <= clip.keys() <= {"name", "pretrained"}:
+            raise ClipgenError(f"the generator's config names its CLIP as {shortened(str(clip))}: give `name` and `pretrained` alone")  # fmt: skip
         self.clip_source = clip
         self.register_buffer("bank", torch.zeros(bank_rows, self.transformer.clip_dim, dtype=torch.float16))
         self.register_buffer("offset", torch.zeros(self.transformer.clip_dim))
@@ -291,8 +293,27 @@ class TextToImage(
         try:
             with contextlib.redirect_stdout(None):  # the mixin prints where it reads from
                 return super().from_pretrained(PRETRAINED.get(str(name), name), **options)
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # whatever hub and mixin raise
-            raise ClipgenError(f"{str(name)!r} is no generator that can be read here ({str(error).splitlines()[0]}): give 'shapes', a folder that save_pretrained wrote, or a hub id") from error  # fmt: skip
+        except ClipgenError:
+            raise
+        except Exception as error:  # of a config and weights of any bytes: hub, mixin and torch raise whatever they like
+            raise ClipgenError(f"{shortened(str(name))!r} is no generator that can be read here ({reason(error)}): give 'shapes', a folder that save_pretrained wrote, or a hub id") from error  # fmt: skip
+
+    @classmethod
+    def _from_pretrained(cls, **options: object) -> TextToImage:
+        with torch.device("meta"):  # a config of other sizes than its weights' is refused before it costs anything
+            return super()._from_pretrained(**options)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: TextToImage, model_file: str, map_location: str, strict: bool) -> TextToImage:
+        """What the mixin calls: the file's tensors take the places of those that have no memory yet, each of its own dtype."""
+        with torch.device(map_location):
+            tensors, wanted = load_file(model_file, map_location), model.state_dict()
+            model.load_state_dict({k: v.to(wanted[k].dtype) if k in wanted else v for k, v in tensors.items()}, assign=True)
+        return model
+
+    @classmethod
+    def _load_as_pickle(cls, model: TextToImage, model_file: str, map_location: str, strict: bool) -> TextToImage:
+        raise ClipgenError(f"{model_file} holds pickled weights, which are not read: ask for model.safetensors")
 
     def export(self, folder: Path) -> None:
         """Write float16 weights as `from_pretrained` reads them, in place of an earlier export.

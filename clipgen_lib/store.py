@@ -9,6 +9,7 @@ again at will, write the same bytes. Stage 2 trains from the store alone. No cap
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -23,10 +24,23 @@ from . import processes
 from .clip_embed import ClipEmbedder
 from .data import ImageSet, dead_workers_told, ordered_batches
 from .images import to_float
-from .runs import ClipgenError, Stop, file_hash, module_hash, progress, read_json, room_on_disk, stoppable, write_json
+from .runs import (
+    ClipgenError,
+    Stop,
+    file_hash,
+    module_hash,
+    progress,
+    read_json,
+    reason,
+    room_on_disk,
+    shortened,
+    stoppable,
+    write_json,
+)
 from .vqgan import VQGAN
 
 FILES = {"tokens": ("tokens.u16", np.uint16), "embeds": ("embeds.f16", np.float16), "rows": ("rows.i32", np.int32)}
+MADE_OF = ("vqgan_hash", "clip_hash", "clip", "data", "split", "data_hash", "transform")  # the texts in meta.json
 MOST_SHARDS = 128  # quickly opened, and enough of them for every process of a launch to have its share
 SHARD_ROWS = 2_048  # of pictures that a shard covers, or a multiple of it
 ROUND = 16  # batches between two states on disk
@@ -96,16 +110,15 @@ class TokenStore:
             raise ClipgenError(f"{folder} holds no finished token store: run the extraction (notebook 02) first")
         meta = read_json(folder / "meta.json")
         for kind, given in (("VQGAN", vqgan and module_hash(vqgan)), ("CLIP", clip and clip.weights_hash)):
-            made_by = meta.get(f"{kind.lower()}_hash")
+            made_by = shortened(str(meta.get(f"{kind.lower()}_hash")))
             if given is not None and given != made_by:
                 raise ClipgenError(f"{folder} was made by another {kind} (weights {made_by}, not {given}): extract again with this one")  # fmt: skip
         try:
+            _check(meta)
             shards = {folder / _name(j): n for j, n in enumerate(meta["shards"])} if "shards" in meta else {folder: meta["N"]}
-            if sum(shards.values()) != meta["N"]:
-                raise ValueError(f"shards of {sum(shards.values())} rows where N is {meta['N']}")
             mapped = [_mapped(shard, n, _widths(meta)) for shard, n in shards.items()]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ClipgenError(f"{folder} is damaged ({error}): delete it and extract again") from None
+        except (OSError, ValueError, OverflowError) as error:
+            raise ClipgenError(f"{folder} is damaged ({reason(error)}): delete it and extract again") from None
         return cls(folder, meta, {key: Parts([arrays[key] for arrays in mapped]) for key in FILES})
 
     def __len__(self) -> int:
@@ -138,13 +151,40 @@ def _name(shard: int) -> str:
     return f"{shard:05d}"
 
 
+def _check(meta: dict) -> None:
+    """Refuse a meta.json in which anything is not what `extract` writes there.
+
+    Raises:
+        ValueError: it is missing, of another kind, or counts that do not fit one another.
+    """
+    counts, shards = [meta.get(key) for key in ("N", "L", "K", "D")], meta.get("shards", [meta.get("N")])
+    texts = [meta[key] for key in MADE_OF if key in meta]  # none, where a store is only read (clipgen_lib/scale.py)
+    if not all(_is_count(n, 1) for n in counts):
+        raise ValueError("N, L, K and D in meta.json are not all counts")
+    if not (isinstance(shards, list) and all(map(_is_count, shards)) and sum(shards) == counts[0]):
+        raise ValueError("shards in meta.json are not counts with the sum N")
+    are_whole = len(texts) in (0, len(MADE_OF)) and all(isinstance(text, str) for text in texts)
+    if not (are_whole and isinstance(meta.get("flip"), bool) and _is_skipped(meta)):
+        raise ValueError("meta.json lacks what the store was made of")
+
+
+def _is_count(n: object, least: int = 0) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= least
+
+
+def _is_skipped(state: dict) -> bool:
+    """Whether `skipped` of a state is name -> why."""
+    skipped = state.get("skipped")
+    return isinstance(skipped, dict) and all(isinstance(why, str) for why in skipped.values())
+
+
 def _widths(meta: dict) -> dict[str, tuple[int, ...]]:
     """Shape of one row of each file."""
     return {"tokens": (meta["L"],), "embeds": (meta["D"],), "rows": ()}
 
 
 def _row_bytes(meta: dict) -> dict[str, int]:
-    return {key: int(np.prod(width, dtype=int)) * np.dtype(FILES[key][1]).itemsize for key, width in _widths(meta).items()}
+    return {key: math.prod(width) * np.dtype(FILES[key][1]).itemsize for key, width in _widths(meta).items()}
 
 
 def _mapped(folder: Path, n: int, widths: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -156,7 +196,7 @@ def _mapped(folder: Path, n: int, widths: dict[str, tuple[int, ...]]) -> dict[st
     arrays = {}
     for key, (name, dtype) in FILES.items():
         shape = (n, *widths[key])
-        size, wanted = (folder / name).stat().st_size, int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+        size, wanted = (folder / name).stat().st_size, math.prod(shape) * np.dtype(dtype).itemsize
         if size != wanted:
             raise ValueError(f"{folder.name}/{name} has {size} bytes, not {wanted}")
         arrays[key] = np.asarray(np.memmap(folder / name, dtype, "r", shape=shape)) if size else np.empty(shape, dtype)
@@ -293,11 +333,15 @@ class _Shard:
         self.pending: list[dict[str, np.ndarray]] = []  # batches that are not on disk
 
     def _is_there(self, state: dict) -> bool:
-        """Whether the files hold what a state says."""
-        sizes = {key: path.stat().st_size if path.is_file() else -1 for key, path in self.paths.items()}
+        """Whether a state is one of ours and the files hold what it says."""
+        read, rows = state.get("read"), state.get("rows")
+        if not (_is_count(read) and _is_count(rows) and rows <= read <= state["of"]["span"] and _is_skipped(state)):
+            return False
+        wanted = {self.paths[key]: rows * size for key, size in self.row_bytes.items()}
+        beyond = [path.stat().st_size - size if path.is_file() else -1 for path, size in wanted.items()]
         if "hash" in state:
-            return min(sizes.values()) >= 0 and file_hash(*self.paths.values()) == state["hash"]
-        return all(sizes[key] >= state["rows"] * self.row_bytes[key] for key in sizes)
+            return not any(beyond) and file_hash(*self.paths.values()) == state["hash"]
+        return min(beyond) >= 0
 
     def append(self, tokens: torch.Tensor, embeds: torch.Tensor, rows: list[int]) -> None:
         """tokens: (b, L) int64. embeds: (b, D) float32."""

@@ -87,10 +87,12 @@ class ImagePairs:
         if not len(self.rows):
             raise ClipgenError(f"{images.root} has no captions beside its pictures: CLIP learns from pairs")
         self.corpus = sorted({text for texts in images.captions for text in texts})
+        self.blocks = images.blocks_of(self.rows)
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """As of scenes, but pictures with the same words all belong together (UniCL, arXiv 2204.03610)."""
-        rows = self.rows[batch_rows(len(self.rows), self.config.batch_size, self.seed, step)]
+        size, window = self.config.batch_size, self.images.window
+        rows = self.rows[batch_rows(len(self.rows), size, self.seed, step, self.blocks, window)]
         rows, pictures = augmented_rows(self.images, rows, self.seed, step, flip=self.images.is_named_by_class)
         chooser = np.random.default_rng([self.seed, step])
         texts = [self.images.captions[row][chooser.integers(len(self.images.captions[row]))] for row in rows]

@@ -13,7 +13,7 @@ embedding's place, for the supervised system of the comparison, and D is the siz
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,8 +22,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
-from .config import TransformerConfig, from_dict
-from .runs import ClipgenError, load_strictly, read_json, read_weights
+from .config import Config, TransformerConfig, from_dict
+from .runs import ClipgenError, built_strictly, read_json, read_weights
+
+
+@dataclass(frozen=True)
+class TransformerSizes(Config):
+    """What a transformer takes from its store, beside its own config."""
+
+    codebook_size: int
+    n_tokens: int
+    clip_dim: int
 
 
 class KVCache:
@@ -169,12 +178,13 @@ class ImageTransformer(nn.Module):
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTransformer:
         """Read what `train_transformer` wrote to a folder, in eval mode."""
         sizes = read_json(Path(folder) / "config.json")
-        model = cls.from_description({k: v for k, v in sizes.items() if k != "trained_with"})
-        load_strictly(model, read_weights(Path(folder)), Path(folder))
+        sizes = {k: v for k, v in sizes.items() if k != "trained_with"}
+        model = built_strictly(lambda: cls.from_description(sizes), read_weights(Path(folder)), Path(folder))
         return model.to(device).eval()
 
     @classmethod
     def from_description(cls, sizes: dict) -> ImageTransformer:
-        """Build from what `describe` returns."""
-        own = {key: sizes[key] for key in ("codebook_size", "n_tokens", "clip_dim")}
-        return cls(from_dict(TransformerConfig, {k: v for k, v in sizes.items() if k not in own}), **own)
+        """Build from what `describe` returns; an entry that is missing, unknown or of another kind is refused."""
+        own = {f.name for f in fields(TransformerSizes)}
+        config = from_dict(TransformerConfig, {k: v for k, v in sizes.items() if k not in own})
+        return cls(config, **asdict(from_dict(TransformerSizes, {k: v for k, v in sizes.items() if k in own})))

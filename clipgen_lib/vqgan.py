@@ -24,7 +24,7 @@ from torch import nn
 from . import processes
 from .attention import attend
 from .config import VQGANConfig, from_dict
-from .runs import ClipgenError, load_strictly, read_json, read_weights
+from .runs import ClipgenError, built_strictly, read_json, read_weights
 
 EPSILON = 1e-6  # added to the variance in every norm
 
@@ -332,9 +332,8 @@ class VQGAN(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> VQGAN:
         """Read what `train_vqgan` wrote to a folder, in eval mode."""
-        config = read_json(Path(folder) / "config.json")
-        model = cls(from_dict(VQGANConfig, config))
-        load_strictly(model, read_weights(Path(folder)), Path(folder))
+        config = from_dict(VQGANConfig, read_json(Path(folder) / "config.json"))
+        model = built_strictly(lambda: cls(config), read_weights(Path(folder)), Path(folder))
         return model.to(device).eval()
 
 

@@ -6,6 +6,7 @@ wrote, so that any of them can be run alone, again, or in another process.
 
 from __future__ import annotations
 
+import os  # os.path is false, or as it was, where Path raises: of a NUL, too long a name, the home of nobody
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,19 @@ from .config import Preset, SampleConfig, load_preset
 from .data import ImageSet, open_images, ordered_batches
 from .images import grid, to_float
 from .losses import PatchDiscriminator, adversarial_loss
-from .runs import RESULTS, ROOT, ClipgenError, Run, differences, open_run, read_json, versions, write_atomic, write_json
+from .runs import (
+    RESULTS,
+    ROOT,
+    ClipgenError,
+    Run,
+    differences,
+    open_run,
+    read_json,
+    shortened,
+    versions,
+    write_atomic,
+    write_json,
+)
 from .sample import TextToImage, load_run
 from .store import TokenStore, extract
 from .transformer import ImageTransformer
@@ -95,13 +108,9 @@ class Workbench:
         config = {"preset": asdict(chosen), "data": _portable(data), "seed": seed}
         path = opened.file("config.json")
         if path.exists():
-            before = read_json(path)
-            defaults = asdict(Preset())  # what a run did before a field existed is what the field's default does
-            before["preset"] = {k: {**v, **before["preset"].get(k, {})} if isinstance(v, dict) else before["preset"][k]
-                                for k, v in defaults.items()}  # fmt: skip
-            differing = differences(before, config)
+            differing = differences(_begun_with(path), config)
             if differing:
-                raise ClipgenError(f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}")  # fmt: skip
+                raise ClipgenError(f"run {run!r} was begun with another {shortened(', '.join(differing[:3]))}: choose another run name or delete {path.parent}")  # fmt: skip
         elif processes.is_first():
             write_json(path, config)
         bench = cls(opened, chosen, data, seed, pick_device(device))
@@ -114,7 +123,7 @@ class Workbench:
         """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its pictures lie now."""
         if not (RESULTS / run / "config.json").is_file():
             raise ClipgenError(f"there is no run {run!r} under {RESULTS.name}/: begin it with 'clipgen run --run {run}'")
-        config = read_json(RESULTS / run / "config.json")
+        config = _begun_with(RESULTS / run / "config.json")
         clip = config["preset"]["clip"]
         name = "/".join(part for part in (clip["name"], clip["pretrained"]) if part)
         return cls.open(config["preset"]["name"], run, data or config["data"], config["seed"], device, name)
@@ -391,9 +400,38 @@ class Workbench:
             self._record(seconds={step: before + time.perf_counter() - start})
 
 
+def _begun_with(path: Path) -> dict:
+    """The config.json of a run: its preset as nested dicts, data and seed.
+
+    What a run did before a field existed is what the field's default does.
+
+    Raises:
+        ClipgenError: missing, or not what `Workbench.open` writes.
+    """
+    config = read_json(path)
+    preset, data, seed, defaults = config.get("preset"), config.get("data"), config.get("seed"), asdict(Preset())
+    is_whole = isinstance(data, str) and isinstance(seed, int) and isinstance(preset, dict)
+    if is_whole:
+        preset = {**defaults, "name": None, **preset}
+        is_whole = all(isinstance(preset[part], type(value)) for part, value in defaults.items())
+    if is_whole:
+        preset = {k: {**v, **preset[k]} if isinstance(v, dict) else preset[k] for k, v in defaults.items()}
+        is_whole = isinstance(preset["clip"]["name"], str) and isinstance(preset["clip"]["pretrained"], str | None)
+    if not is_whole:
+        raise ClipgenError(f"{path} lacks the preset, data or seed that the run was begun with: restore the original file, or delete {path.parent}")  # fmt: skip
+    return {**config, "preset": preset}
+
+
 def _portable(data: str) -> str:
-    """The name of a data folder rather than where it lies on this machine."""
-    return data if data == "shapes" else Path(data).expanduser().resolve().name
+    """The name of a data folder rather than where it lies on this machine.
+
+    Raises:
+        ClipgenError: no folder can have that name.
+    """
+    try:
+        return data if data == "shapes" else Path(os.path.expanduser(data)).resolve().name
+    except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
+        raise ClipgenError(f"data {shortened(data)!r} is no path: give the folder of your pictures") from None
 
 
 def clip_fields(clip: str) -> dict[str, str | None]:
@@ -401,16 +439,16 @@ def clip_fields(clip: str) -> dict[str, str | None]:
 
     Weights are a tag of open_clip's, or a checkpoint file: from the project's root, or with its whole path (model//place/file).
     """
-    folder = ROOT / Path(clip).expanduser()
-    if Path(clip).is_dir() and not folder.is_dir():
+    folder = ROOT / os.path.expanduser(clip)
+    if os.path.isdir(clip) and not os.path.isdir(folder):
         folder = Path(clip).resolve()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return {"name": str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder), "pretrained": None}
     name, _, weights = clip.partition("/")
-    if weights and (ROOT / weights).is_file():
+    if weights and os.path.isfile(ROOT / weights):
         return {"name": name, "pretrained": str(ROOT / weights)}
     if "/" in weights:
-        raise ClipgenError(f"CLIP {clip!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai")  # fmt: skip
+        raise ClipgenError(f"CLIP {shortened(clip)!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai")  # fmt: skip
     return {"name": name, "pretrained": weights or None}
 
 

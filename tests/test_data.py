@@ -73,6 +73,20 @@ def test_coco_file_names_stay_inside(tmp_path):
     assert len(images) == 1 and "outside the image folder" in images.skipped["../../outside.png"]
 
 
+def test_coco_names_and_ids_that_nothing_can_have(tmp_path):
+    names = ["a.png", "a\0b", "\ud800", "x" * 10_000, str(tmp_path / "coco" / "val2017" / "a.png")]
+    root = coco_root(tmp_path / "coco", ["a.png"], images=[{"id": i, "file_name": name} for i, name in enumerate(names)])
+    images = open_images(root, "val")
+    assert len(images) == 1 and len(images.skipped) == 4 and max(map(len, images.skipped)) <= 200
+    assert [why.rpartition(" ")[2] for why in images.skipped.values()] == ["name", "name", "name", "folder"]
+    assert "".join(images.skipped).encode()
+    path = root / "annotations" / "captions_val2017.json"
+    for key in ("Infinity", "NaN", "1" + "0" * 400, "9223372036854775808", '"x"'):
+        path.write_text('{"images": [{"id": KEY, "file_name": "a.png"}], "annotations": []}'.replace("KEY", key))
+        with pytest.raises(ClipgenError, match="captions_val2017.json is not in COCO's caption layout"):
+            open_images(root, "val")
+
+
 def test_folder_with_captions_and_automatic_split(tmp_path):
     for i in range(60):
         save(tmp_path / "deep" / f"{i}.png")

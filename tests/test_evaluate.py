@@ -1,5 +1,6 @@
 import json
 import shutil
+import tarfile
 import zipfile
 from dataclasses import replace
 
@@ -231,6 +232,28 @@ def test_a_coco_root_as_reference_has_ceiling_and_floor(pictures, world, clip):
     captions, card = result["captions"], result["protocols"]["clip"]["card"]
     assert captions["caps_ceiling"] > captions["caps_floor"] and "real with own captions" in folder_table(result)
     assert card["reference"]["split"] == "val" and card["reference"]["n"] == 12
+
+
+def test_shards_as_reference(pictures, clip):
+    """The pictures of a folder in tars: those named as of the split, all where none is; the numbers are the folder's."""
+    files = sorted((pictures / "b").iterdir())
+    for name, part in (("val-0.tar", files[::2]), ("val-1.tar", files[1::2]), ("train-0.tar", files[:4])):
+        (pictures / "tars").mkdir(exist_ok=True)
+        with tarfile.open(pictures / "tars" / name, "w") as tar:
+            for file in part:
+                tar.add(file, file.name)
+                (pictures / "caption.txt").write_text("a large red circle")
+                tar.add(pictures / "caption.txt", f"{file.stem}.txt")
+    by_folder = score(pictures, clip)["protocols"]["clip"]
+    result = score(pictures, clip, reference="tars", captions=pictures / "captions.txt")
+    found = result["protocols"]["clip"]
+    assert found["fid"] == pytest.approx(by_folder["fid"], rel=1e-4) and "caps_floor" in result["captions"]
+    assert found["card"]["reference"] == {"name": "tars", "split": "val", "n": 20, "codec": "PNG"}
+    alone = score(pictures, clip, reference="tars/train-0.tar")["protocols"]["clip"]["card"]["reference"]
+    assert alone == {"name": "train-0.tar", "split": "all", "n": 4, "codec": "PNG"}
+    shutil.copy(files[0], pictures / "tars")
+    with pytest.raises(ClipgenError, match="both pictures"):
+        score(pictures, clip, reference="tars")
 
 
 def test_statistics_as_reference(pictures, clip):

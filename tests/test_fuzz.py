@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
+from clipgen_lib.baselines import FusionGenerator
 from clipgen_lib.captions import read_captions, split_prompts, texts_of
 from clipgen_lib.classifier import Classifier
 from clipgen_lib.clip_embed import ClipEmbedder
-from clipgen_lib.config import ClassifierConfig, Preset, from_dict, load_preset
+from clipgen_lib.config import ClassifierConfig, FusionGANConfig, Preset, from_dict, load_preset
 from clipgen_lib.data import open_images
 from clipgen_lib.images import MAX_ASPECT, load_image
+from clipgen_lib.passes import StatisticsFile
 from clipgen_lib.runs import (
     DATA,
     ClipgenError,
@@ -41,7 +44,12 @@ from clipgen_lib.runs import (
     save_checkpoint,
     save_weights,
 )
+from clipgen_lib.sample import TextToImage
 from clipgen_lib.shapes import make_world
+from clipgen_lib.store import FILES, TokenStore, extract
+from clipgen_lib.transformer import ImageTransformer
+from clipgen_lib.vqgan import VQGAN
+from clipgen_lib.workbench import Workbench
 
 PARTS = {f.name: type(getattr(Preset(), f.name)) for f in fields(Preset) if is_dataclass(getattr(Preset(), f.name))}
 LONGEST = 600  # characters of a sentence, without the test's own folder in it
@@ -250,6 +258,140 @@ def metrics(data, folder):
 SMALLEST = Classifier(ClassifierConfig(width=8), ["a cat", "a dog"])
 
 
+# ---------------------------------------------------------------------------------------------- folders
+
+_BASE = tempfile.TemporaryDirectory()  # goes when the process ends
+WHOLE = Path(_BASE.name)
+
+
+@cache
+def whole(name: str) -> Path:
+    """A whole folder of each kind, made once."""
+    folder, smoke = WHOLE / name, load_preset("smoke")
+    torch.manual_seed(0)
+    if name == "world":
+        make_world(folder, 12, 4, 3, show_progress=False)
+    if name == "vqgan":
+        save_weights(folder, VQGAN(replace(smoke.vqgan, channels=8, z_channels=16, codebook_size=32, code_dim=8)))
+    if name == "transformer":
+        save_weights(folder, ImageTransformer(replace(smoke.transformer, layers=1, width=32), 32, smoke.vqgan.side**2, 256))
+    if name == "gan":
+        save_weights(folder, FusionGenerator(FusionGANConfig(channels=4), 16, 256))
+    if name == "generator":
+        vqgan, transformer = VQGAN.load(whole("vqgan")), ImageTransformer.load(whole("transformer"))
+        source = {"name": "shapes", "pretrained": None}
+        TextToImage.from_parts(vqgan, transformer, clip(), source, smoke.sample).export(folder)
+    if name == "store":
+        extracted(folder)
+    if name == "run":
+        in_results(WHOLE, lambda: Workbench.open("smoke", "run"))
+    return folder
+
+
+@cache
+def clip() -> ClipEmbedder:
+    return ClipEmbedder.load()
+
+
+def extracted(folder: Path) -> TokenStore:
+    images = open_images(whole("world"), "train", 64)
+    return extract(images, VQGAN.load(whole("vqgan")), clip(), folder, flip=True, shard_rows=10, show_progress=False)
+
+
+def in_results(results: Path, call):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clipgen_lib.workbench.RESULTS", results)
+        patch.setattr("clipgen_lib.runs.RESULTS", results)
+        return call()
+
+
+def with_one_file_mutated(data, name: str, folder: Path) -> Path:
+    """A copy of a whole folder in which one file is another: of a JSON its values, of anything else its bytes."""
+    shutil.copytree(whole(name), folder / name)
+    path = data.draw(st.sampled_from(sorted(p for p in (folder / name).rglob("*") if p.is_file())))
+    if path.suffix == ".json" and data.draw(st.integers(0, 4)):
+        write(path, mutated(data.draw, json.loads(path.read_text())))
+    else:
+        write(path, damaged(data.draw, path.read_bytes()))
+    return folder / name
+
+
+def token_store(data, folder):
+    place = with_one_file_mutated(data, "store", folder)
+
+    def use():
+        store = TokenStore.open(place)
+        assert len(store.tokens(slice(None))) == len(store.embeds(slice(None))) == len(store) >= store.n_unmirrored > 0
+        assert store.tokens(slice(None)).shape[1] == store.meta["L"] and store.meta["K"] > 0
+        return store
+
+    outcome(use, folder, str(folder))
+
+
+def unfinished_store(data, folder):
+    """A shard whose state is not one is made again; nothing is called a store that did not become one."""
+    shutil.copytree(whole("store"), partial := folder / "s.partial")
+    (partial / "meta.json").unlink()
+    path = partial / data.draw(st.sampled_from(["00000", "00001", "00002"])) / "shard.json"
+    state = json.loads(path.read_text())
+    if data.draw(st.booleans()):
+        state = {key: state[key] for key in ("of", "skipped")} | {"read": 3, "rows": 3}
+    state = mutated(data.draw, state)
+    write(path, state)
+    try:
+        store = extracted(folder / "s")
+        told = [state.get(key) for key in ("read", "rows")]
+        if told[0] == told[1] or not all(type(n) is int for n in told):  # else it lies as only a hand can
+            places = (store.folder / path.parent.name, whole("store") / path.parent.name)
+            made, known = ([(place / name).read_bytes() for name, _ in FILES.values()] for place in places)
+            assert made == known
+    except ClipgenError as error:
+        assert str(path) in str(error) and not (folder / "s").exists()
+
+
+def model_folder(data, folder):
+    loads = {"vqgan": VQGAN.load, "transformer": ImageTransformer.load, "gan": FusionGenerator.load,
+             "generator": lambda place: TextToImage.from_pretrained(place).clip}  # fmt: skip
+    name = data.draw(st.sampled_from(sorted(loads)))
+    place = with_one_file_mutated(data, name, folder)
+    outcome(lambda: loads[name](place), folder, str(folder), "Config", "Sizes", "CLIP", "image_size", "codebook_update")
+
+
+def run_folder(data, folder):
+    with_one_file_mutated(data, "run", folder)
+    names = ("run", "preset", "Config", "CLIP")
+    opened = outcome(lambda: in_results(folder, lambda: Workbench.open("smoke", "run")), folder, *names)
+    again = outcome(lambda: in_results(folder, lambda: Workbench.reopen("run")), folder, *names)
+    assert opened is None or (opened.preset, opened.seed) == (again.preset, again.seed)
+
+
+def coco_root(data, folder):
+    shutil.copytree(whole("world"), folder / "coco")
+    path = folder / "coco" / "annotations" / "captions_train.json"
+    content = json.loads(path.read_text())
+    content = {"images": content["images"][:3], "annotations": content["annotations"][:9]}
+    if data.draw(st.booleans()):
+        first, second = content["images"][:2]
+        inside = str(folder / "coco" / "train" / first["file_name"])
+        first["file_name"] = data.draw(st.sampled_from(["../val/000000000000.png", "/etc/passwd", "a\0b", "a\nb", "x" * 10_000, "\ud800", "", ".", "x/" * 3_000, second["file_name"], inside]))  # fmt: skip
+        second["id"] = data.draw(st.sampled_from([0, -1, 2**63, 10**400, math.inf, math.nan, 0.5, "1", "x", "9" * 5_000, True]))
+    write(path, mutated(data.draw, content))
+    images = outcome(lambda: open_images(folder / "coco", "train", 64), folder, str(folder))
+    if images is not None:
+        inside = (folder / "coco" / "train").resolve()
+        assert all(path.resolve().is_relative_to(inside) for path in images.paths) and images[0].shape == (3, 64, 64)
+        assert len(images.captions) == len(images) and images.hash
+        assert all(len(line) <= LONGEST and line.encode() for item in images.skipped.items() for line in item)
+
+
+def statistics_file(data, folder):
+    stream = io.BytesIO()
+    np.savez(stream, mu=np.zeros(2), sigma=np.eye(2))
+    path = write(folder / "x.npz", damaged(data.draw, stream.getvalue()))
+    found = outcome(lambda: StatisticsFile(path), folder, str(path))
+    assert found is None or found.sigma.shape == (len(found.mu),) * 2
+
+
 # ---------------------------------------------------------------------------------------------- texts
 
 
@@ -436,9 +578,10 @@ def test_bombs_take_no_memory(tmp_path):
 
 
 QUICK = {
-    config_from_json: 300, preset_with_overrides: 200, json_file: 100, checkpoint: 150, checkpoint_of_hostile_json: 100,
+    config_from_json: 200, preset_with_overrides: 200, json_file: 100, checkpoint: 150, checkpoint_of_hostile_json: 100,
     safetensors_header: 150, classifier_folder: 12, caption_list: 100, caption_json: 100, shapes_mark: 40, prompts: 80,
-    captions_beside_pictures: 50, picture: 600, metrics: 100, clip_folder: 25, clip_merges: 10,
+    captions_beside_pictures: 50, picture: 600, metrics: 100, clip_folder: 25, clip_merges: 10, token_store: 80,
+    unfinished_store: 20, model_folder: 60, run_folder: 60, coco_root: 60, statistics_file: 60,
 }  # fmt: skip
 
 

@@ -1,6 +1,10 @@
+import json
+import time
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from clipgen_lib.config import SampleConfig
 from clipgen_lib.runs import ClipgenError
@@ -424,3 +428,32 @@ def test_what_is_no_generator_is_one_sentence(generator, tmp_path, broken, monke
         (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ClipgenError, match="is no generator that can be read here .*: give 'shapes'"):
         TextToImage.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "entries"),
+    [("clip", {"device": "cuda"}), ("clip", {"name": ["shapes"]}), ("transformer", {"clip_dim": None}), ("transformer", {"n_tokens": -1}),
+     ("transformer", {"codebook_size": 10**400}), ("vqgan", {"channels": 100_000}), ("transformer", {"width": 2**30, "heads": 2})],
+)  # fmt: skip
+def test_a_generator_of_other_sizes_is_refused_before_it_is_built(generator, tmp_path, part, entries):
+    """100,000 channels are terabytes: nothing of that kind is asked for."""
+    generator.export(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config[part] |= entries
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    start = time.perf_counter()
+    with pytest.raises(ClipgenError) as refusal:
+        assert TextToImage.from_pretrained(tmp_path / "out").clip
+    assert "memory" not in str(refusal.value) and len(str(refusal.value)) < 600 and time.perf_counter() - start < 10
+
+
+def test_a_generator_without_one_of_its_weights_is_none(generator, tmp_path):
+    generator.export(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(
+        p.dtype == torch.float32 and p.device.type == "cpu" for p in TextToImage.from_pretrained(tmp_path / "out").parameters()
+    )
+    del tensors["transformer.head.weight"]
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ClipgenError, match="transformer.head.weight"):
+        TextToImage.from_pretrained(tmp_path / "out")

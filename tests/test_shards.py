@@ -5,6 +5,7 @@ import pickle
 import sys
 import tarfile
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ import torch
 from PIL import Image
 
 from clipgen_lib import data, shards
+from clipgen_lib.baselines import train_fusion_gan
+from clipgen_lib.classifier import train_classifier
+from clipgen_lib.config import ClassifierConfig, ClipTrainConfig, FusionGANConfig
 from clipgen_lib.data import open_images, ordered_batches, training_batches
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.runs import ClipgenError, open_run
 from clipgen_lib.shards import Index, Names, TarShards, split_of
+from clipgen_lib.train_clip import ImagePairs
 
 
 def picture(seed, size=(12, 10)):
@@ -418,6 +423,36 @@ def test_an_epoch_reads_each_row_group_once(tmp_path, monkeypatch):
     assert len(images.pictures._group.kept) == 16
     monkeypatch.setattr(shards, "GROUP_BYTES", 5 * int(images.names.columns["group_bytes"].max()))
     assert open_images(tmp_path, "train").window == 5
+
+
+@pytest.mark.parametrize("training", ["clip", "classifier", "gan"])
+def test_every_training_reads_each_row_group_once_in_an_epoch(tmp_path, monkeypatch, training):
+    """96 pictures in 24 row groups, of which 16 are kept; every fifth picture has no caption."""
+    pa = pytest.importorskip("pyarrow")
+    said = pa.array([None if i % 5 == 0 else f"number {i}" for i in range(96)])
+    labels = {} if training == "gan" else {"label": pa.array([str(i % 2) for i in range(96)])}
+    write_parquet(tmp_path / "train-0.parquet", [(picture(i), f"{i:03}.png") for i in range(96)], 4, caption=said, **labels)
+    write_parquet(tmp_path / "val-0.parquet", [(picture(i), f"{i:03}.png") for i in range(96, 99)])
+    images = open_images(tmp_path, "train", 8)
+    monkeypatch.setattr(data, "CACHE_BYTES", 0)
+    read = []
+    n = len([texts for texts in images.captions if texts])
+    real = shards.ParquetShards._pictures
+    images.pictures._group.make = lambda shard, group: (read.append(group), real(images.pictures, shard, group))[1]
+    images.pictures._group.budget = 16 * real(images.pictures, 0, 0).nbytes + 999
+    assert n == 76 and images.window == 16
+    if training == "clip":
+        pairs = ImagePairs(images, ClipTrainConfig(batch_size=4), 0)
+        seen = [pairs.batch(step)[1] for step in range(19)]
+        assert len({text for texts in seen for text in texts}) == 76
+    elif training == "classifier":
+        config = ClassifierConfig(width=8, steps=24, batch_size=4, warmup=1, bfloat16=False, log_every=24, save_every=24)
+        train_classifier(open_run("r", tmp_path), images, config, show_progress=False)
+    else:
+        config = FusionGANConfig(channels=2, noise_dim=2, steps=19, batch_size=4)
+        words = SimpleNamespace(dim=4, device="cpu", texts=lambda texts: torch.ones(len(texts), 4))
+        train_fusion_gan(images, words, config, show_progress=False)
+    assert len(read) == 24 and len(set(read)) == 24
 
 
 def test_a_set_travels_to_processes_that_are_not_forked(tmp_path):

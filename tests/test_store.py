@@ -75,6 +75,23 @@ def test_damaged_stores_are_refused(store, tmp_path):
         TokenStore.open(store.folder)
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [{"N": -40}, {"L": 10**400}, {"L": "64"}, {"D": 2.5}, {"K": None}, {"N": True}, {"flip": None}, {"skipped": []}, {"data_hash": 1}]
+    + [{"shards": n} for n in ([39], [41, -1], ["40"], 40, [], [[40]])]
+    + [{"N": 0, "shards": []}],
+)  # fmt: skip
+def test_a_store_of_other_facts_is_one_sentence(store, entries):
+    meta = json.loads((store.folder / "meta.json").read_text())
+    (store.folder / "meta.json").write_text(json.dumps({**meta, **entries}))
+    with pytest.raises(ClipgenError, match="damaged .*: delete it and extract again$"):
+        TokenStore.open(store.folder)
+    for key in ("flip", "data_hash", "skipped", "D"):
+        (store.folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != key}))
+        with pytest.raises(ClipgenError, match="damaged"):
+            TokenStore.open(store.folder)
+
+
 # ---------------------------------------------------------------------------------------------- shards
 
 
@@ -243,6 +260,18 @@ def test_another_extraction_begins_anew(broken, tmp_path, kill_at):
     assert made(broken, tmp_path / "store", clip=other).meta["clip_hash"] == "2" * 16
     shards = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*/shard.json")]
     assert {shard["of"]["clip_hash"] for shard in shards} == {"2" * 16}
+
+
+@pytest.mark.parametrize(
+    "entries", [{"read": None}, {"rows": "4"}, {"rows": -1}, {"read": 10**9}, {"skipped": 5}, {"rows": 30}]
+)
+def test_a_state_that_is_none_begins_its_shard_anew(images, tmp_path, entries):
+    wanted = contents(made(images, tmp_path / "whole").folder)
+    (made(images, tmp_path / "store").folder).rename(tmp_path / "store.partial")
+    (tmp_path / "store.partial" / "meta.json").unlink()
+    path = tmp_path / "store.partial" / "00001" / "shard.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    assert contents(made(images, tmp_path / "store").folder) == wanted
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

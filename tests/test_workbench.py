@@ -24,6 +24,29 @@ def test_a_run_from_before_a_field_existed_had_its_default(tmp_path, monkeypatch
         Workbench.open("smoke", "old")
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [{"preset": None}, {"preset": {}}, {"preset": {"name": "smoke", "clip": None}}, {"preset": {"name": 5}}, {"data": 5}, {"seed": None}]
+    + [{"preset": {"name": "smoke", "clip": {"name": ["shapes"]}}}],
+)  # fmt: skip
+def test_a_run_that_was_begun_with_nonsense_is_one_sentence(tmp_path, monkeypatch, entries):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    monkeypatch.setattr("clipgen_lib.workbench.RESULTS", tmp_path)
+    path = Workbench.open("smoke", "odd").run.path / "config.json"
+    whole = read_json(path)
+    write_json(path, {**whole, **entries})
+    for call in (lambda: Workbench.open("smoke", "odd"), lambda: Workbench.reopen("odd")):
+        with pytest.raises(ClipgenError, match="config.json lacks the preset, data or seed"):
+            call()
+    for data in ("a\0b", "\ud800", "x\0" * 10_000):
+        write_json(path, {**whole, "data": data})
+        with pytest.raises(ClipgenError, match="is no path"):
+            Workbench.reopen("odd")
+    write_json(path, whole)
+    with pytest.raises(ClipgenError, match="begun with another data"):
+        Workbench.reopen("odd", data="~nobody-of-that-name/pictures")
+
+
 def test_a_clip_is_a_folder_or_a_model_and_its_weights(tmp_path):
     assert clip_fields("shapes") == {"name": "shapes", "pretrained": None}
     assert clip_fields("ViT-B-32-quickgelu/openai") == {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}
