@@ -82,6 +82,10 @@ ODD = st.recursive(ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionar
 def mutated(draw, valid):
     """A copy of a JSON value with up to three places of it replaced, dropped or joined by others."""
     content = copy.deepcopy(valid)
+
+    def odd():
+        return copy.deepcopy(draw(ODD))  # what is drawn may be changed in the next round, and is hypothesis' own
+
     for _ in range(draw(st.integers(0, 3))):
         node = content
         while True:
@@ -96,11 +100,11 @@ def mutated(draw, valid):
             if action == "drop":
                 del node[place]
             elif action == "replace":
-                node[place] = draw(ODD)
+                node[place] = odd()
             elif isinstance(node, dict):
-                node[draw(st.text(max_size=8))] = draw(ODD)
+                node[draw(st.text(max_size=8))] = odd()
             else:
-                node.append(draw(ODD))
+                node.append(odd())
             break
     return content
 
