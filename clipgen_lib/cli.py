@@ -339,7 +339,7 @@ def doctor() -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the table  [default: results/faults]")
 def faults(kills: int, seed: int, output: Path | None) -> None:
-    """Kill, starve and damage the steps of a small run, and print what survived; takes about 10 minutes."""
+    """Kill, starve and damage the steps of a small run, and print what survived; takes 10 to 20 minutes."""
     from .faults import lines_of, run_faults
 
     table = run_faults(kills, seed, output)
