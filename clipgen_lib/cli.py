@@ -348,6 +348,26 @@ def faults(kills: int, seed: int, output: Path | None) -> None:
         raise ClipgenError("a step did not survive a fault: the table says which")
 
 
+@main.command("bench")
+@click.option("--only", type=click.Choice(["sampling"]), multiple=True, help="measure only this; may be repeated")
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 4, 16), show_default=True, help="may be repeated")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="of all ways in turns")
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="folder for cpu.json or gpu.json  [default: results/speed]"
+)
+def bench(only: tuple[str, ...], batches: tuple[int, ...], rounds: int, device: str, output: Path | None) -> None:
+    """Measure speed beside the peers of the extra `bench` and beside the machine's limits; takes some minutes."""
+    import torch
+
+    from .bench import lines_of, run
+    from .runs import RESULTS
+    from .workbench import pick_device
+
+    found = run(only, output or RESULTS / "speed", torch.device(pick_device(device)), batches=batches, rounds=rounds)
+    click.echo(lines_of(found))
+
+
 @main.command("cost")
 @click.argument("name", type=click.Choice(list(PRESETS)))
 @click.option(

@@ -14,6 +14,7 @@ from clipgen_lib.sample import (
     generate,
     guidance_at,
     guide,
+    largest,
     pick,
     project,
     rerank,
@@ -61,6 +62,35 @@ def test_filters_against_the_plain_way(temperature, top_k, top_p):
         assert torch.allclose(out[kept], row[kept] / temperature)
 
 
+def filter_by_sorting(logits, temperature, top_k, top_p):
+    """A full sort of every row, token after token: what is kept are the k largest values and those like the last of them,
+    of these the first whose likelier ones hold less than p, and those like the last of them."""
+    logits, keep = logits / temperature, torch.zeros_like(logits, dtype=torch.bool)
+    for row, kept in zip(logits, keep, strict=True):
+        values = row.sort(descending=True).values[: top_k or len(row)]
+        probabilities = values.double().softmax(0)
+        before = probabilities.cumsum(0) - probabilities
+        last = max(i for i in range(len(values)) if i == 0 or before[i] < top_p)
+        kept |= row >= values[last]
+    return logits.masked_fill(~keep, -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (0, 0.9), (50, 1.0), (50, 0.9), (1, 0.5), (300, 0.3), (1_000, 0.9)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_filters_against_a_full_sort(dtype, top_k, top_p, ties):
+    draw = torch.Generator().manual_seed(top_k)
+    logits = torch.randn(4, 300, generator=draw, dtype=dtype) * 2
+    logits = logits.round() / 2 if ties else logits  # about 15 different values
+    assert torch.equal(filter_logits(logits, 0.8, top_k, top_p), filter_by_sorting(logits, 0.8, top_k, top_p))
+
+
+def test_the_largest_are_those_of_a_sort():
+    values = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))[:, 2]  # not contiguous
+    for k in (1, 7, 40):
+        assert torch.equal(largest(values, k), values.sort(dim=-1, descending=True).values[:, :k])
+
+
 @pytest.mark.parametrize("bad", [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}])
 def test_impossible_filters_are_refused(bad):
     with pytest.raises(ClipgenError, match="use"):
@@ -98,6 +128,30 @@ def test_sampling_is_that_of_a_loop_without_a_cache(transformer, clip):
             tokens[:, i] = pick(filter_logits(guide(c, u, 2.0), 0.9, 10, 0.95), noise[:, i])
     settings = SampleConfig(guidance=2.0, temperature=0.9, top_k=10, top_p=0.95)
     assert torch.equal(generate(transformer, embeds, [3, 4], settings), tokens)
+
+
+def test_guided_sampling_is_that_of_a_loop_without_a_cache_with_schedule_and_known_tokens(transformer, clip):
+    embeds, noise = clip.texts(["a red circle", "a blue star"]), row_noise([3, 4], 64, torch.device("cpu"))
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    tokens[:, :5] = known = torch.arange(10).view(2, 5)
+    settings = SampleConfig(guidance=4.0, guidance_schedule="cosine", top_p=0.8)
+    with torch.inference_mode():
+        for i in range(5, 64):
+            c, u = (transformer(e, tokens[:, : i + 1])[:, -1] for e in (embeds, torch.zeros_like(embeds)))
+            tokens[:, i] = pick(filter_logits(guide(c, u, guidance_at(i, 64, settings)), top_p=0.8), noise[:, i])
+    assert torch.equal(generate(transformer, embeds, [3, 4], settings, known=known), tokens)
+
+
+def test_bfloat16_weights_draw_and_stay_what_they_are(generator, transformer, clip):
+    """Of most rows the first tokens are those of float32, and every picture is one."""
+    embeds = clip.texts(["a red circle", "a blue star"]).repeat(8, 1)
+    plain = generate(transformer, embeds, list(range(16)), SampleConfig(guidance=2.0, top_k=10))
+    half = generate(transformer.bfloat16(), embeds, list(range(16)), SampleConfig(guidance=2.0, top_k=10))
+    assert transformer.head.weight.dtype == torch.bfloat16
+    assert half.shape == plain.shape and int(half.max()) < transformer.codebook_size
+    assert (half[:, 0] == plain[:, 0]).float().mean() >= 0.75 and not torch.equal(half, plain)
+    generator.transformer.bfloat16()
+    assert torch.isfinite(generator(["a red circle"], n=2)).all()
 
 
 def test_same_prompt_and_seed_give_the_same_picture_at_any_batch_size(generator):

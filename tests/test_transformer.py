@@ -6,7 +6,7 @@ import torch
 from clipgen_lib.attention import attend
 from clipgen_lib.config import TransformerConfig
 from clipgen_lib.runs import ClipgenError, save_weights
-from clipgen_lib.transformer import ImageTransformer, KVCache
+from clipgen_lib.transformer import Decoder, ImageTransformer, KVCache, PackedLinear, packs
 
 SMALL = TransformerConfig(layers=2, width=32, heads=2, condition_tokens=1)
 
@@ -39,6 +39,45 @@ def test_cached_and_uncached_agree(conditioning, condition_tokens, chunks):
         parts.append(model(embeds, tokens[:, :known], cache))
     assert whole.shape == (3, 9, 20)
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["prefix", "adaln", "words"])
+@pytest.mark.parametrize("known", [0, 1, 5])
+def test_decoding_agrees_with_forward(conditioning, known):
+    model, (embeds, tokens) = build(conditioning=conditioning, condition_tokens=4), inputs()
+    if conditioning == "words":
+        embeds = torch.arange(12).view(3, 4) % 8
+    with torch.inference_mode():
+        whole, decoder = model(embeds, tokens), Decoder(model)
+        for _ in range(2):  # a second batch begins anew
+            parts = [decoder.start(embeds, tokens[:, :known])]
+            parts += [decoder.step(tokens[:, i]) for i in range(known, 8)]
+            assert torch.allclose(torch.stack(parts, 1), whole[:, known:], atol=1e-5)
+        assert torch.allclose(decoder.start(embeds[:1], tokens[:1, :0]), whole[:1, 0], atol=1e-5)
+
+
+def test_decoding_in_bfloat16_is_near_float32():
+    model, (embeds, tokens) = build(condition_tokens=4), inputs()
+    with torch.inference_mode():
+        whole, decoder = model(embeds, tokens), Decoder(model.bfloat16())
+        parts = [decoder.start(embeds, tokens[:, :2])] + [decoder.step(tokens[:, i]) for i in range(2, 8)]
+        found = torch.stack(parts, 1)
+    assert found.dtype == torch.float32 and (found - whole[:, 2:]).abs().max() < 0.02 * whole.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 4, 17])
+def test_packed_layers_are_the_plain_ones(dtype, rows):
+    """float64 is never packed: that is the way where oneDNN has no kernels."""
+    torch.manual_seed(0)
+    layer, x, to = torch.nn.Linear(48, 33).to(dtype), torch.randn(rows, 48, dtype=dtype), torch.randn(rows, 33, dtype=dtype)
+    atol = 0.03 if dtype == torch.bfloat16 else 1e-5
+    with torch.inference_mode():
+        packed, wanted = PackedLinear(layer), layer(x)
+        assert packed.is_packed == packs(layer.weight) and not (packed.is_packed and dtype == torch.float64)
+        assert torch.allclose(packed(x), wanted, atol=atol)
+        assert torch.allclose(packed.gelu(x), torch.nn.functional.gelu(wanted), atol=atol)
+        assert torch.allclose(packed.add(x, to), wanted + to, atol=atol)
 
 
 def test_position_i_sees_only_what_comes_before():
