@@ -47,7 +47,12 @@ def _run_options(command):
         click.option("--clip", default="", help="a folder in open_clip's layout, or MODEL/WEIGHTS  [default: the preset's]"),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--seed", default=0, show_default=True),
-        click.option("--data", default="shapes", show_default=True, help="'shapes', a COCO root, or a folder of pictures"),
+        click.option(
+            "--data",
+            default="shapes",
+            show_default=True,
+            help="'shapes', a COCO root, a folder of pictures, or tar or parquet shards",
+        ),
         click.option("--run", "run", default="demo", show_default=True, help="name of the folder under results/"),
         click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True),
     ):
@@ -125,7 +130,9 @@ def train_transformer(steps: int, **run_options) -> None:
 @_run_options
 @click.option("--guidance", default=0.0, help="guidance scale  [default: the preset's]")
 @click.option("--images", type=click.Path(path_type=Path), help="score this folder of pictures instead of a run")
-@click.option("--reference", type=click.Path(path_type=Path), help="a COCO root, a folder, or statistics of pytorch-fid (npz)")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="a COCO root, a folder, shards, or statistics of pytorch-fid (npz)"
+)
 @click.option(
     "--captions", type=click.Path(path_type=Path), help="name<TAB>caption lines, COCO's captions json, or {name: caption}"
 )
@@ -159,7 +166,7 @@ def evaluate(guidance: float, images: Path, reference: Path, captions: Path, spl
             click.echo(table(bench.run.summary()))
         return
     if reference is None:
-        raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR or stats.npz")
+        raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR, SHARDS or stats.npz")
     from .clip_embed import ClipEmbedder
     from .evaluate import evaluate_folder, folder_table
     from .processes import is_first
