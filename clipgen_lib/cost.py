@@ -362,7 +362,9 @@ def _lpips(device: str) -> nn.Module:
 
 def vgg_features() -> nn.Module:
     """The VGG16 of LPIPS with random weights, (B, 3, H, W) -> its five feature maps."""
-    return _lpips("cpu").net
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _lpips("cpu").net
 
 
 def _size(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import logging
 import os
 import platform
 import shutil
@@ -43,7 +44,7 @@ from .vqgan import VQGAN
 
 STAGES = ("vqgan", "extract", "transformer", "sample")
 EXTRACTED = 256  # pictures that an extraction takes at once
-CPU_OPERATIONS = 1e12  # of one pass on a CPU, at most: some ten seconds
+CPU_OPERATIONS = 5e11  # of one pass on a CPU, at most: some ten seconds
 ENDLESS = 1_000_000  # steps: the clock ends a training, not its configuration
 
 
@@ -320,7 +321,9 @@ def _clip(config: ClipConfig, device: str) -> ClipEmbedder:
         return ClipEmbedder.load(config.name, device=device)
     import open_clip
 
+    logging.disable(logging.WARNING)  # it warns that the weights are random
     model = open_clip.create_model(config.name, pretrained=None)
+    logging.disable(logging.NOTSET)
     return ClipEmbedder(model, open_clip.get_tokenizer(config.name), config.name, "random").to(device)
 
 
