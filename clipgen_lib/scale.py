@@ -399,6 +399,21 @@ def _photo(seed: int, width: int = 640, height: int = 480) -> bytes:
     return stream.getvalue()
 
 
+def projected_seconds(preset: Preset, measured: dict) -> dict[str, float]:
+    """Seconds of each step of a run on the Shapes world, by what `throughput` has measured; keys are those of summary.json.
+
+    Left out is what is not a step of a stage: checkpoints, held-out scores, previews, reading and decoding.
+    """
+    rate = {stage: values["pictures_per_second"]["median"] for stage, values in measured["stages"].items()}
+    stage1, stage2, world = preset.vqgan_train, preset.transformer_train, preset.shapes
+    return {
+        "vqgan": stage1.steps * stage1.batch_size / rate["vqgan"],
+        "extract": (world.n_train * (2 if stage2.flip else 1) + world.n_val) / rate["extract"],
+        "transformer": stage2.steps * stage2.batch_size / rate["transformer"],
+        "per_image": 1 / rate["sample"],
+    }
+
+
 def lines_of(found: list[dict]) -> str:
     """Throughputs of some presets as lines a person can read."""
     lines = []

@@ -15,6 +15,7 @@ from clipgen_lib.scale import (
     fitted,
     lines_of,
     matmul_peak,
+    projected_seconds,
     repeated,
     store_lines,
     store_speed,
@@ -95,6 +96,13 @@ def test_every_stage_takes_the_preset_s_own_steps(measured):
     assert 100e3 < found["jpeg"]["bytes"] < 220e3  # as photos of COCO's
     lines = lines_of([found])
     assert lines.startswith("smoke on ") and all(f"\n{stage} " in lines for stage in found["stages"])
+
+
+def test_a_run_is_projected_from_pictures_a_second():
+    rates = {"vqgan": 100.0, "extract": 410.0, "transformer": 200.0, "sample": 50.0}
+    measured = {"stages": {stage: {"pictures_per_second": {"median": rate}} for stage, rate in rates.items()}}
+    expected = {"vqgan": 3_500 * 16 / 100, "extract": 41_000 / 410, "transformer": 8_000 * 32 / 200, "per_image": 0.02}
+    assert projected_seconds(load_preset("laptop"), measured) == expected
 
 
 def test_large_presets_are_measured_on_fewer_pictures(monkeypatch):
