@@ -570,7 +570,8 @@ def _memory(what: str, *arguments: object) -> dict[str, int]:
     command = f"import sys; from clipgen_lib.scale import {what}; {what}(*sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", command, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise ClipgenError(f"the process whose memory is measured has failed: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        raise ClipgenError(f"the process whose memory is measured has failed: {said[-1]}")
     return json.loads(done.stdout)
 
 

@@ -1,5 +1,5 @@
+import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,28 +106,28 @@ def test_a_run_is_projected_from_pictures_a_second():
 
 
 def test_large_presets_are_measured_on_fewer_pictures(monkeypatch):
-    coco = load_preset("coco")
+    gpu64 = load_preset("gpu64")
     monkeypatch.setattr(scale, "_free_gigabytes", lambda device: 16.0)
-    small, pictures, notes = fitted(coco, "cpu")
-    assert (
-        pictures["vqgan"] == pictures["transformer"] == small.vqgan_train.batch_size == 1 == small.transformer_train.accumulate
-    )
-    assert small.vqgan == coco.vqgan and small.transformer == coco.transformer
-    assert "vqgan: 1 pictures in a pass, the preset has 32" in notes and "random weights in CLIP and VGG16" in notes
-    assert count(small)["transformer"] > count(coco)["transformer"]  # the only row of a batch bears the embedding loss
+    small, pictures, notes = fitted(gpu64, "cpu")
+    assert pictures["vqgan"] == pictures["transformer"] == small.vqgan_train.batch_size == 3
+    assert small.transformer_train.accumulate == 1 and not small.vqgan_train.compile
+    assert small.vqgan == gpu64.vqgan and small.transformer == gpu64.transformer
+    assert "vqgan: 3 pictures in a pass, the preset has 128" in notes and "random weights in CLIP and VGG16" in notes
+    assert count(small)["transformer"] > count(gpu64)["transformer"]  # one row of three bears the embedding loss, not of eight
     monkeypatch.setattr(scale, "_free_gigabytes", lambda device: 1.0)
     with pytest.raises(ClipgenError, match="with one picture at a time, and 1 GB are free: measure a smaller preset"):
-        fitted(coco, "cpu")
+        fitted(gpu64, "cpu")
 
 
 def test_a_gpu_takes_whole_batches_where_they_fit(monkeypatch):
-    coco = load_preset("coco")
-    monkeypatch.setattr(scale, "_free_gigabytes", lambda device: 80.0)
-    small, pictures, notes = fitted(coco, "cuda")
-    assert (small.vqgan_train.batch_size, small.vqgan_train.accumulate, pictures["transformer"]) == (64, 2, 256)
-    assert notes == ["random weights in CLIP and VGG16"] and small.vqgan_train.workers == coco.vqgan_train.workers
-    monkeypatch.setattr(scale, "_free_gigabytes", lambda device: 40.0)
-    assert fitted(coco, "cuda")[1]["vqgan"] == 16 and replace(coco, name="x") != coco
+    gpu64 = load_preset("gpu64")
+    monkeypatch.setattr(scale, "_free_gigabytes", lambda device: 24.0)
+    small, pictures, notes = fitted(gpu64, "cuda")
+    assert (small.transformer_train.batch_size, small.transformer_train.accumulate, pictures["transformer"]) == (256, 4, 256)
+    assert pictures["vqgan"] == 128 and small.vqgan_train.compile and notes == ["random weights in CLIP and VGG16"]
+    monkeypatch.setattr(scale, "_free_gigabytes", lambda device: 16.0)
+    small, pictures, notes = fitted(gpu64, "cuda")
+    assert pictures == {"vqgan": 64, "extract": 128, "transformer": 32, "sample": 128} and len(notes) == 5
 
 
 def test_a_store_of_128_shards_opens_at_once_and_is_whole(tmp_path):
@@ -159,6 +159,10 @@ def test_speed_is_measured_and_nothing_is_left(tmp_path):
     assert (tmp_path / "mine").is_dir()
 
 
-def test_a_process_that_fails_says_why(tmp_path):
-    with pytest.raises(ClipgenError, match="process whose memory is measured has failed: .*holds no finished token store"):
+@pytest.mark.parametrize("says, reason", [("echo 'no room' >&2", "no room"), ("true", "it ended with status 3")])
+def test_a_process_that_fails_says_why(tmp_path, monkeypatch, says, reason):
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{says}\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ClipgenError, match=f"process whose memory is measured has failed: {reason}"):
         scale._memory("print_memory", tmp_path, 4, 1)
