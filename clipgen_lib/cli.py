@@ -364,7 +364,7 @@ def cost(name: str, images: int | None, gpus: tuple[int, ...], peak: float, shar
 
     peak, images = peak * 1e12, images or data_set_of(name).images
     share = share or measured_share(RESULTS / "scale" / "gpu.json", name, peak) or UTILISATION
-    decoded = measured_decoding(RESULTS / "scale", name)
+    decoded = measured_decoding(RESULTS / "scale", load_preset(name).vqgan.image_size)
     found = [project(load_preset(name), images, peak, count, share, decoded) for count in gpus]
     click.echo(lines_of(found))
     if output:

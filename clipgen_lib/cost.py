@@ -179,12 +179,13 @@ def measured_share(measured: Path, preset: str, peak: float) -> dict[str, float]
     return {stage: found["operations_per_second"] / peak for stage, found in stages.items()} or None
 
 
-def measured_decoding(folder: Path, preset: str) -> float:
-    """JPEG pictures a second that one core decoded to the preset's size, by what `clipgen scale` wrote there; 0 where nobody has
-    measured it. On the machine with the GPU, where there is one."""
+def measured_decoding(folder: Path, size: int) -> float:
+    """JPEG pictures a second that one core brought to `size` pixels, by what `clipgen scale` wrote into that folder, on the
+    machine with the GPU where there is one; 0 where nobody has measured it."""
     for path in (folder / "gpu.json", folder / "cpu.json"):
-        if path.is_file() and preset in (found := read_json(path)):
-            return found[preset]["jpeg"]["pictures_per_second"]["median"]
+        for found in read_json(path).values() if path.is_file() else ():
+            if found["jpeg"]["size"] == size:
+                return found["jpeg"]["pictures_per_second"]["median"]
     return 0.0
 
 

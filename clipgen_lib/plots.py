@@ -268,7 +268,7 @@ def throughput(results: list[dict], title: str) -> Figure:
         axis.set(title=result["preset"], ylim=(0, 1.15 * max(result["peak"].values()) / 1e9))
         axis.tick_params(axis="x", rotation=30)
     axes[0, 0].set_ylabel("GFLOP/s")
-    axes[0, 0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.93))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     figure.suptitle(f"{title}\nover a bar: pictures a second, and the share of what bfloat16 reaches here")
     return figure
 

@@ -568,7 +568,9 @@ def _read_through(folder: Path) -> None:
 def _memory(what: str, *arguments: object) -> dict[str, int]:
     """Resident bytes, own and of files, that a function of this module prints in a fresh process."""
     command = f"import sys; from clipgen_lib.scale import {what}; {what}(*sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", command, *map(str, arguments)], capture_output=True, text=True)
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc, which else keeps what is freed
+    done = subprocess.run([sys.executable, "-c", command, *map(str, arguments)], env=os.environ | at_once, capture_output=True,
+                          text=True)  # fmt: skip
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
         raise ClipgenError(f"the process whose memory is measured has failed: {said[-1]}")

@@ -106,15 +106,15 @@ def test_batches_that_do_not_divide_are_told_and_paid(laptop):
 
 
 def test_a_measured_share_takes_the_place_of_the_assumed_one(laptop, tmp_path):
-    assert measured_share(tmp_path / "gpu.json", "laptop", 1e12) is None and measured_decoding(tmp_path, "laptop") == 0
+    assert measured_share(tmp_path / "gpu.json", "laptop", 1e12) is None and measured_decoding(tmp_path, 64) == 0
     stages = {stage: {"operations_per_second": n * 1e11} for n, stage in enumerate(count(laptop), start=1)}
-    jpeg = {"pictures_per_second": {"median": 120.0}}
-    (tmp_path / "cpu.json").write_text(json.dumps({"laptop": {"jpeg": {"pictures_per_second": {"median": 80.0}}}}))
-    assert measured_decoding(tmp_path, "laptop") == 80
+    jpeg = {"size": 64, "pictures_per_second": {"median": 120.0}}
+    (tmp_path / "cpu.json").write_text(json.dumps({"laptop": {"jpeg": {"size": 64, "pictures_per_second": {"median": 80.0}}}}))
+    assert measured_decoding(tmp_path, 64) == 80 and measured_decoding(tmp_path, 256) == 0
     (tmp_path / "gpu.json").write_text(json.dumps({"laptop": {"stages": stages, "jpeg": jpeg}}))
     share = measured_share(tmp_path / "gpu.json", "laptop", 1e12)
     assert share == {"vqgan": 0.1, "extract": 0.2, "transformer": pytest.approx(0.3), "sample": 0.4}
-    assert measured_share(tmp_path / "gpu.json", "coco", 1e12) is None and measured_decoding(tmp_path, "laptop") == 120
+    assert measured_share(tmp_path / "gpu.json", "coco", 1e12) is None and measured_decoding(tmp_path, 64) == 120
     found = project(laptop, 1_000, 1e12, 1, share)
     assert found["hours"]["extract"] == pytest.approx(2_000 * count(laptop)["extract"] / 2e11 / 3600)
     assert "10% in vqgan, 20% in extract" in lines_of([found]) and "assumed, not measured" not in lines_of([found])
