@@ -3,10 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
+from clipgen_lib.cli import main
 from clipgen_lib.config import load_preset
-from clipgen_lib.cost import COCO, count, lines_of, measured_decoding, measured_share, need, project
+from clipgen_lib.cost import COCO, count, data_set_of, lines_of, measured_decoding, measured_share, need, project
 from clipgen_lib.images import to_float
 from clipgen_lib.sample import generate
 
@@ -118,3 +120,14 @@ def test_a_measured_share_takes_the_place_of_the_assumed_one(laptop, tmp_path):
     found = project(laptop, 1_000, 1e12, 1, share)
     assert found["hours"]["extract"] == pytest.approx(2_000 * count(laptop)["extract"] / 2e11 / 3600)
     assert "10% in vqgan, 20% in extract" in lines_of([found]) and "assumed, not measured" not in lines_of([found])
+
+
+def test_the_command_counts_on_the_preset_s_own_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipgen_lib.runs.RESULTS", tmp_path)
+    done = CliRunner().invoke(main, ["cost", "laptop", "--gpus", "1", "-o", str(tmp_path / "x.json")])
+    found = json.loads((tmp_path / "x.json").read_text())[0]
+    assert done.exit_code == 0 and (found["images"], found["share"], found["decoded"]) == (COCO.images, 0.4, 0)
+    assert "40% of 989 TFLOP/s" in done.output and data_set_of("imagenet").images == 1_281_167
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = CliRunner().invoke(main, ["scale"])
+    assert refused.exit_code == 1 and "start it without accelerate launch or torchrun" in refused.output
