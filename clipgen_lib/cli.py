@@ -378,7 +378,9 @@ def bench(only: tuple[str, ...], batches: tuple[int, ...], rounds: int, device: 
 @main.command("cost")
 @click.argument("name", type=click.Choice(list(PRESETS)))
 @click.option(
-    "--images", type=click.IntRange(1), default=118_287, show_default=True, help="pictures of the train split (MS-COCO 2017's)"
+    "--images",
+    type=click.IntRange(1),
+    help="pictures of the train split  [default: ImageNet-1k's for imagenet, else MS-COCO 2017's]",
 )
 @click.option("--gpus", type=click.IntRange(1), multiple=True, default=(1, 8, 64), show_default=True, help="may be repeated")
 @click.option(
@@ -391,21 +393,65 @@ def bench(only: tuple[str, ...], batches: tuple[int, ...], rounds: int, device: 
 @click.option(
     "--share",
     type=click.FloatRange(0, 1, min_open=True),
-    default=0.4,
-    show_default=True,
-    help="of the peak that is taken to be reached",
+    help="of the peak that is taken to be reached  [default: what `scale` has measured of the preset on a GPU, else 0.4]",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="json file for the numbers")
-def cost(name: str, images: int, gpus: tuple[int, ...], peak: float, share: float, output: Path) -> None:
+def cost(name: str, images: int | None, gpus: tuple[int, ...], peak: float, share: float | None, output: Path) -> None:
     """Count what a preset costs on a data set, in GPU hours, memory and disk; nothing is trained."""
     from .config import load_preset
-    from .cost import lines_of, project
-    from .runs import write_json
+    from .cost import UTILISATION, data_set_of, lines_of, measured_decoding, measured_share, project
+    from .runs import RESULTS, write_json
 
-    found = [project(load_preset(name), images, peak * 1e12, count, share) for count in gpus]
+    peak, images = peak * 1e12, images or data_set_of(name).images
+    share = share or measured_share(RESULTS / "scale" / "gpu.json", name, peak) or UTILISATION
+    decoded = measured_decoding(RESULTS / "scale", load_preset(name).vqgan.image_size)
+    found = [project(load_preset(name), images, peak, count, share, decoded) for count in gpus]
     click.echo(lines_of(found))
     if output:
         write_json(output, found)
+
+
+@main.command("scale")
+@click.option(
+    "--preset",
+    "presets",
+    type=click.Choice(list(PRESETS)),
+    multiple=True,
+    default=("laptop", "gpu64", "coco"),
+    show_default=True,
+    help="may be repeated",
+)
+@click.option(
+    "--store-rows",
+    type=click.IntRange(0),
+    default=10_000_000,
+    show_default=True,
+    help="of the token store that is measured; 0 leaves it out",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="folder for cpu.json or gpu.json, and store.json  [default: results/scale]",
+)
+def scale(presets: tuple[str, ...], store_rows: int, device: str, output: Path | None) -> None:
+    """Measure pictures a second of every stage, and the token store, on this machine; some minutes a preset on a CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ClipgenError("scale measures one process: start it without accelerate launch or torchrun")
+    from .config import load_preset
+    from .runs import RESULTS, write_json
+    from .scale import lines_of, store_lines, store_speed, throughput
+    from .workbench import pick_device
+
+    output, device = output or RESULTS / "scale", pick_device(device)
+    found = {name: throughput(load_preset(name), device) for name in presets}
+    click.echo(lines_of(list(found.values())))
+    write_json(output / ("cpu.json" if device == "cpu" else "gpu.json"), found)
+    if store_rows:
+        store = store_speed(output / "measured-store", store_rows)
+        click.echo(f"\n{store_lines(store)}")
+        write_json(output / "store.json", store)
 
 
 @main.command("preset")

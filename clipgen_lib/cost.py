@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +19,44 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import ClipConfig, Preset, TransformerConfig, VQGANConfig
+from .config import ClipConfig, OptimConfig, Preset, TransformerConfig, VQGANConfig
 from .data import CACHE_BYTES
+from .loop import KEPT, spread
 from .losses import PatchDiscriminator, adversarial_loss, discriminator_loss
+from .runs import read_json
 from .train_clip import MODEL
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
 STATE_BYTES = 5 * 4  # of a parameter: weight, gradient, two moments and the EMA, in float32
+CHECKPOINT_BYTES = 4 * 4  # of a parameter: weight, two moments and the EMA
 MARGIN = 1.1  # what an allocator loses between tensors, and gradients on their way
 CUDA_GIGABYTES = 1.0  # context of the driver and workspaces of its libraries
 PYTHON_GIGABYTES = 1.5  # a process with torch and the other packages loaded
 WORKER_GIGABYTES = 0.5  # each process that decodes pictures
-UTILISATION = 0.4  # of a GPU's peak in bfloat16, that a training is taken to reach
+UTILISATION = 0.4  # of a GPU's peak in bfloat16, that a training is taken to reach where none has been measured
+NODE = 8  # GPUs that NVLink joins
+NVLINK = 450e9  # bytes a second of a GPU to the others of its node: half of the H100's 900 GB/s, which count both ways
+NETWORK = 50e9  # bytes a second of a GPU to other nodes: a card of 400 Gb/s for each
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Pictures of a train split and bytes of their files, as published."""
+
+    title: str
+    images: int
+    bytes: float
+    source: str
+
+
+COCO = DataSet("MS-COCO 2017", 118_287, 18e9, "cocodataset.org, 2017 Train images")
+IMAGENET = DataSet("ImageNet-1k", 1_281_167, 138e9, "image-net.org, ILSVRC2012 training images of tasks 1 and 2")
+
+
+def data_set_of(preset: str) -> DataSet:
+    """The data that a preset of paper scale is meant for."""
+    return IMAGENET if preset == "imagenet" else COCO
 
 
 # ---------------------------------------------------------------------------------------------- operations and hours
@@ -42,10 +68,12 @@ def count(preset: Preset) -> dict[str, float]:
 
     Returns:
         `vqgan`: a training step with discriminator, LPIPS where the preset has it, and the two short backward passes of the
-        adaptive weight left out. `extract`: VQGAN encoder and CLIP image encoder. `transformer`: a training step without the
-        embedding loss. `sample`: drawing and decoding a picture, with the preset's guidance, each token once.
+        adaptive weight left out. `extract`: VQGAN encoder and CLIP image encoder. `transformer`: a training step with the
+        embedding loss on its share of the batch. `sample`: drawing and decoding a picture, with the preset's guidance, each
+        token once.
     """
-    config, train = preset.vqgan, preset.vqgan_train
+    config, train, stage2 = preset.vqgan, preset.vqgan_train, preset.transformer_train
+    marked = spread(stage2.batch_size, stage2.embedding_share).mean() if stage2.embedding_weight else 0.0
     critic = (train.discriminator_channels, train.discriminator_layers)
     with _imagined("cpu"):
         loss = _vqgan_loss(config, critic, train.perceptual == "lpips", 1, "cpu")[0]
@@ -54,6 +82,13 @@ def count(preset: Preset) -> dict[str, float]:
         encoder = _image_encoder(preset.clip)
         size = encoder.image_size if isinstance(encoder.image_size, tuple) else (encoder.image_size,) * 2
         tokens = torch.zeros(1, config.side, config.side, dtype=torch.long)
+        codes = torch.empty(1, config.code_dim, config.side, config.side, requires_grad=True)
+        for frozen in (vqgan, encoder):
+            frozen.requires_grad_(False)
+
+        def embedded() -> torch.Tensor:
+            return encoder(F.interpolate(vqgan.decode_codes(codes), size)).float().sum()
+
         with torch.no_grad():
             encoded = _operations(lambda: (vqgan.encode(image), encoder(torch.empty(1, 3, *size))))
             drawn = _operations(likelihood) * (1 if preset.sample.guidance == 1 else 2)  # cached steps add up to one pass
@@ -61,54 +96,126 @@ def count(preset: Preset) -> dict[str, float]:
         return {
             "vqgan": _operations(lambda: loss().backward()),
             "extract": encoded,
-            "transformer": _operations(lambda: likelihood().backward()),
+            "transformer": _operations(lambda: likelihood().backward())
+            + (marked * _operations(lambda: embedded().backward()) if marked else 0),
             "sample": drawn + decoded,
         }
 
 
-def project(preset: Preset, n_images: int, peak: float, gpus: int = 1, share: float = UTILISATION) -> dict:
+def project(
+    preset: Preset, n_images: int, peak: float, gpus: int = 1, share: float | dict[str, float] = UTILISATION, decoded: float = 0.0
+) -> dict:  # fmt: skip
     """Hours, memory and disk of a preset on a data set.
+
+    A training step is the work of a GPU on its part of the batch, and then an all-reduce of the gradients by a ring, 2 (g-1)/g
+    times their 4 bytes a parameter for each of g GPUs, that nothing overlaps: an upper bound of what DDP takes. The share of the
+    peak is taken to hold for whatever part of the batch a GPU has, and reading to keep up (`cores`).
 
     Args:
         n_images: pictures of the train split.
-        peak: operations a second of one GPU in bfloat16, by its data sheet. share: of it that is taken to be reached.
+        peak: operations a second of one GPU in bfloat16, by its data sheet.
+        share: of the peak that is reached, or one for each stage (`measured_share`).
+        decoded: JPEG pictures a second that one core decodes (`measured_decoding`); 0 where nobody has measured.
 
     Returns:
         `operations` of one picture and `hours` of wall time on that many GPUs, by stage (`extract` goes once over pictures
-        and mirrored pictures, `sample` over the captions of the preset's evaluation), `gpu_hours` in all, `gigabytes` of
-        each GPU's memory (`need`), `store_gigabytes` and `checkpoint_gigabytes` of disk.
+        and mirrored pictures, `sample` over the captions of the preset's evaluation), of these `communication`; `efficiency`
+        against the same work without communication and uneven parts; `gpu_hours` in all; `batch` on each GPU; `gigabytes` of
+        each GPU's memory and `ram_gigabytes` of a node's (`need`); `picture_gigabytes` (published, for the whole split),
+        `store_gigabytes` and `checkpoint_gigabytes` of disk; `pictures_per_second` that a GPU takes in, and `cores` that decode
+        these; `notes`, what has to be changed in the preset for that many GPUs.
     """
-    operations, rows = count(preset), n_images * (2 if preset.transformer_train.flip else 1)
-    pictures = {
-        "vqgan": preset.vqgan_train.steps * preset.vqgan_train.batch_size,
-        "extract": rows,
-        "transformer": preset.transformer_train.steps * preset.transformer_train.batch_size,
-        "sample": preset.evaluate.n,
+    operations, rows, asked = count(preset), n_images * (2 if preset.transformer_train.flip else 1), need(preset, gpus)
+    speed = {stage: peak * (share if isinstance(share, float) else share[stage]) for stage in operations}
+    trainings = {"vqgan": (preset.vqgan_train, asked.vqgan), "transformer": (preset.transformer_train, asked.transformer)}
+    pictures = {stage: train.steps * train.batch_size for stage, (train, _) in trainings.items()}
+    pictures |= {"extract": rows, "sample": preset.evaluate.n}
+    perfect = {stage: operations[stage] * pictures[stage] / (speed[stage] * gpus) / 3600 for stage in operations}
+    batch = {stage: -(-train.batch_size // gpus) for stage, (train, _) in trainings.items()}
+    told = {stage: train.steps * _all_reduce(size, gpus) / 3600 for stage, (train, size) in trainings.items()}
+    worked = {
+        stage: train.steps * batch[stage] * operations[stage] / speed[stage] / 3600 for stage, (train, _) in trainings.items()
     }
-    hours = {stage: operations[stage] * n / (peak * share * gpus) / 3600 for stage, n in pictures.items()}
+    hours = perfect | {stage: worked[stage] + told[stage] for stage in trainings}
+    rates = {
+        "vqgan": pictures["vqgan"] / hours["vqgan"] / 3600 / gpus,
+        "extract": speed["extract"] / operations["extract"],
+    }
+    published = data_set_of(preset.name)
     row = 2 * preset.vqgan.side**2 + 2 * _clip_dim(preset)
-    asked = need(preset, gpus)
     return {
-        "preset": preset.name, "images": n_images, "peak": peak, "share": share, "gpus": gpus, "operations": operations,
-        "hours": hours, "gpu_hours": gpus * sum(hours.values()), "gigabytes": asked.device,
-        "store_gigabytes": row * rows / 1e9, "checkpoint_gigabytes": asked.disk,
+        "preset": preset.name, "images": n_images, "peak": peak, "share": share, "gpus": gpus, "decoded": decoded,
+        "operations": operations, "hours": hours, "communication": told,
+        "efficiency": {stage: perfect[stage] / hours[stage] for stage in trainings} | {"all": sum(perfect.values()) / sum(hours.values())},
+        "gpu_hours": gpus * sum(hours.values()), "batch": batch, "gigabytes": asked.device,
+        "ram_gigabytes": asked.ram * min(gpus, NODE) / gpus,
+        "picture_gigabytes": published.bytes / 1e9 if n_images == published.images else None,
+        "store_gigabytes": row * rows / 1e9, "checkpoint_gigabytes": asked.disk, "pictures_per_second": rates,
+        "cores": {stage: rate / decoded for stage, rate in rates.items()} if decoded else None,
+        "notes": [note for stage, (train, _) in trainings.items() for note in _notes(stage, train, gpus)],
     }  # fmt: skip
+
+
+def _all_reduce(parameters: int, gpus: int) -> float:
+    """Seconds in which a ring of GPUs comes to the sum of their float32 gradients; the slowest link sets the pace."""
+    return 2 * (gpus - 1) / gpus * 4 * parameters / (NVLINK if gpus <= NODE else NETWORK)
+
+
+def _notes(stage: str, train: OptimConfig, gpus: int) -> list[str]:
+    """What a training refuses to share among that many GPUs, and what to set."""
+    each = -(-train.batch_size // gpus)
+    found = []
+    if train.batch_size % gpus:
+        found.append(f"{gpus} GPUs: batch_size {train.batch_size} of {stage}_train does not divide, taken as {each * gpus}, {each} on each")  # fmt: skip
+    if each % train.accumulate:
+        most = max(n for n in range(1, train.accumulate + 1) if each % n == 0)
+        found.append(f"{gpus} GPUs: set accumulate of {stage}_train to {most}, not {train.accumulate}: each GPU has {each} of its batch")  # fmt: skip
+    return found
+
+
+def measured_share(measured: Path, preset: str, peak: float) -> dict[str, float] | None:
+    """Of each stage what it reached of a peak where `clipgen scale` has measured the preset on a GPU, else None."""
+    stages = read_json(measured).get(preset, {}).get("stages", {}) if measured.is_file() else {}
+    return {stage: found["operations_per_second"] / peak for stage, found in stages.items()} or None
+
+
+def measured_decoding(folder: Path, size: int) -> float:
+    """JPEG pictures a second that one core brought to `size` pixels, by what `clipgen scale` wrote into that folder, on the
+    machine with the GPU where there is one; 0 where nobody has measured it."""
+    for path in (folder / "gpu.json", folder / "cpu.json"):
+        for found in read_json(path).values() if path.is_file() else ():
+            if found["jpeg"]["size"] == size:
+                return found["jpeg"]["pictures_per_second"]["median"]
+    return 0.0
 
 
 def lines_of(projected: list[dict]) -> str:
     """Projections of one preset on several numbers of GPUs, as lines a person can read."""
     first = projected[0]
+    share, peak = first["share"], f"{first['peak'] / 1e12:.0f} TFLOP/s in bfloat16"
+    reached = (
+        f"{share:.0%} of {peak} (assumed, not measured)"
+        if isinstance(share, float)
+        else f"of {peak} " + ", ".join(f"{part:.0%} in {stage}" for stage, part in share.items()) + " (measured on one GPU)"
+    )
     lines = [
-        f"{first['preset']}, {first['images']:,} pictures, {first['share']:.0%} of {first['peak'] / 1e12:.0f} TFLOP/s in bfloat16 (assumed, not measured)",
-        f"{'GPUs':6}{'VQGAN':>9}{'tokens':>9}{'transformer':>13}{'drawing':>9}{'in all':>9}{'GPU hours':>11}{'GB on each':>12}",
+        f"{first['preset']}, {first['images']:,} pictures, {reached}",
+        f"{'GPUs':5}{'VQGAN':>9}{'tokens':>9}{'transformer':>13}{'drawing':>9}{'in all':>10}{'GPU hours':>11}{'efficiency':>12}{'batches':>11}{'GB on each':>12}",
     ]
     for p in projected:
-        h = p["hours"]
-        lines.append(f"{p['gpus']:<6}{h['vqgan']:>7.2f} h{h['extract']:>7.2f} h{h['transformer']:>11.2f} h{h['sample']:>7.2f} h{sum(h.values()):>7.2f} h{p['gpu_hours']:>11.0f}{p['gigabytes']:>12.0f}")  # fmt: skip
-    lines.append(
-        f"disk: {first['store_gigabytes']:.1f} GB of token store, {first['checkpoint_gigabytes']:.0f} GB of checkpoints, beside the pictures"
-    )
-    return "\n".join(lines)
+        h, b = p["hours"], p["batch"]
+        batches = f"{b['vqgan']} | {b['transformer']}"
+        lines.append(f"{p['gpus']:<5}{h['vqgan']:>7.2f} h{h['extract']:>7.2f} h{h['transformer']:>11.2f} h{h['sample']:>7.2f} h{sum(h.values()):>8.2f} h{p['gpu_hours']:>11.0f}{p['efficiency']['all']:>12.0%}{batches:>11}{p['gigabytes']:>12.0f}")  # fmt: skip
+    pictures = "pictures beside it" if first["picture_gigabytes"] is None else f"{first['picture_gigabytes']:.0f} GB of pictures ({data_set_of(first['preset']).source})"  # fmt: skip
+    rates, cores = first["pictures_per_second"], first["cores"]
+    lines += [
+        f"disk: {first['store_gigabytes']:.1f} GB of token store, {first['checkpoint_gigabytes']:.0f} GB of checkpoints, {pictures}",
+        "memory of a node beside its GPUs: " + ", ".join(f"{p['ram_gigabytes']:.0f} GB of {min(p['gpus'], NODE)}" for p in projected),
+        f"assumed: gradients are all-reduced after each step and waited for, {NVLINK / 1e9:.0f} GB/s a GPU in a node of {NODE}, {NETWORK / 1e9:.0f} GB/s beyond",
+        f"a GPU takes in {rates['vqgan']:.0f} pictures/s in VQGAN, {rates['extract']:,.0f} pictures/s in tokens"
+        + (f": {cores['vqgan']:.0f} and {cores['extract']:.0f} cores at {first['decoded']:.0f} JPEGs/s a core (measured)" if cores else ""),
+    ]  # fmt: skip
+    return "\n".join(lines + [note for p in projected for note in p["notes"]])
 
 
 def _operations(call: Callable[[], object]) -> int:
@@ -130,9 +237,11 @@ class Need:
     """
 
     device: float  # on each GPU, or in memory where there is none
-    ram: float
+    ram: float  # of all processes together
     disk: float  # checkpoints and weights; pictures and token store come on top
     pictures: int  # a pass and process, of stage 1
+    vqgan: int  # parameters that stage 1 trains, the discriminator's among them
+    transformer: int
 
 
 def need(preset: Preset, gpus: int = 1) -> Need:
@@ -150,8 +259,9 @@ def need(preset: Preset, gpus: int = 1) -> Need:
     held = min(preset.shapes.n_train * 3 * config.image_size**2, CACHE_BYTES) / 1e9  # decoded, where no workers decode
     ram = processes * (PYTHON_GIGABYTES + (WORKER_GIGABYTES * stage1.workers if stage1.workers else held))
     ram += 0 if gpus else on_device
-    disk = STATE_BYTES * (vqgan + transformer) / 1e9  # weights, and a checkpoint of weights, two moments and the EMA
-    return Need(on_device if gpus else ram, ram, disk, pictures)
+    # weights; of each stage the last checkpoints and the best one; and of one stage another that is being written beside these
+    disk = (4 + CHECKPOINT_BYTES * (KEPT + 1)) * (vqgan + transformer) + CHECKPOINT_BYTES * max(vqgan, transformer)
+    return Need(on_device if gpus else ram, ram, disk / 1e9, pictures, vqgan, transformer)
 
 
 def _clip_dim(preset: Preset) -> int:
@@ -249,6 +359,13 @@ def _lpips(device: str) -> nn.Module:
         for name, constant in list(part.named_buffers(recurse=False)):
             setattr(part, name, constant.to(device))
     return module
+
+
+def vgg_features() -> nn.Module:
+    """The VGG16 of LPIPS with random weights, (B, 3, H, W) -> its five feature maps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _lpips("cpu").net
 
 
 def _size(module: nn.Module) -> int:

@@ -253,3 +253,73 @@ def damages(found: dict[str, dict[str, float]], title: str) -> Figure:
         axis.axis("off")
     figure.suptitle(title)
     return figure
+
+
+def throughput(results: list[dict], title: str) -> Figure:
+    """For each preset what `scale.throughput` found: operations a second of every stage beside the matrix products of this
+    machine, and over each bar its pictures a second."""
+    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results), 3.1), sharey=True, squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        stages = list(result["stages"].values())
+        bars = axis.bar(list(result["stages"]), [values["operations_per_second"] / 1e9 for values in stages], color="tab:blue")
+        axis.bar_label(bars, [f"{v['pictures_per_second']['median']:.3g}/s\n{v['share']['bfloat16']:.0%}" for v in stages], fontsize=7)  # fmt: skip
+        for (dtype, peak), style in zip(result["peak"].items(), ("--", "-"), strict=True):
+            axis.axhline(peak / 1e9, color="black", linewidth=0.8, linestyle=style, label=f"matrix products in {dtype}")
+        axis.set(title=result["preset"], ylim=(0, 1.15 * max(result["peak"].values()) / 1e9))
+        axis.tick_params(axis="x", rotation=30)
+    axes[0, 0].set_ylabel("GFLOP/s")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
+    figure.suptitle(f"{title}\nover a bar: pictures a second, and the share of what bfloat16 reaches here")
+    return figure
+
+
+def store_benchmark(found: dict, title: str) -> Figure:
+    """What `scale.store_speed` found: rows a second beside numpy's and what is asked for, and memory against rows."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    for i, (label, key) in enumerate((("this store", "store"), ("numpy, flat files", "peer"))):
+        warm = found[key]["warm"]
+        rates, spread = (
+            [found[key]["cold"], warm["median"]],
+            [[0, warm["median"] - warm["least"]], [0, warm["most"] - warm["median"]]],
+        )
+        bars = axes[0].bar(np.arange(2) + 0.36 * (i - 0.5), rates, 0.34, yerr=spread, label=label)
+        axes[0].bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=7)
+    axes[0].axhline(50_000, color="black", linewidth=0.8, linestyle="--", label="50,000")
+    axes[0].set(
+        xticks=range(2), ylabel="rows/s", yscale="log", ylim=(1e4, 1e7), title=f"random batches of {found['batch_size']}"
+    )
+    axes[0].set_xticklabels(["from the disk", "from memory"])
+    axes[0].legend(fontsize=7)
+    for key, label in (("memory", "reading"), ("training_memory", "training")):
+        for part, style in (("own", "-"), ("files", ":")):
+            sizes = {int(n): values[part] / 1e6 for n, values in found[key].items()}
+            name = f"{label}, its own" if part == "own" else f"{label}, pages of the files"
+            colour = "tab:blue" if key == "memory" else "tab:orange"
+            axes[1].plot(list(sizes), list(sizes.values()), style, marker="o", markersize=4, color=colour, label=name)
+    axes[1].set(
+        xscale="log", yscale="log", ylim=(100, 2e4), xlabel="N, rows of the store", ylabel="MB", title="memory of a process"
+    )
+    axes[1].grid(alpha=0.3)
+    axes[1].legend(fontsize=7)
+    figure.suptitle(title)
+    return figure
+
+
+def costs(projected: dict[str, list[dict]], title: str) -> Figure:
+    """Hours on several numbers of GPUs, a panel for each data set: work and all-reduce of either training, on top of each other."""
+    figure, axes = plt.subplots(1, len(projected), figsize=(4.4 * len(projected), 3.2), squeeze=False)
+    for axis, (label, rows) in zip(axes[0], projected.items(), strict=True):
+        names, bottom = [str(row["gpus"]) for row in rows], np.zeros(len(rows))
+        for stage, colour in (("vqgan", "tab:blue"), ("transformer", "tab:orange")):
+            told = np.array([row["communication"][stage] for row in rows])
+            worked = np.array([row["hours"][stage] for row in rows]) - told
+            for hours, hatch, part in ((worked, "", ""), (told, "///", ", all-reduce")):
+                axis.bar(names, hours, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=f"{stage}{part}")
+                bottom += hours
+        for i, row in enumerate(rows):
+            axis.annotate(f"{bottom[i]:.1f} h\n{row['efficiency']['all']:.0%}", (i, bottom[i]), ha="center", fontsize=8, xytext=(0, 3), textcoords="offset points")  # fmt: skip
+        axis.set(title=label, xlabel="GPUs", ylim=(0, 1.2 * max(bottom)))
+    axes[0, 0].set_ylabel("hours")
+    axes[0, -1].legend(fontsize=7)
+    figure.suptitle(f"{title}\nover a bar: hours of both trainings, and efficiency against one GPU")
+    return figure

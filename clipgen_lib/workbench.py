@@ -226,7 +226,10 @@ class Workbench:
         with self._timed("extract"):
             for split, flip in (("val", False), ("train", settings.flip)):
                 images = self.images(split)
-                store = extract(images, vqgan, self.clip, self.run.path / "store" / split, flip, workers=settings.workers)
+                pictures = min(256, max(16, 2**20 // images.size**2))  # at once: as much memory at 256 pixels as at 64
+                store = extract(
+                    images, vqgan, self.clip, self.run.path / "store" / split, flip, pictures, workers=settings.workers
+                )
                 if images.skipped:
                     self._record(skipped=images.skipped)
         return store

@@ -34,7 +34,7 @@ def test_import_is_light():
 def test_the_notebooks_are_those_of_the_command():
     from clipgen_lib.cli import NOTEBOOKS as ordered
 
-    assert [p.stem for p in NOTEBOOKS] == ["00_quickstart", *ordered, "05_compare", "appendix_train_clip"]
+    assert [p.stem for p in NOTEBOOKS] == ["00_quickstart", *ordered, "05_compare", "06_scale", "appendix_train_clip"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -72,15 +72,16 @@ def test_tables_of_runs_come_from_results():
 
 
 def test_cost_comes_from_the_presets():
-    """What the README says of COCO is the committed file, and that is what the presets cost now."""
+    """What the README says of COCO is the committed file, and the files are what the presets cost now."""
     from clipgen_lib.config import load_preset
     from clipgen_lib.cost import lines_of, project
 
     committed = json.loads((ROOT / "results" / "cost" / "coco.json").read_text())
     assert lines_of(committed) in (ROOT / "README.md").read_text()
-    first = committed[0]
-    now = project(load_preset("coco"), first["images"], first["peak"], first["gpus"], first["share"])
-    assert now == first
+    for name in ("coco", "imagenet"):
+        for was in json.loads((ROOT / "results" / "cost" / f"{name}.json").read_text()):
+            given = (was[key] for key in ("images", "peak", "gpus", "share", "decoded"))
+            assert project(load_preset(name), *given) == was
 
 
 def test_comparison_tables_come_from_results():
