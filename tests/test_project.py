@@ -84,6 +84,13 @@ def test_cost_comes_from_the_presets():
             assert project(load_preset(name), *given) == was
 
 
+def test_speed_comes_from_results():
+    from clipgen_lib.bench import lines_of
+
+    found = json.loads((ROOT / "results" / "speed" / "cpu.json").read_text())
+    assert lines_of(found) in (ROOT / "results" / "README.md").read_text()
+
+
 def test_comparison_tables_come_from_results():
     """The blocks are lines of the tables that the committed rows make; of the ablation some."""
     from clipgen_lib.compare import TABLES, entries, lines_of
