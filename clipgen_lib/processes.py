@@ -25,7 +25,7 @@ def join(device: str = "auto") -> None:
     Args:
         device: `cpu` joins by gloo even where there are GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _is_launched():
         from accelerate import PartialState
 
         # a day: one process may have more to read, hash or write than the others, who wait for it
@@ -34,11 +34,15 @@ def join(device: str = "auto") -> None:
 
 def rank() -> int:
     """Of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _is_launched() else 0
 
 
 def count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _is_launched() else 1
+
+
+def _is_launched() -> bool:
+    return dist.is_available() and dist.is_initialized()  # some builds of torch are without
 
 
 def is_first() -> bool:

@@ -37,7 +37,7 @@ from .images import crop, load_image, to_float
 from .runs import ClipgenError, Run, progress, versions, write_json
 from .sample import generate
 from .schedule import batch_rows
-from .store import FILES, TokenStore, shard_span
+from .store import FILES, MADE_OF, TokenStore, shard_span
 from .train import train_transformer, train_vqgan
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
@@ -508,7 +508,7 @@ def synthetic_store(
             parts[key].astype(dtype).tofile(folder / f"{shard:05d}" / name)
         counts.append(n)
         told(n)
-    made_by = dict.fromkeys(("vqgan_hash", "clip_hash", "data_hash"), "random")
+    made_by = dict.fromkeys(MADE_OF, "random")
     sizes = {"N": rows, "L": tokens, "K": codes, "D": dim}
     write_json(folder / "meta.json", {**sizes, **made_by, "flip": False, "skipped": {}, "shards": counts})
 
