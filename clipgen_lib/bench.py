@@ -81,16 +81,25 @@ def waiter(device: torch.device) -> Callable[[], object]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
+@torch.inference_mode()
+def matmul_peak(device: torch.device, rounds: int = 10) -> dict[str, float]:
+    """Operations a second of a large square matrix product, the best of some, by the name of its dtype.
+
+    float32 as torch is set: on a GPU without TF32 unless that is switched on, while convolutions may use it.
+    """
+    side = 8_192 if device.type == "cuda" else 2_048
+    squares = {name: torch.randn(side, side, device=device).to(dtype) for name, dtype in DTYPES.items()}
+    seconds = in_turns({name: partial(torch.matmul, x, x) for name, x in squares.items()}, rounds, waiter(device))
+    return {name: 2 * side**3 / min(values) for name, values in seconds.items()}
+
+
 def limits(device: torch.device, rounds: int = 5) -> dict:
-    """What the machine reaches: FLOP/s of a matmul of 2,048 in each dtype, and bytes/s, read and written, of a copy of 256 MB."""
-    n, megabytes = 2_048, 256
-    squares = {name: torch.randn(n, n, device=device).to(dtype) for name, dtype in DTYPES.items()}
-    source = torch.randn(megabytes * 2**18, device=device)
+    """What the machine reaches: `matmul_peak`, and bytes/s, read and written, of a copy of 256 MB, a median."""
+    source = torch.randn(256 * 2**18, device=device)
     target = torch.empty_like(source)
-    actions = {name: lambda square=square: square @ square for name, square in squares.items()}
-    seconds = in_turns({**actions, "copy": lambda: target.copy_(source)}, rounds, waiter(device))
-    found = {f"matmul_{name}": 2 * n**3 / float(np.median(seconds[name])) for name in DTYPES}
-    return {**found, "copy": 2 * source.nbytes / float(np.median(seconds["copy"]))}
+    seconds = in_turns({"copy": lambda: target.copy_(source)}, rounds, waiter(device))["copy"]
+    peaks = {f"matmul_{name}": value for name, value in matmul_peak(device).items()}
+    return {**peaks, "copy": 2 * source.nbytes / float(np.median(seconds))}
 
 
 def cpu_name() -> str:

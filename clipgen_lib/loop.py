@@ -265,12 +265,12 @@ class TrainingState:
         Raises:
             ClipgenError: it belongs to another training, or none of those there is whole.
         """
-        step, damaged = 0, []
+        step, damaged = 0, {}
         for path in reversed(checkpoints(self.run, self.stage)):
             try:
                 state, meta = load_checkpoint(path)
             except ClipgenError as error:
-                damaged.append(str(error))
+                damaged[path] = str(error)
                 continue
             if differing := differences(meta["training"], self.facts):
                 raise ClipgenError(f"{path} belongs to another training (differs in {', '.join(differing)}): choose another run name or delete it")  # fmt: skip
@@ -279,10 +279,16 @@ class TrainingState:
             step = meta["step"]
             break
         if damaged and not step:
-            raise ClipgenError(damaged[0])
-        if damaged and processes.is_first():
-            warnings.warn(f"{damaged[0]}; the training goes on from step {step}", stacklevel=3)
+            raise ClipgenError(next(iter(damaged.values())))
+        processes.wait()  # all have read what is about to change
         if processes.is_first():
+            for path, why in damaged.items():
+                warnings.warn(
+                    f"{why}; the training goes on from step {step}, and that file is now {path.name}.damaged", stacklevel=3
+                )
+                path.rename(
+                    f"{path}.damaged"
+                )  # or it would count among the last ones that are kept, in the place of a good one
             for stage in (self.stage, f"{self.stage}_held_out"):
                 self.run.rewind(stage, step)
         return step

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .bench import cpu_name, matmul_peak, spread, waiter
 from .clip_embed import ClipEmbedder
 from .config import ClipConfig, OptimConfig, Preset, load_preset
 from .cost import count, need, vgg_features
@@ -37,13 +37,12 @@ from .images import crop, load_image, to_float
 from .runs import ClipgenError, Run, progress, versions, write_json
 from .sample import generate
 from .schedule import batch_rows
-from .store import FILES, MADE_OF, TokenStore, shard_span
+from .store import FILES, MADE_OF, TokenStore, pictures_at_once, shard_span
 from .train import train_transformer, train_vqgan
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
 STAGES = ("vqgan", "extract", "transformer", "sample")
-EXTRACTED = 256  # pictures that an extraction takes at once
 CPU_OPERATIONS = 5e11  # of one pass on a CPU, at most: some ten seconds
 ENDLESS = 1_000_000  # steps: the clock ends a training, not its configuration
 
@@ -75,7 +74,7 @@ class Clock:
         Raises:
             _Enough: it was the last one.
         """
-        _synchronise(self.device)
+        waiter(torch.device(self.device))()
         self.times.append(time.perf_counter())
         self.told()
         found = self.seconds
@@ -104,11 +103,6 @@ def repeated(action: Callable[[], object]) -> Callable[[Clock], None]:
             clock.tick()
 
     return work
-
-
-def _synchronise(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------- the stages
@@ -146,7 +140,7 @@ def throughput(
         tempfile.TemporaryDirectory() as place,
         progress(round((warm_up + repeats) * sum(weights.values()) / 1e9), f"measuring {preset.name}", show_progress) as bar,
     ):
-        peak = matmul_peak(device)
+        peak = matmul_peak(torch.device(device))
         store = Path(place) / "store"
         synthetic_store(store, 20_000, small.vqgan.side**2, clip.dim, codes=small.vqgan.codebook_size)
         for stage in STAGES:
@@ -163,7 +157,7 @@ def throughput(
             del work
             _free(device)
         opened = TokenStore.open(store)
-        reading = _spread([1 / s for s in timed(_read(opened), Clock("cpu", 5, 40, seconds))], 256)
+        reading = spread([1 / s for s in timed(_read(opened), Clock("cpu", 5, 40, seconds))], 256)
     return {
         "preset": preset.name, "device": torch.device(device).type, "peak": peak, "stages": found,
         "store": {"batch_size": 256, "rows_per_second": reading}, "jpeg": decode_speed(preset.vqgan.image_size, seconds=seconds),
@@ -198,7 +192,7 @@ def _pass(preset: Preset) -> dict[str, int]:
     """Pictures that each stage of a preset has in memory at a time."""
     trains = {"vqgan": preset.vqgan_train, "transformer": preset.transformer_train}
     each = {stage: train.batch_size // train.accumulate for stage, train in trains.items()}
-    return each | {"extract": EXTRACTED, "sample": preset.sample.batch_size}
+    return each | {"extract": pictures_at_once(preset.vqgan.image_size), "sample": preset.sample.batch_size}
 
 
 def _with(preset: Preset, each: dict[str, int], on_cpu: bool) -> Preset:
@@ -234,8 +228,8 @@ def _free_gigabytes(device: str) -> float:
 def _stage(seconds: list[float], pictures: int, preset_pictures: int, operations: float, peak: dict[str, float]) -> dict:
     rate = pictures * operations / float(np.median(seconds))
     return {
-        "pictures": pictures, "preset_pictures": preset_pictures, "repeats": len(seconds), "seconds": _spread(seconds),
-        "pictures_per_second": _spread([1 / s for s in seconds], pictures), "operations": operations,
+        "pictures": pictures, "preset_pictures": preset_pictures, "repeats": len(seconds), "seconds": spread(seconds),
+        "pictures_per_second": spread([1 / s for s in seconds], pictures), "operations": operations,
         "operations_per_second": rate, "share": {name: rate / value for name, value in peak.items()},
     }  # fmt: skip
 
@@ -349,28 +343,12 @@ def _free(device: str) -> None:
 
 def machine(device: str = "cpu") -> dict:
     """What figures of this process hold for."""
-    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in names if line.startswith("model name")), platform.machine())
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return found | ({"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {})
 
 
 def _versions() -> dict[str, str]:
     return {name: versions()[name] for name in ("python", "torch", "numpy")}
-
-
-@torch.inference_mode()
-def matmul_peak(device: str = "cpu", repeats: int = 10) -> dict[str, float]:
-    """Operations a second of the largest square matrix product that is quick here, the best of some, by the name of its dtype.
-
-    float32 as torch is set: on a GPU without TF32 unless that is switched on, while convolutions may use it.
-    """
-    side, found = 2_048 if torch.device(device).type == "cpu" else 8_192, {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = timed(repeated(partial(torch.matmul, a, b)), Clock(device, 2, repeats, 5.0))
-        found[str(dtype).removeprefix("torch.")] = 2 * side**3 / min(seconds)
-    return found
 
 
 def decode_speed(size: int, photos: int = 16, repeats: int = 5, seconds: float = 15.0) -> dict:
@@ -383,7 +361,7 @@ def decode_speed(size: int, photos: int = 16, repeats: int = 5, seconds: float =
 
     taken = timed(repeated(decode), Clock("cpu", 1, repeats, seconds))
     return {"pixels": [640, 480], "bytes": float(np.mean(list(map(len, files)))), "size": size,
-            "pictures_per_second": _spread([1 / s for s in taken], photos)}  # fmt: skip
+            "pictures_per_second": spread([1 / s for s in taken], photos)}  # fmt: skip
 
 
 def _photo(seed: int, width: int = 640, height: int = 480) -> bytes:
@@ -472,7 +450,7 @@ def store_speed(
         store = TokenStore.open(folder / str(rows))
         found["shards"] = len(store.meta["shards"])
         found["bytes"] = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
-        found["open_seconds"] = _spread([_seconds(TokenStore.open, store.folder) for _ in range(repeats)])
+        found["open_seconds"] = spread([_seconds(TokenStore.open, store.folder) for _ in range(repeats)])
         flat = _flat_arrays(folder / "flat", store)
         readers = {"store": lambda chosen: (store.tokens(chosen), store.embeds(chosen)), "peer": lambda chosen: _by_numpy(flat, chosen)}  # fmt: skip
         draws = [np.random.default_rng([1, i]).integers(0, rows, (batches, batch_size)) for i in range(repeats + 1)]
@@ -482,7 +460,7 @@ def store_speed(
         for chosen in draws[1:]:  # in turns, so that other work on the machine slows both
             for name, read in readers.items():
                 warm[name].append(_rate(read, chosen))
-        found |= {name: {"cold": cold[name], "warm": _spread(warm[name])} for name in readers}
+        found |= {name: {"cold": cold[name], "warm": spread(warm[name])} for name in readers}
         found["memory"] = {str(n): _memory("print_memory", folder / str(n), batch_size, batches) for n in counts}
         found["training_memory"] = {str(n): _memory("print_training_memory", folder / str(n), training_steps) for n in counts}
     finally:
@@ -544,10 +522,6 @@ def _seconds(action: Callable, *arguments: object) -> float:
     start = time.perf_counter()
     action(*arguments)
     return time.perf_counter() - start
-
-
-def _spread(values: list[float], times: float = 1) -> dict[str, float]:
-    return {"median": times * float(np.median(values)), "least": times * min(values), "most": times * max(values)}
 
 
 def _forget(folder: Path) -> None:

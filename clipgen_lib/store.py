@@ -225,6 +225,11 @@ def shard_span(n: int, rows: int = SHARD_ROWS) -> int:
     return rows * -(-n // (rows * MOST_SHARDS))
 
 
+def pictures_at_once(size: int) -> int:
+    """Of an extraction, for pictures of `size` pixels: 256 of 64 pixels, 16 of 256, which take the same memory."""
+    return min(256, max(16, 2**20 // size**2))
+
+
 @torch.inference_mode()
 def extract(
     images: ImageSet,

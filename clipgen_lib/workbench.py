@@ -42,7 +42,7 @@ from .runs import (
     write_json,
 )
 from .sample import TextToImage, load_run
-from .store import TokenStore, extract
+from .store import TokenStore, extract, pictures_at_once
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
@@ -226,10 +226,8 @@ class Workbench:
         with self._timed("extract"):
             for split, flip in (("val", False), ("train", settings.flip)):
                 images = self.images(split)
-                pictures = min(256, max(16, 2**20 // images.size**2))  # at once: as much memory at 256 pixels as at 64
-                store = extract(
-                    images, vqgan, self.clip, self.run.path / "store" / split, flip, pictures, workers=settings.workers
-                )
+                store = extract(images, vqgan, self.clip, self.run.path / "store" / split, flip, pictures_at_once(images.size),
+                                settings.workers)  # fmt: skip
                 if images.skipped:
                     self._record(skipped=images.skipped)
         return store

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clipgen_lib import scale
+from clipgen_lib.bench import matmul_peak
 from clipgen_lib.config import load_preset
 from clipgen_lib.cost import count
 from clipgen_lib.losses import PatchDiscriminator
@@ -14,7 +15,6 @@ from clipgen_lib.scale import (
     Clock,
     fitted,
     lines_of,
-    matmul_peak,
     projected_seconds,
     repeated,
     store_lines,
@@ -48,7 +48,7 @@ def test_a_clock_takes_the_time_of_work_and_not_of_warming_up(monkeypatch):
 
 def test_matrix_products_are_timed(monkeypatch):
     """The same rate as a loop of our own finds, as far as a shared machine can tell."""
-    peak = matmul_peak("cpu", repeats=3)
+    peak = matmul_peak(torch.device("cpu"), 3)
     a = torch.randn(512, 512)
     start = time.perf_counter()
     for _ in range(20):

@@ -158,10 +158,31 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(store, preset, vqgan,
     last.write_bytes(content if damage == "changed" else content[: len(content) // 2])
     with pytest.warns(UserWarning, match=r"transformer-00000004.*goes on from step 2"):
         assert same_weights(whole, stage_two(run, store, preset, vqgan, clip, save_every=2))
+    assert 6 in steps_kept(run)
     for path in (run.path / "checkpoints").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ClipgenError, match="damaged or not one of ours"):
         stage_two(run, store, preset, vqgan, clip)
+
+
+def test_damaged_checkpoints_take_no_place_of_what_a_signal_saves(store, preset, vqgan, clip, tmp_path, monkeypatch):
+    """The last two cut: the third from the end is resumed, and a stop one step later is not pruned in favour of those."""
+    monkeypatch.setattr(train, "held_out_losses", lambda *_: {"nll": 1.0})  # the first of equal scores is the best
+    run, real, count = open_run("r", tmp_path), loop.Log.valid, []
+    stage_two(run, store, preset, vqgan, clip, save_every=2)
+    assert steps_kept(run) == [2, 4, 6]
+    for step in (4, 6):
+        (run.path / "checkpoints" / f"transformer-{step:08d}.safetensors").write_bytes(b"cut")
+
+    def valid(self, *args):
+        count.append(os.kill(os.getpid(), signal.SIGTERM))
+        return real(self, *args)
+
+    monkeypatch.setattr(loop.Log, "valid", valid)
+    with pytest.warns(UserWarning, match="goes on from step 2"), pytest.raises(Stopped, match="after step 3"):
+        stage_two(run, store, preset, vqgan, clip, save_every=2)
+    assert steps_kept(run) == [2, 3]
+    assert len(list(run.path.glob("checkpoints/*.damaged"))) == 2
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(store, preset, vqgan, clip, tmp_path, monkeypatch):
