@@ -283,7 +283,9 @@ class TrainingState:
         processes.wait()  # all have read what is about to change
         if processes.is_first():
             for path, why in damaged.items():  # aside, or they would count among the last ones that are kept
-                warnings.warn(f"{why}; the training goes on from step {step}, that file is now {path.name}.damaged", stacklevel=3)
+                warnings.warn(
+                    f"{why}; the training goes on from step {step}, that file is now {path.name}.damaged", stacklevel=3
+                )
                 path.rename(f"{path}.damaged")
             for stage in (self.stage, f"{self.stage}_held_out"):
                 self.run.rewind(stage, step)
