@@ -356,23 +356,24 @@ def faults(kills: int, seed: int, output: Path | None) -> None:
 
 
 @main.command("bench")
-@click.option("--only", type=click.Choice(["sampling"]), multiple=True, help="measure only this; may be repeated")
-@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 4, 16), show_default=True, help="may be repeated")  # fmt: skip
+@click.option("--only", multiple=True, help="measure only this section; may be repeated")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="of all ways in turns")
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="folder for cpu.json or gpu.json  [default: results/speed]"
 )
-def bench(only: tuple[str, ...], batches: tuple[int, ...], rounds: int, device: str, output: Path | None) -> None:
+def bench(only: tuple[str, ...], rounds: int, device: str, output: Path | None) -> None:
     """Measure speed beside the peers of the extra `bench` and beside the machine's limits; takes some minutes."""
     import torch
 
-    from .bench import lines_of, run
+    from .bench import SECTIONS, lines_of, run
     from .runs import RESULTS
     from .workbench import pick_device
 
-    found = run(only, output or RESULTS / "speed", torch.device(pick_device(device)), batches=batches, rounds=rounds)
-    click.echo(lines_of(found))
+    for name in only:
+        if name not in SECTIONS:
+            raise ClipgenError(f"there is no section {name!r}: choose {', '.join(SECTIONS)}")
+    click.echo(lines_of(run(only, output or RESULTS / "speed", torch.device(pick_device(device)), rounds)))
 
 
 @main.command("cost")

@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .bench import cpu_name, matmul_peak, spread, waiter
 from .clip_embed import ClipEmbedder
 from .config import ClipConfig, OptimConfig, Preset, load_preset
 from .cost import count, need, vgg_features
@@ -38,6 +37,7 @@ from .runs import ClipgenError, Run, progress, versions, write_json
 from .sample import generate
 from .schedule import batch_rows
 from .store import FILES, MADE_OF, TokenStore, pictures_at_once, shard_span
+from .timing import cpu_name, matmul_peak, spread, waiter
 from .train import train_transformer, train_vqgan
 from .transformer import ImageTransformer
 from .vqgan import VQGAN

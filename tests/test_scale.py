@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from clipgen_lib import scale
-from clipgen_lib.bench import matmul_peak
 from clipgen_lib.config import load_preset
 from clipgen_lib.cost import count
 from clipgen_lib.losses import PatchDiscriminator
@@ -24,6 +23,7 @@ from clipgen_lib.scale import (
     timed,
 )
 from clipgen_lib.store import TokenStore
+from clipgen_lib.timing import matmul_peak
 
 
 def test_a_clock_takes_the_time_of_work_and_not_of_warming_up(monkeypatch):
