@@ -37,7 +37,7 @@ from .runs import (
     stoppable,
 )
 from .schedule import learning_rate
-from .vqgan import code_use
+from .vqgan import code_use, token_counts
 
 KEPT = 2  # last checkpoints of a training; the one with the best score on held-out pictures stays as well
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient that end a training
@@ -314,7 +314,7 @@ class Log:
 
     def use(self, tokens: torch.Tensor) -> None:
         """Count the codes of a batch."""
-        self.counts = self.counts + torch.bincount(tokens.flatten(), minlength=self.codebook_size)
+        self.counts = self.counts + token_counts(tokens, self.codebook_size)
 
     def valid(self, *norms: torch.Tensor) -> torch.Tensor:
         """Whether this step's losses and gradients are finite on every process, () bool; its answer is counted."""

@@ -115,7 +115,7 @@ def train_vqgan(
             say = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
             set_rates(prepared, (config.lr, config.discriminator_lr), step, config)
             found = []
-            for last, real in with_last(to_float(next(batches)).to(accelerator.device).chunk(config.accumulate)):
+            for last, real in with_last(to_float(next(batches).to(accelerator.device)).chunk(config.accumulate)):
                 with reduced(accelerator, last, generator, critic):
                     discriminator.requires_grad_(False)
                     with accelerator.autocast():
@@ -239,17 +239,17 @@ def train_transformer(
             change = _changes(config, store.meta["D"], torch.Generator().manual_seed(step_seed(seed, step)))
             for last, part in with_last(own):
                 tokens, embeds = store.tokens(rows[part]).to(accelerator.device), store.embeds(rows[part])
-                condition = change(centre(embeds, image_mean), part).to(accelerator.device)
+                condition = change(centre(embeds, image_mean) if config.centre else embeds, part).to(accelerator.device)
+                here = np.flatnonzero(marked[part]) if config.embedding_weight > 0 else np.empty(0, int)
                 with reduced(accelerator, last, model):
                     with accelerator.autocast():
-                        logits = forward(condition, tokens)
-                    nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+                        nll, logits = forward(condition, tokens, logits_of=torch.from_numpy(here).to(accelerator.device))
                     loss, scalars = nll, {"nll": nll}
                     if config.embedding_weight > 0:
-                        scalars["embedding_loss"] = logits.new_zeros(())
-                        if len(here := np.flatnonzero(marked[part])):  # its mean is over the marked rows of the whole batch
+                        scalars["embedding_loss"] = nll.new_zeros(())
+                        if len(here):  # its mean is over the marked rows of the whole batch
                             with accelerator.autocast():
-                                distance = embedding_loss(logits[here], embeds[here].to(accelerator.device), *frozen,
+                                distance = embedding_loss(logits, embeds[here].to(accelerator.device), *frozen,
                                                           config.embedding_path, config.embedding_form)  # fmt: skip
                             shares = config.accumulate * processes.count()
                             scalars["embedding_loss"] = distance * (shares * len(here) / marked.sum())
@@ -342,7 +342,7 @@ def embedding_loss(
         chosen = F.gumbel_softmax(logits.float(), tau=1.0, hard=True)
     else:
         soft = logits.softmax(-1)
-        chosen = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(soft.dtype) + soft - soft.detach()
+        chosen = torch.zeros_like(soft).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0) + soft - soft.detach()
     codes = chosen @ vqgan.quantizer.codes().to(chosen.dtype)  # (b, L, C)
     side = vqgan.config.side
     images = vqgan.decode_codes(codes.transpose(1, 2).unflatten(2, (side, side)))

@@ -101,6 +101,51 @@ class Block(nn.Module):
         return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
 
 
+class Head(nn.Linear):
+    """The last layer, (..., E): float logits (..., K), or with targets (...) int64 their mean negative log-likelihood, a scalar."""
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        if targets is None:
+            return super().forward(x).float()
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        else:
+            weight, bias = self.weight, self.bias
+        return _Likelihood.apply(x.flatten(0, -2), weight, bias, targets.flatten())
+
+
+class _Likelihood(torch.autograd.Function):
+    """F.cross_entropy(F.linear(x, weight, bias), targets), a part of the rows at a time.
+
+    Over a codebook of 16,384 the float logits of a batch and their gradient outweigh every other tensor of a step, and writing
+    and reading them takes as long as the blocks do. Here a part of them lives in the cache, and what is kept for the backward
+    pass is their gradient in the dtype of the weights: a quarter of the memory.
+    """
+
+    part = 2**21  # logits at a time on a CPU: 8 MB
+    part_on_gpu = 2**27
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets):
+        rows = max(1, (_Likelihood.part_on_gpu if x.is_cuda else _Likelihood.part) // len(weight))
+        likelihoods, slopes = [], x.new_empty(len(x), len(weight))
+        for part, target, slope in zip(x.split(rows), targets.split(rows), slopes.split(rows), strict=True):
+            found, chosen = F.linear(part, weight, bias).float().log_softmax(-1), target[:, None]
+            likelihoods.append(found.gather(1, chosen).sum())
+            found.exp_().scatter_add_(1, chosen, found.new_full(chosen.shape, -1.0))
+            slope.copy_(found)
+        ctx.save_for_backward(x, weight, slopes)
+        return -sum(likelihoods) / len(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, slopes = ctx.saved_tensors
+        scale = gradient / len(x)
+        bias_gradient = x.new_ones(1, len(x)) @ slopes  # `sum` would copy them all to add them up in float32
+        return (slopes @ weight).mul_(scale), slopes.T @ (x * scale).to(x.dtype), bias_gradient[0].mul_(scale), None
+
+
 class ImageTransformer(nn.Module):
     """Decoder-only transformer over picture tokens given a CLIP embedding.
 
@@ -123,7 +168,7 @@ class ImageTransformer(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1, config.condition_tokens + n_tokens - 1, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, codebook_size)
+        self.head = Head(width, codebook_size)
         self.apply(self._initialise)
         nn.init.normal_(self.positions, std=0.02)
         for block in self.blocks:  # residual branches start smaller the deeper the stack (GPT-2)
@@ -143,16 +188,20 @@ class ImageTransformer(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, embeds: torch.Tensor, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Logits of each token given the embedding and the tokens before it.
+    def forward(
+        self, embeds: torch.Tensor, tokens: torch.Tensor, cache: KVCache | None = None, logits_of: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits of each token given the embedding and the tokens before it; in a training their likelihood.
 
         Args:
             embeds: (B, D) of unit norm, or zero rows for the unconditional case.
             tokens: (B, T) int64, 1 <= T <= L; the last one is predicted, never read.
             cache: with one, only positions that it does not hold are computed and returned, and it then holds them.
+            logits_of: (b,) int64, the rows whose logits are wanted beside the likelihood of all.
 
         Returns:
-            (B, T, K) float logits, or the last (B, T - already held, K) of them with a cache.
+            (B, T, K) float logits, or the last (B, T - already held, K) of them with a cache. With `logits_of` the mean
+            negative log-likelihood of the tokens, in nats, and the (b, T, K) logits of those rows.
         """
         first = self.config.condition_tokens
         if tokens.shape[1] > self.n_tokens:
@@ -174,7 +223,8 @@ class ImageTransformer(nn.Module):
             cache.length += x.shape[1]
         if held == 0:
             x = x[:, first - 1 :]  # the last condition token predicts t0
-        return self.head(self.norm(x)).float()
+        x = self.norm(x)
+        return self.head(x) if logits_of is None else (self.head(x, tokens), self.head(x[logits_of]))
 
     def _condition(self, embeds: torch.Tensor) -> torch.Tensor:
         """(B, N or 1, E) in the dtype of the weights; text tokens in place of embeddings stay whole numbers."""

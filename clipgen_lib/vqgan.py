@@ -258,7 +258,7 @@ class VectorQuantizer(nn.Module):
         flat, tokens = vectors.reshape(-1, vectors.shape[-1]), tokens.flatten()
         state = [self.codebook, self.idle] + ([self.counts, self.sums] if self.ema else [])
         before = [x.clone() for x in state]
-        used = processes.total(torch.bincount(tokens, minlength=len(self.codebook)).float())
+        used = processes.total(token_counts(tokens, len(self.codebook)).float())
         if self.ema:
             sums = processes.total(torch.zeros_like(self.codebook).index_add_(0, tokens, flat))
             self.counts.mul_(self.decay).add_(used, alpha=1 - self.decay)
@@ -337,9 +337,15 @@ class VQGAN(nn.Module):
         return model.to(device).eval()
 
 
+def token_counts(tokens: torch.Tensor, codebook_size: int) -> torch.Tensor:
+    """How often each code occurs in tokens of any shape, (K,) int64; unlike `torch.bincount` without waiting for a GPU."""
+    flat = tokens.flatten()
+    return flat.new_zeros(codebook_size).scatter_add_(0, flat, torch.ones_like(flat))
+
+
 def codebook_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Share of codes used at all, and perplexity exp(entropy) of their frequencies, over tokens of any shape."""
-    return code_use(torch.bincount(tokens.flatten(), minlength=codebook_size))
+    return code_use(token_counts(tokens, codebook_size))
 
 
 def code_use(counts: torch.Tensor) -> dict[str, float]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipgen_lib import loop, train
 from clipgen_lib.clip_embed import ClipEmbedder
@@ -15,7 +16,7 @@ from clipgen_lib.data import ImageSet
 from clipgen_lib.runs import ClipgenError, Stopped, load_checkpoint, open_run
 from clipgen_lib.schedule import batch_rows, learning_rate
 from clipgen_lib.store import extract
-from clipgen_lib.transformer import ImageTransformer
+from clipgen_lib.transformer import Head, ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 
 
@@ -339,15 +340,64 @@ def test_descending_the_embedding_loss_lowers_the_clip_distance(vqgan, clip):
     assert min(distances) < distances[0] - 0.02, distances[::8]
 
 
+class Waits(TorchDispatchMode):
+    """Notes the operations for which a GPU would have to be waited for, those that bring a value or a size to Python."""
+
+    kinds = ("_local_scalar_dense", "is_nonzero", "nonzero", "bincount", "_unique", "masked_select", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        indices = args[1] if name in ("index", "index_put_") else ()
+        masked = any(x is not None and x.dtype == torch.bool for x in indices)
+        self.found += [name] if masked or name.startswith(self.kinds) else []
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_waits_is_noted():
+    with Waits() as waits:
+        x = torch.arange(3.0)
+        x.sum().item(), bool(x.any()), x[x > 0], torch.bincount(x.long()), x.unique(), x[torch.tensor([1])]
+    assert len(waits.found) == 5, waits.found
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
+def test_no_step_waits_for_the_gpu(stage, images, store, preset, vqgan, clip, tmp_path, monkeypatch):
+    """All that a step computes stays where it is until a line is logged, embedding loss and adaptive weight included."""
+    monkeypatch.setattr(loop.Log, "write", lambda *_, **__: {})
+    monkeypatch.setattr(train, "held_out_losses", lambda *_: {"nll": 1.0})
+    monkeypatch.setattr(train, "held_out_reconstruction", lambda *_: {"l2": 1.0})
+    monkeypatch.setattr(loop.TrainingState, "save", lambda *_: None)
+    steps, real = [], loop.Averaged.update
+
+    def update(self, module):
+        steps.append(list(waits.found))
+        real(self, module)
+
+    monkeypatch.setattr(loop.Averaged, "update", update)
+    with Waits() as waits:
+        if stage == "vqgan":
+            stage_one(open_run("r", tmp_path), images, preset, clip, steps=4, optimizer="adamw", adversarial_ramp=(0.0, 0.0))
+        else:
+            stage_two(open_run("r", tmp_path), store, preset, vqgan, clip, steps=4, optimizer="adamw")
+    assert len(steps) == 4 and steps[-1] == steps[0], f"{steps[-1][len(steps[0]) :]} after the first step"
+
+
 def turn_bad(monkeypatch, bad):
-    """Make the likelihood NaN at those calls, counted from 0: one a step, and one in every look at held-out rows."""
-    real, calls = train.F.cross_entropy, []
+    """Make the likelihood NaN at those steps, counted from 0."""
+    real, calls = Head.forward, []
 
-    def cross_entropy(*args, **kwargs):
+    def forward(self, x, targets=None):
+        found = real(self, x, targets)
+        if targets is None:
+            return found
         calls.append(1)
-        return real(*args, **kwargs) * (float("nan") if len(calls) - 1 in bad else 1.0)
+        return found * (float("nan") if len(calls) - 1 in bad else 1.0)
 
-    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(Head, "forward", forward)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -385,7 +435,7 @@ def test_what_is_never_finite_ends_the_training_and_keeps_the_last_checkpoint(
     store, preset, vqgan, clip, tmp_path, monkeypatch
 ):
     run = open_run("r", tmp_path)
-    turn_bad(monkeypatch, range(4, 99))  # three steps, a look at held-out rows, and then
+    turn_bad(monkeypatch, range(3, 99))  # three steps and a checkpoint, and then
     with pytest.raises(ClipgenError, match="not finite at 10 steps in a row before step 13"):
         stage_two(run, store, preset, vqgan, clip, steps=40, save_every=3, log_every=1)
     for path in (run.path / "checkpoints").iterdir():

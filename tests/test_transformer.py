@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from clipgen_lib import transformer
 from clipgen_lib.attention import attend
 from clipgen_lib.config import TransformerConfig
 from clipgen_lib.runs import ClipgenError, save_weights
@@ -26,6 +27,27 @@ def inputs(batch=3):
     return torch.nn.functional.normalize(torch.randn(batch, 8, generator=draw), dim=1), torch.randint(
         0, 20, (batch, 9), generator=draw
     )
+
+
+@pytest.mark.parametrize("part", [7 * 20, 2**21])  # logits at a time: seven rows of 27, all of them
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_likelihood_in_parts_is_cross_entropy(part, bfloat16, monkeypatch):
+    """Its value and every gradient, also where the logits of some rows have a say of their own."""
+    monkeypatch.setattr(transformer._Likelihood, "part", part)
+    model, (embeds, tokens), rows, found = build(condition_tokens=4).train(), inputs(), torch.tensor([0, 2]), []
+    for in_parts in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            if in_parts:
+                nll, logits = model(embeds, tokens, logits_of=rows)
+            else:
+                whole = model(embeds, tokens)
+                nll, logits = torch.nn.functional.cross_entropy(whole.flatten(0, 1), tokens.flatten()), whole[rows]
+        assert logits.shape == (2, 9, 20) and logits.dtype == nll.dtype == torch.float32
+        gradients = torch.autograd.grad(3 * nll + logits.pow(2).mean(), list(model.parameters()))
+        found.append([nll, logits, *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= (2e-2 if bfloat16 else 2e-6) * theirs.norm() + 1e-9
+    assert torch.equal(model(embeds, tokens, logits_of=rows[:0])[0].detach(), model(embeds, tokens, logits_of=rows)[0].detach())
 
 
 @pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
@@ -150,3 +172,12 @@ def test_attention_is_the_formula_whatever_the_kernel(causal):
         h.pow(2).sum().backward()
         gradients.append(leaf.grad)
     assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_attention_under_autograd_drops_weights():
+    q, k, v = torch.randn(3, 2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    dropped = attend(q.requires_grad_(), k, v, dropout_p=0.5)
+    torch.manual_seed(1)
+    weights = torch.nn.functional.dropout((q @ k.transpose(-1, -2) / 2).softmax(-1).flatten(0, 1), 0.5).view(2, 3, 5, 5)
+    assert torch.allclose(dropped, weights @ v, atol=1e-6) and (weights == 0).any()
