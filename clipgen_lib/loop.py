@@ -78,6 +78,11 @@ def scaler_of(accelerator: Accelerator) -> dict:
     return {"scaler": accelerator.scaler} if accelerator.scaler is not None else {}
 
 
+def scale_of(accelerator: Accelerator) -> torch.Tensor | float:
+    """What fp16 multiplies losses by, so that small gradients are not lost; asked for without waiting for the GPU."""
+    return 1.0 if accelerator.scaler is None else accelerator.scaler.scale(torch.ones((), device=accelerator.device))
+
+
 def lasting(config: OptimConfig) -> dict:
     """The fields that a resumed run must share; logging, workers and compilation may change between sessions."""
     return {k: v for k, v in asdict(config).items() if k not in ("log_every", "save_every", "workers", "compile")}

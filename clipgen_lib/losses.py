@@ -51,16 +51,28 @@ def adversarial_loss(fake_logits: torch.Tensor) -> torch.Tensor:
 
 
 def adaptive_weight(
-    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: nn.Parameter, largest: float
-) -> torch.Tensor:
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, images: torch.Tensor, last_layer: nn.Parameter, largest: float,
+    scale: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """|grad of reconstruction| / |grad of adversarial| at the decoder's last layer (arXiv 2012.09841, equation 7).
 
     Clamped to [0, largest]: unclamped it explodes where the discriminator saturates. Not differentiable itself. The gradients
     are those of the whole batch, whatever number of processes share it: one weight for all.
+
+    Args:
+        images: (B, 3, H, W), what both losses look at and `last_layer` has made; the two networks that judge them are gone
+            through once, here, and their part of the graph is freed.
+        scale: of the gradient on its way, () for fp16; what is returned is without it.
+
+    Returns:
+        The weight, and the gradients of the two losses at the images, with which a backward pass can go on.
     """
-    grad_r, grad_a = (processes.mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
-                      for loss in (reconstruction, adversarial))  # fmt: skip
-    return (grad_r.norm() / (grad_a.norm() + 1e-6)).clamp(0, largest).detach()
+    unit = torch.ones_like(reconstruction) * scale
+    slopes = [torch.autograd.grad(loss, images, unit)[0] / scale for loss in (reconstruction, adversarial)]
+    of_r, of_a = (
+        processes.mean(torch.autograd.grad(images, last_layer, slope, retain_graph=True)[0]).norm() for slope in slopes
+    )
+    return (of_r / (of_a + 1e-6)).clamp(0, largest).detach(), *slopes
 
 
 def ramp(step: int, steps: int, start: float, end: float) -> float:

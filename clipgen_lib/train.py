@@ -34,6 +34,7 @@ from .loop import (
     load_whole,
     positions,
     reduced,
+    scale_of,
     scaler_of,
     set_rates,
     spread,
@@ -119,19 +120,24 @@ def train_vqgan(
                 with reduced(accelerator, last, generator, critic):
                     discriminator.requires_grad_(False)
                     with accelerator.autocast():
-                        fake, quantized = forward(real)
+                        features, quantized = forward(real, whole=False)
+                        fake = vqgan.decoder.last(features)  # never compiled: a compiled graph has one backward pass
                         l1, l2, feature_distance = F.l1_loss(fake, real), F.mse_loss(fake, real), perceptual(real, fake)
                         reconstruction = (
                             config.l1_weight * l1 + config.l2_weight * l2 + config.perceptual_weight * feature_distance
                         )
                         scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance}
-                        loss = reconstruction + quantized.codebook_loss + config.beta * quantized.commitment_loss
+                        latent = quantized.codebook_loss + config.beta * quantized.commitment_loss
+                        loss = goal = reconstruction + latent
                         if say > 0:
                             adversarial = adversarial_loss(discriminator(fake))
-                            weight = adaptive_weight(reconstruction, adversarial, vqgan.last_layer, config.adaptive_max)
-                            loss = loss + say * weight * adversarial
+                            weight, *slopes = adaptive_weight(
+                                reconstruction, adversarial, fake, vqgan.last_layer, config.adaptive_max, scale_of(accelerator)
+                            )
                             scalars |= {"adversarial": adversarial, "adaptive_weight": weight}
-                    accelerator.backward(loss / config.accumulate)
+                            loss = loss.detach() + say * weight * adversarial.detach()
+                            goal = (fake * (slopes[0] + say * weight * slopes[1])).sum() + latent  # of the gradient of `loss`
+                    accelerator.backward(goal / config.accumulate)
                     discriminator.requires_grad_(True)
                     with accelerator.autocast():
                         both = critic(torch.cat([real, fake.detach()]))

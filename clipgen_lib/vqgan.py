@@ -156,7 +156,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, Z, h, w) -> (B, 3, H, W), not clamped."""
+    """(B, Z, h, w) -> (B, 3, H, W) float, not clamped."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -173,10 +173,17 @@ class Decoder(nn.Module):
         self.fold = nn.PixelShuffle(config.patch)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.last(self.features(z))
+
+    def features(self, z: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads."""
         h = self.mid(self.conv_in(z))
         for level in self.up:
             h = level(h)
-        return self.fold(self.conv_out(F.silu(self.norm_out(h))))
+        return F.silu(self.norm_out(h))
+
+    def last(self, features: torch.Tensor) -> torch.Tensor:
+        return self.fold(self.conv_out(features)).float()
 
 
 class Quantized(NamedTuple):
@@ -297,10 +304,15 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, Quantized]:
-        """(B, 3, H, W) in [-1, 1] -> reconstructions of the same shape (not clamped), and the quantiser's output."""
+    def forward(self, images: torch.Tensor, whole: bool = True) -> tuple[torch.Tensor, Quantized]:
+        """(B, 3, H, W) in [-1, 1] -> reconstructions of the same shape (not clamped), and the quantiser's output.
+
+        Args:
+            whole: False leaves out `decoder.last`, at which a training weighs its losses: what that layer reads comes out.
+        """
         quantized = self.quantizer(self.quant_conv(self.encoder(images)))
-        return self.decode_codes(quantized.codes), quantized
+        features = self.decoder.features(self.post_quant_conv(quantized.codes))
+        return self.decoder.last(features) if whole else features, quantized
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> tokens (B, h, w) int64.
@@ -319,7 +331,7 @@ class VQGAN(nn.Module):
 
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (B, C, h, w), perhaps soft, -> pictures, not clamped; differentiable in the codes."""
-        return self.decoder(self.post_quant_conv(codes)).float()
+        return self.decoder(self.post_quant_conv(codes))
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -19,13 +19,19 @@ def test_hinge_by_hand():
     assert adversarial_loss(fake).item() == pytest.approx(0.75)
 
 
-def test_adaptive_weight_is_the_ratio_of_gradients_and_is_clamped():
+@pytest.mark.parametrize("scale", [1.0, torch.tensor(1024.0)])
+def test_adaptive_weight_is_the_ratio_of_gradients_and_is_clamped(scale):
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))
-    strong, weak = (layer * torch.tensor([3.0, 4.0])).sum(), (layer * torch.tensor([0.0, 2.0])).sum()
-    assert adaptive_weight(strong, weak, layer, 100.0).item() == pytest.approx(2.5, rel=1e-4)
-    assert adaptive_weight(strong, weak, layer, 1.5).item() == 1.5
-    assert adaptive_weight(strong, 0 * weak, layer, 10.0).item() == 10.0
-    assert not adaptive_weight(strong, weak, layer, 10.0).requires_grad
+
+    def weigh(largest, times=1.0):
+        images = layer * torch.tensor([1.0, 2.0])
+        strong, weak = (images * torch.tensor([3.0, 2.0])).sum(), times * (images * torch.tensor([0.0, 1.0])).sum()
+        return adaptive_weight(strong, weak, images, layer, largest, scale)
+
+    weight, *slopes = weigh(100.0)
+    assert weight.item() == pytest.approx(2.5, rel=1e-4) and not weight.requires_grad
+    assert torch.equal(torch.stack(slopes), torch.tensor([[3.0, 2.0], [0.0, 1.0]]))
+    assert weigh(1.5)[0].item() == 1.5 and weigh(10.0, times=0)[0].item() == 10.0
 
 
 def test_ramp():

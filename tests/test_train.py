@@ -447,15 +447,20 @@ def test_half_precision_without_a_gpu_is_one_sentence(images, preset, clip, tmp_
         stage_one(open_run("r", tmp_path), images, preset, clip, precision="fp16")
 
 
-def test_compiled_training_is_the_plain_one(store, preset, vqgan, clip, tmp_path):
-    settings = {"steps": 3, "precision": "no", "embedding_weight": 0.0, "optimizer": "adamw"}
-    plain = stage_two(open_run("plain", tmp_path), store, preset, vqgan, clip, **settings)
+@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
+def test_compiled_training_is_the_plain_one(stage, images, store, preset, vqgan, clip, tmp_path):
+    settings, found = {"steps": 3, "precision": "no", "optimizer": "adamw"}, []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        compiled = stage_two(open_run("compiled", tmp_path), store, preset, vqgan, clip, compile=True, **settings)
+        for compiled in (False, True):
+            run = open_run(f"{stage}-{compiled}", tmp_path)
+            if stage == "vqgan":  # with the discriminator's say, for which the last layer is asked apart
+                found.append(stage_one(run, images, preset, clip, compile=compiled, adversarial_ramp=(0.0, 0.0), **settings))
+            else:
+                found.append(stage_two(run, store, preset, vqgan, clip, compile=compiled, embedding_weight=0.0, **settings))
     if any("does not work on this machine" in str(w.message) for w in caught):
         pytest.skip("torch.compile does not work on this machine")
-    for a, b in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
+    for a, b in zip(*(module.state_dict().values() for module in found), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
