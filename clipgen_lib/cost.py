@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import ClipConfig, OptimConfig, Preset, TransformerConfig, VQGANConfig
@@ -80,17 +83,16 @@ def count(preset: Preset) -> dict[str, float]:
         transformer, likelihood = _likelihood(preset.transformer, config, _clip_dim(preset), 1)
         vqgan, image = VQGAN(config), torch.empty(1, 3, config.image_size, config.image_size)
         encoder = _image_encoder(preset.clip)
-        size = encoder.image_size if isinstance(encoder.image_size, tuple) else (encoder.image_size,) * 2
         tokens = torch.zeros(1, config.side, config.side, dtype=torch.long)
         codes = torch.empty(1, config.code_dim, config.side, config.side, requires_grad=True)
         for frozen in (vqgan, encoder):
             frozen.requires_grad_(False)
 
         def embedded() -> torch.Tensor:
-            return encoder(F.interpolate(vqgan.decode_codes(codes), size)).float().sum()
+            return encoder(_resized(vqgan.decode_codes(codes), encoder)).float().sum()
 
         with torch.no_grad():
-            encoded = _operations(lambda: (vqgan.encode(image), encoder(torch.empty(1, 3, *size))))
+            encoded = _operations(lambda: (vqgan.encode(image), encoder(_resized(image, encoder))))
             drawn = _operations(likelihood) * (1 if preset.sample.guidance == 1 else 2)  # cached steps add up to one pass
             decoded = _operations(lambda: vqgan.decode(tokens))
         return {
@@ -249,19 +251,55 @@ def need(preset: Preset, gpus: int = 1) -> Need:
     stage1, stage2, config = preset.vqgan_train, preset.transformer_train, preset.vqgan
     device, processes = ("cuda" if gpus else "cpu"), max(gpus, 1)
     pictures, rows = (-(-train.batch_size // (train.accumulate * processes)) for train in (stage1, stage2))
-    critic = (stage1.discriminator_channels, stage1.discriminator_layers)
-    vqgan, vgg, kept1 = _count_vqgan(config, critic, stage1.perceptual == "lpips", pictures, device)
-    transformer, kept2 = _count_transformer(preset.transformer, config, _clip_dim(preset), rows, device)
-    decoded = stage2.embedding_share * rows if stage2.embedding_weight else 0  # through the decoder: at most a whole VQGAN
-    clip = 4 * (151_000_000 if preset.clip.pretrained else 6_000_000)  # ViT-B/32, or the embedded one
-    larger = max(STATE_BYTES * vqgan + kept1, STATE_BYTES * transformer + kept2 + decoded * kept1 / pictures)
-    on_device = MARGIN * (larger + vgg + clip) / 1e9 + (CUDA_GIGABYTES if gpus else 0)
+    sizes = parameters(preset)
+    larger = max(stage_gigabytes(preset, "vqgan", pictures, device), stage_gigabytes(preset, "transformer", rows, device))
+    on_device = larger + (CUDA_GIGABYTES if gpus else 0)
     held = min(preset.shapes.n_train * 3 * config.image_size**2, CACHE_BYTES) / 1e9  # decoded, where no workers decode
     ram = processes * (PYTHON_GIGABYTES + (WORKER_GIGABYTES * stage1.workers if stage1.workers else held))
     ram += 0 if gpus else on_device
     # weights; of each stage the last checkpoints and the best one; and of one stage another that is being written beside these
-    disk = (4 + CHECKPOINT_BYTES * (KEPT + 1)) * (vqgan + transformer) + CHECKPOINT_BYTES * max(vqgan, transformer)
-    return Need(on_device if gpus else ram, ram, disk / 1e9, pictures, vqgan, transformer)
+    disk = (4 + CHECKPOINT_BYTES * (KEPT + 1)) * sum(sizes.values()) + CHECKPOINT_BYTES * max(sizes.values())
+    return Need(on_device if gpus else ram, ram, disk / 1e9, pictures, sizes["vqgan"], sizes["transformer"])
+
+
+def parameters(preset: Preset) -> dict[str, int]:
+    """Parameters that each stage trains, the discriminator's among the first one's."""
+    return {"vqgan": _vqgan_count(preset, 1, "cpu")[0], "transformer": _transformer_count(preset, 1, "cpu")[0]}
+
+
+def stage_gigabytes(preset: Preset, stage: str, pictures: int, device: str = "cuda", decoded: int | None = None) -> float:
+    """GB of the tensors of a stage with so many pictures in a pass: an estimate, without Python and the driver's context.
+
+    Args:
+        stage: `vqgan` or `transformer`, a training step; `extract` or `sample`, without gradients and in float32.
+        device: `cuda` or `cpu`: autocast keeps other tensors in float32 on either.
+        decoded: rows of a pass that the embedding loss is computed on; as the preset has it where None.
+    """
+    frozen = 4 * (151_000_000 if preset.clip.pretrained else 6_000_000)  # ViT-B/32, or the embedded CLIP
+    if stage == "vqgan":
+        trained, vgg, kept = _vqgan_count(preset, pictures, device)
+        own = STATE_BYTES * trained + vgg + kept
+    elif stage == "transformer":
+        train = preset.transformer_train
+        if decoded is None:
+            decoded = max(1, round(train.embedding_share * pictures)) if train.embedding_weight else 0
+        trained, kept = _transformer_count(preset, pictures, device)
+        own = STATE_BYTES * trained + kept
+        if decoded:
+            own += sum(_count_embedding(preset.vqgan, preset.clip, decoded, device))
+    else:
+        own = _count_drawing(preset, pictures, device) if stage == "sample" else _count_encoding(preset.vqgan, preset.clip, pictures, device)  # fmt: skip
+    return MARGIN * (own + frozen) / 1e9
+
+
+def _vqgan_count(preset: Preset, pictures: int, device: str) -> tuple[int, int, int]:
+    train = preset.vqgan_train
+    critic = (train.discriminator_channels, train.discriminator_layers)
+    return _count_vqgan(preset.vqgan, critic, train.perceptual == "lpips", pictures, device)
+
+
+def _transformer_count(preset: Preset, rows: int, device: str) -> tuple[int, int]:
+    return _count_transformer(preset.transformer, preset.vqgan, _clip_dim(preset), rows, device)
 
 
 def _clip_dim(preset: Preset) -> int:
@@ -321,11 +359,57 @@ def _likelihood(
     return transformer, loss
 
 
+@cache
+def _count_embedding(config: VQGANConfig, clip: ClipConfig, rows: int, device: str) -> tuple[int, int]:
+    """Bytes of a frozen VQGAN, and those that the embedding loss of stage 2 keeps on some rows for the backward pass."""
+    with _imagined(device):
+        vqgan, encoder = VQGAN(config).requires_grad_(False), _image_encoder(clip).requires_grad_(False)
+        logits = torch.empty(rows, config.side**2, config.codebook_size, requires_grad=True)
+
+        def loss() -> torch.Tensor:
+            soft = logits.softmax(-1)
+            chosen = F.one_hot(logits.argmax(-1), config.codebook_size).to(soft.dtype) + soft - soft.detach()
+            codes = (chosen @ vqgan.quantizer.codes().to(chosen.dtype)).transpose(1, 2)
+            return encoder(_resized(vqgan.decode_codes(codes.unflatten(2, (config.side, config.side))), encoder)).sum()
+
+        return 4 * _size(vqgan), _kept(loss)
+
+
+@cache
+def _count_encoding(config: VQGANConfig, clip: ClipConfig, pictures: int, device: str) -> int:
+    """Bytes of a VQGAN, and the most that encoding pictures by it and by CLIP has at a time; CLIP's own left out."""
+    with _imagined(device, autocast=False), torch.no_grad():
+        vqgan, encoder = VQGAN(config), _image_encoder(clip)
+        images = torch.empty(pictures, 3, config.image_size, config.image_size)
+        most = _most_at_once(lambda: (vqgan.encode(images), encoder(_resized(images, encoder))))
+        return 4 * _size(vqgan) + images.nbytes + most
+
+
+@cache
+def _count_drawing(preset: Preset, pictures: int, device: str) -> int:
+    """Bytes of VQGAN and transformer, and of keys and values of a picture or of the maps of its decoding, which come later."""
+    config, model = preset.vqgan, preset.transformer
+    with _imagined(device, autocast=False), torch.no_grad():
+        vqgan = VQGAN(config)
+        transformer = ImageTransformer(model, config.codebook_size, config.side**2, _clip_dim(preset))
+        tokens = torch.zeros(pictures, config.side, config.side, dtype=torch.long)
+        maps, weights = _most_at_once(lambda: vqgan.decode(tokens)), 4 * (_size(vqgan) + _size(transformer))
+    rows = pictures * (1 if preset.sample.guidance == 1 else 2)
+    cached = 4 * rows * 2 * model.layers * (config.side**2 + model.condition_tokens) * model.width
+    return weights + max(maps, cached)
+
+
+def _resized(images: torch.Tensor, encoder: nn.Module) -> torch.Tensor:
+    """Pictures in the size that a CLIP's image encoder takes."""
+    size = encoder.image_size if isinstance(encoder.image_size, tuple) else (encoder.image_size,) * 2
+    return F.interpolate(images, size)
+
+
 @contextlib.contextmanager
-def _imagined(device: str) -> Iterator[None]:
+def _imagined(device: str, autocast: bool = True) -> Iterator[None]:
     """Tensors with a shape and a device but no content, under that device's bfloat16 autocast, whether it is here or not."""
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_enabled(device, autocast)
     torch.set_autocast_dtype(device, torch.bfloat16)
     try:
         with FakeTensorMode(), torch.device(device), warnings.catch_warnings():
@@ -349,6 +433,37 @@ def _kept(loss: Callable[[], torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss()
     return sum(storage.nbytes() for storage in kept.values())
+
+
+class _Weighed(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        found = func(*args, **(kwargs or {}))
+        for x in tree_iter(found):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in given | self.known:
+                storage = x.untyped_storage()
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return found
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _most_at_once(call: Callable[[], object]) -> int:
+    """Bytes of all tensors that a call makes, where they are most."""
+    with _Weighed() as weighed:
+        call()
+    return weighed.most
 
 
 def _lpips(device: str) -> nn.Module:

@@ -50,7 +50,7 @@ ENDLESS = 1_000_000  # steps: the clock ends a training, not its configuration
 # ---------------------------------------------------------------------------------------------- the clock
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Raised by a clock that has seen what it wanted."""
 
 
@@ -72,14 +72,14 @@ class Clock:
         """The end of a piece of work.
 
         Raises:
-            _Enough: it was the last one.
+            Enough: it was the last one.
         """
         waiter(torch.device(self.device))()
         self.times.append(time.perf_counter())
         self.told()
         found = self.seconds
         if len(found) >= self.repeats or (len(found) >= 2 and sum(found) > self.most):
-            raise _Enough
+            raise Enough
 
     @property
     def seconds(self) -> list[float]:
@@ -89,7 +89,7 @@ class Clock:
 
 def timed(work: Callable[[Clock], object], clock: Clock) -> list[float]:
     """Seconds of each step of `work`, which calls the clock's `tick` after it, for ever."""
-    with suppress(_Enough):
+    with suppress(Enough):
         work(clock)
     return clock.seconds
 
@@ -135,7 +135,7 @@ def throughput(
     operations, warm_up = count(small), 1 if device == "cpu" else 4
     weights = {stage: operations[stage] * pictures[stage] for stage in STAGES}
     torch.manual_seed(0)
-    clip, found = _clip(preset.clip, device), {}
+    clip, found = clip_of(preset.clip, device), {}
     with (
         tempfile.TemporaryDirectory() as place,
         progress(round((warm_up + repeats) * sum(weights.values()) / 1e9), f"measuring {preset.name}", show_progress) as bar,
@@ -145,9 +145,9 @@ def throughput(
         synthetic_store(store, 20_000, small.vqgan.side**2, clip.dim, codes=small.vqgan.codebook_size)
         for stage in STAGES:
             before = bar.n
-            work = _WORK[stage](small, device, clip, Path(place), pictures[stage])
+            work = WORK[stage](small, device, clip, Path(place), pictures[stage])
             clock = Clock(device, warm_up, repeats, seconds, partial(bar.update, weights[stage] / 1e9))
-            found[stage] = _stage(timed(work, clock), pictures[stage], _pass(preset)[stage], operations[stage], peak)
+            found[stage] = _stage(timed(work, clock), pictures[stage], in_a_pass(preset)[stage], operations[stage], peak)
             found[stage]["precision"] = (
                 getattr(small, f"{stage}_train").precision if stage in ("vqgan", "transformer") else "no"
             )
@@ -172,10 +172,10 @@ def fitted(preset: Preset, device: str) -> tuple[Preset, dict[str, int], list[st
         A preset whose trainings never end, write nothing and have the discriminator's full say from the second step on; the
         pictures of a step in each stage; what differs from the preset, in words.
     """
-    on_cpu, operations, wanted = device == "cpu", count(preset), _pass(preset)
+    on_cpu, operations, wanted = device == "cpu", count(preset), in_a_pass(preset)
     limit = {stage: max(1, int(CPU_OPERATIONS / operations[stage])) if on_cpu else n for stage, n in wanted.items()}
     each, free = {stage: min(n, limit[stage]) for stage, n in wanted.items()}, _free_gigabytes(device)
-    while _gigabytes(small := _with(preset, each, on_cpu), each, on_cpu) > free:
+    while _gigabytes(small := with_pictures(preset, each, on_cpu), each, on_cpu) > free:
         if max(each.values()) == 1:
             raise ClipgenError(f"preset {preset.name} needs {_gigabytes(small, each, on_cpu):.0f} GB with one picture at a time, and {free:.0f} GB are free: measure a smaller preset")  # fmt: skip
         each = {stage: max(1, n // 2) for stage, n in each.items()}
@@ -188,19 +188,24 @@ def fitted(preset: Preset, device: str) -> tuple[Preset, dict[str, int], list[st
     return small, each | sizes, notes
 
 
-def _pass(preset: Preset) -> dict[str, int]:
+def in_a_pass(preset: Preset) -> dict[str, int]:
     """Pictures that each stage of a preset has in memory at a time."""
     trains = {"vqgan": preset.vqgan_train, "transformer": preset.transformer_train}
     each = {stage: train.batch_size // train.accumulate for stage, train in trains.items()}
     return each | {"extract": pictures_at_once(preset.vqgan.image_size), "sample": preset.sample.batch_size}
 
 
-def _with(preset: Preset, each: dict[str, int], on_cpu: bool) -> Preset:
-    """A preset to be measured, of so many pictures in a pass; whole batches where these are the preset's own."""
+def with_pictures(preset: Preset, each: dict[str, int], on_cpu: bool, passes: int = 1) -> Preset:
+    """A preset to be measured, of so many pictures in a pass; whole batches where these are the preset's own.
+
+    Args:
+        passes: to a step, at most, where it is not the preset's own batch.
+    """
 
     def changed(train: OptimConfig, n: int) -> OptimConfig:
         whole = n == train.batch_size // train.accumulate and not on_cpu
-        sizes = {} if whole else {"batch_size": n, "accumulate": 1}
+        to_a_step = min(passes, train.accumulate)
+        sizes = {} if whole else {"batch_size": n * to_a_step, "accumulate": to_a_step}
         return replace(train, **sizes, steps=ENDLESS, save_every=ENDLESS, log_every=1, compile=train.compile and not on_cpu,
                        workers=0 if on_cpu else train.workers)  # fmt: skip
 
@@ -306,10 +311,10 @@ def _drawing(small: Preset, device: str, clip: ClipEmbedder, place: Path, pictur
     return repeated(draw)
 
 
-_WORK = dict(zip(STAGES, (_vqgan_steps, _extraction, _transformer_steps, _drawing), strict=True))
+WORK = dict(zip(STAGES, (_vqgan_steps, _extraction, _transformer_steps, _drawing), strict=True))
 
 
-def _clip(config: ClipConfig, device: str) -> ClipEmbedder:
+def clip_of(config: ClipConfig, device: str) -> ClipEmbedder:
     """The preset's CLIP, of random weights where it would be downloaded."""
     if config.pretrained is None:
         return ClipEmbedder.load(config.name, device=device)
@@ -461,8 +466,10 @@ def store_speed(
             for name, read in readers.items():
                 warm[name].append(_rate(read, chosen))
         found |= {name: {"cold": cold[name], "warm": spread(warm[name])} for name in readers}
-        found["memory"] = {str(n): _memory("print_memory", folder / str(n), batch_size, batches) for n in counts}
-        found["training_memory"] = {str(n): _memory("print_training_memory", folder / str(n), training_steps) for n in counts}
+        found["memory"] = {str(n): in_a_process("print_memory", folder / str(n), batch_size, batches) for n in counts}
+        found["training_memory"] = {
+            str(n): in_a_process("print_training_memory", folder / str(n), training_steps) for n in counts
+        }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return {**found, "machine": machine(), "versions": _versions()}
@@ -539,9 +546,9 @@ def _read_through(folder: Path) -> None:
                 pass
 
 
-def _memory(what: str, *arguments: object) -> dict[str, int]:
-    """Resident bytes, own and of files, that a function of this module prints in a fresh process."""
-    command = f"import sys; from clipgen_lib.scale import {what}; {what}(*sys.argv[1:])"
+def in_a_process(what: str, *arguments: object, module: str = __name__) -> dict:
+    """The JSON that a function of a module prints in a fresh process, which gives memory back as soon as it is freed."""
+    command = f"import sys; from {module} import {what}; {what}(*sys.argv[1:])"
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc, which else keeps what is freed
     done = subprocess.run([sys.executable, "-c", command, *map(str, arguments)], env=os.environ | at_once, capture_output=True,
                           text=True)  # fmt: skip
