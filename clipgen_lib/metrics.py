@@ -339,6 +339,13 @@ def r_precision(
 # ---------------------------------------------------------------------------------------------- speed
 
 
+def spread_moments(dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mean (dim,) and covariance (dim, dim) of two sets of 2 x dim random rows, whose eigenvalues spread as those of features do."""
+    draw, scale = np.random.default_rng(seed), np.linspace(0.1, 2, dim)
+    sets = [draw.normal(size=(2 * dim, dim)) * scale for _ in range(2)]
+    return tuple(part for x in sets for part in (x.mean(0), np.cov(x, rowvar=False)))
+
+
 def distance_speed(dim: int = 2_048, seed: int = 0) -> dict[str, float]:
     """Seconds of our Frechet distance and of pytorch-fid's on the same two covariances of 2 x dim rows, and their ratio.
 
@@ -347,9 +354,7 @@ def distance_speed(dim: int = 2_048, seed: int = 0) -> dict[str, float]:
     """
     from pytorch_fid.fid_score import calculate_frechet_distance
 
-    draw, scale = np.random.default_rng(seed), np.linspace(0.1, 2, dim)  # eigenvalues spread, as features have them
-    sets = [draw.normal(size=(2 * dim, dim)) * scale for _ in range(2)]
-    moments = [part for x in sets for part in (x.mean(0), np.cov(x, rowvar=False))]
+    moments = spread_moments(dim, seed)
     start = time.perf_counter()
     ours = frechet_distance(*moments)
     between = time.perf_counter()

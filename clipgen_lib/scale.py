@@ -461,8 +461,8 @@ def store_speed(
             for name, read in readers.items():
                 warm[name].append(_rate(read, chosen))
         found |= {name: {"cold": cold[name], "warm": spread(warm[name])} for name in readers}
-        found["memory"] = {str(n): _memory("print_memory", folder / str(n), batch_size, batches) for n in counts}
-        found["training_memory"] = {str(n): _memory("print_training_memory", folder / str(n), training_steps) for n in counts}
+        found["memory"] = {str(n): memory("print_memory", folder / str(n), batch_size, batches) for n in counts}
+        found["training_memory"] = {str(n): memory("print_training_memory", folder / str(n), training_steps) for n in counts}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return {**found, "machine": machine(), "versions": _versions()}
@@ -539,9 +539,9 @@ def _read_through(folder: Path) -> None:
                 pass
 
 
-def _memory(what: str, *arguments: object) -> dict[str, int]:
-    """Resident bytes, own and of files, that a function of this module prints in a fresh process."""
-    command = f"import sys; from clipgen_lib.scale import {what}; {what}(*sys.argv[1:])"
+def memory(what: str, *arguments: object, module: str = __name__) -> dict[str, int]:
+    """Resident bytes, own and of files, that a function of a module prints in a fresh process."""
+    command = f"import sys; from {module} import {what}; {what}(*sys.argv[1:])"
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc, which else keeps what is freed
     done = subprocess.run([sys.executable, "-c", command, *map(str, arguments)], env=os.environ | at_once, capture_output=True,
                           text=True)  # fmt: skip

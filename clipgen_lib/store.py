@@ -405,6 +405,18 @@ class _Shard:
             write_json(self.folder / "shard.json", self.state)
 
 
+def disk_work(folder: Path, tokens: torch.Tensor, embeds: torch.Tensor) -> None:
+    """Bring rows, tokens (n, L) and embeddings (n, D), to disk as a shard of an extraction, and delete them: its work there alone."""
+    folder.mkdir(parents=True)
+    try:
+        shard = _Shard(folder / _name(0), {"L": tokens.shape[1], "D": embeds.shape[1]})
+        shard.append(tokens, embeds, list(range(len(tokens))))
+        shard.save()
+        shard.finish()
+    finally:
+        shutil.rmtree(folder)
+
+
 def _finish(partial: Path, folder: Path, meta: dict, shards: int, images: ImageSet) -> None:
     """Write meta.json of what all processes have made, and give the store its name."""
     made = [read_json(partial / _name(j) / "shard.json") for j in range(shards)]

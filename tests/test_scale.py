@@ -165,4 +165,4 @@ def test_a_process_that_fails_says_why(tmp_path, monkeypatch, says, reason):
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ClipgenError, match=f"process whose memory is measured has failed: {reason}"):
-        scale._memory("print_memory", tmp_path, 4, 1)
+        scale.memory("print_memory", tmp_path, 4, 1)
