@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
+from .bench_passes import evaluation, extraction
 from .bench_sampling import sampling
 from .runs import read_json, write_json
 from .timing import DTYPES, is_met, limits, machine
 
-SECTIONS: dict[str, Callable[..., dict]] = {"sampling": sampling}
+SECTIONS: dict[str, Callable[..., dict]] = {"sampling": sampling, "extraction": extraction, "evaluation": evaluation}
 
 
 def run(only: tuple[str, ...], output: Path, device: torch.device, rounds: int = 3) -> dict:

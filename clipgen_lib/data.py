@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from . import shapes
@@ -55,7 +56,7 @@ class Files:
         return self.root / self.names[row]
 
     def facts(self) -> Iterator[str]:
-        return (f"{name}:{(self.root / name).stat().st_size};" for name in self.names)
+        return (f"{name}:{os.stat(os.path.join(self.root, name)).st_size};" for name in self.names)
 
     def captions(self, skipped: dict[str, str]) -> list[tuple[str, ...]] | None:
         return self._captions and self._captions()
@@ -109,7 +110,7 @@ class ImageSet(Dataset):
 
     def place(self, row: int) -> str:
         """What an error calls a picture: its path, or that of its shard and its name there."""
-        return str(self.root / self.names[row])
+        return os.path.join(self.root, self.names[row])
 
     @property
     def paths(self) -> list[Path]:
@@ -358,6 +359,20 @@ class _Crops(Dataset):
         return row, crop(image, self.source.size, at)
 
 
+class _Squares(NamedTuple):
+    rows: list[int]  # those that could be read
+    pictures: torch.Tensor  # (len(rows), 3, S, S) uint8
+    failed: list[tuple[int, str]]  # row, why not
+
+
+def _stacked(size: int, items: list[tuple[int, torch.Tensor | str]]) -> _Squares:
+    """Items of `_Crops` as one batch; in a worker the pictures are laid straight into the memory that is shared, as one piece."""
+    rows = [row for row, x in items if isinstance(x, torch.Tensor)]
+    pictures = [x for _, x in items if isinstance(x, torch.Tensor)]
+    failed = [(row, x) for row, x in items if isinstance(x, str)]
+    return _Squares(rows, default_collate(pictures) if rows else torch.empty(0, 3, size, size, dtype=torch.uint8), failed)
+
+
 @contextmanager
 def dead_workers_told(images: ImageSet, workers: int) -> Iterator[None]:
     """A process that read pictures and was killed as one sentence: torch raises wherever the main thread is at that moment."""
@@ -369,11 +384,12 @@ def dead_workers_told(images: ImageSet, workers: int) -> Iterator[None]:
         raise ClipgenError(f"a process that reads pictures of {images.root} was killed, most often for want of memory or of /dev/shm ({str(error).splitlines()[0]}): take fewer workers than {workers}, or give more of both") from None  # fmt: skip
 
 
-def _loader(crops: _Crops, batches: Iterable, workers: int) -> Iterator[list[tuple[int, torch.Tensor | str]]]:
+def _loader(crops: _Crops, batches: Iterable, workers: int) -> Iterator[_Squares]:
     # a generator of its own: a loader otherwise draws from the global one, and a resumed run would differ
     own = torch.Generator().manual_seed(0)
     with dead_workers_told(crops.source, workers):
-        yield from DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own)
+        together = partial(_stacked, crops.source.size)
+        yield from DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=together, generator=own)
 
 
 def training_batches(
@@ -404,13 +420,16 @@ def training_batches(
         rows = batch_rows(len(images), batch_size, seed, step, images.blocks, images.window).tolist()
         return [(rows[i], step * batch_size + i) for i in range(rank * share, (rank + 1) * share)]
 
-    for items in _loader(_Crops(images, flip, random_crop, seed), _Steps(map(keys, steps), len(steps)), workers):
-        good = [x for _, x in items if isinstance(x, torch.Tensor)]
-        _record(images, items)
-        if not good:
-            raise ClipgenError(f"none of {len(items)} pictures of {images.root} could be read ({items[0][1]}): check the data")
-        good += [good[i % len(good)] for i in range(len(items) - len(good))]
-        yield torch.stack(good)
+    for rows, pictures, failed in _loader(
+        _Crops(images, flip, random_crop, seed), _Steps(map(keys, steps), len(steps)), workers
+    ):
+        _record(images, failed)
+        if not rows:
+            raise ClipgenError(
+                f"none of {len(failed)} pictures of {images.root} could be read ({failed[0][1]}): check the data"
+            )
+        again = torch.arange(len(failed)) % len(rows)
+        yield torch.cat([pictures, pictures[again]]) if failed else pictures
 
 
 class _Steps:
@@ -430,17 +449,22 @@ def ordered_batches(
     images: ImageSet, rows: list[int] | range, batch_size: int, workers: int = 0
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Centre crops of the given rows in order: (rows that could be read, (b, 3, S, S) uint8), unreadable ones left out."""
-    keys = [[(row, 0) for row in rows[i : i + batch_size]] for i in range(0, len(rows), batch_size)]
-    for items in _loader(_Crops(images, False, False, 0), keys, workers):
-        good = [(row, x) for row, x in items if isinstance(x, torch.Tensor)]
-        _record(images, items)
-        yield [row for row, _ in good], torch.stack([x for _, x in good]) if good else torch.empty(0, 3, images.size, images.size, dtype=torch.uint8)  # fmt: skip
+    yield from picture_batches(images, [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], workers)
 
 
-def _record(images: ImageSet, items: list[tuple[int, torch.Tensor | str]]) -> None:
-    for row, x in items:
-        if isinstance(x, str):
-            images.skipped[images.names[row]] = x.replace(images.place(row), images.names[row])
+def picture_batches(
+    images: ImageSet, batches: Sequence[Sequence[int]], workers: int = 0
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """The same of batches of any sizes, all by one loader, whose workers read ahead of what is asked for."""
+    keys = ([(row, 0) for row in rows] for rows in batches)
+    for rows, pictures, failed in _loader(_Crops(images, False, False, 0), _Steps(keys, len(batches)), workers):
+        _record(images, failed)
+        yield rows, pictures
+
+
+def _record(images: ImageSet, failed: list[tuple[int, str]]) -> None:
+    for row, why in failed:
+        images.skipped[images.names[row]] = why.replace(images.place(row), images.names[row])
 
 
 def augmented_rows(images: ImageSet, rows: np.ndarray, seed: int, step: int, flip: bool) -> tuple[np.ndarray, torch.Tensor]:

@@ -46,7 +46,8 @@ def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
                     raise ClipgenError(f"{path} has {image.width}x{image.height} pixels, more than {MAX_ASPECT} times as long as wide: crop it")  # fmt: skip
                 if image.format == "JPEG":
                     image.draft("RGB", (2 * size, 2 * size))  # decodes at a coarser scale where that is enough
-                image = to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)  # a copy only where it has to be turned
+                image = to_rgb(image)
                 short = min(image.size)
                 target = [max(size, round(side * size / short)) for side in image.size]
                 if target != list(image.size):
@@ -73,7 +74,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop(image: torch.Tensor, size: int, at: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
@@ -85,7 +86,8 @@ def crop(image: torch.Tensor, size: int, at: tuple[float, float] = (0.5, 0.5)) -
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    half = torch.full((), 127.5, device=images.device)  # a GPU would multiply by the reciprocal of a plain number: other bits
+    return images.float() / half - 1
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,16 @@ class GaussianStatistics:
     def __init__(self) -> None:
         self.n, self.total, self.outer = 0, 0.0, 0.0
 
+    @torch.inference_mode(False)  # what is added to in place must be a tensor of the plain kind, wherever it is called from
     def add(self, features: torch.Tensor) -> None:
         """features: (B, d), finite."""
         x = features.detach().cpu().double()
         if not torch.isfinite(x).all():
             raise ClipgenError("a feature is not finite: look for NaN pixels in the pictures that are evaluated")
-        self.n, self.total, self.outer = self.n + len(x), self.total + x.sum(0), self.outer + x.T @ x
+        if not self.n:
+            self.outer = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        self.n, self.total = self.n + len(x), self.total + x.sum(0)
+        self.outer.addmm_(x.T, x)  # in place: at 2,048 dimensions new matrices would take longer than the product
 
     def moments(self) -> Moments:
         """Mean (d,) and unbiased covariance (d, d), float64."""
@@ -57,8 +61,10 @@ class GaussianStatistics:
     def state(self) -> dict:
         return {"n": self.n, "total": self.total, "outer": self.outer}
 
+    @torch.inference_mode(False)
     def restore(self, state: dict) -> None:
-        self.n, self.total, self.outer = state["n"], state["total"], state["outer"]
+        self.n, self.total = state["n"], state["total"]
+        self.outer = state["outer"].clone() if self.n else 0.0
 
 
 class FeatureSample:
@@ -72,6 +78,7 @@ class FeatureSample:
         self.size, self.seed, self.n = size, seed, 0
         self.keys: list[float] = []
         self.rows: list[torch.Tensor] = []
+        self._worst: int | None = None  # where the largest key is, once all places are taken
 
     def add(self, features: torch.Tensor) -> None:
         """features: (B, d)."""
@@ -80,8 +87,11 @@ class FeatureSample:
             if len(self.keys) < self.size:
                 self.keys.append(key)
                 self.rows.append(row.clone())
-            elif key < self.keys[worst := int(np.argmax(self.keys))]:
-                self.keys[worst], self.rows[worst] = key, row.clone()
+                continue
+            if self._worst is None:
+                self._worst = int(np.argmax(self.keys))
+            if key < self.keys[self._worst]:
+                self.keys[self._worst], self.rows[self._worst], self._worst = key, row.clone(), None
 
     def features(self) -> torch.Tensor:
         """The rows that were kept, (min(N, size), d) float32, in an order that says nothing of how they came."""
@@ -91,7 +101,7 @@ class FeatureSample:
         return {"n": self.n, "keys": self.keys, "rows": torch.stack(self.rows) if self.rows else torch.empty(0, 0)}
 
     def restore(self, state: dict) -> None:
-        self.n, self.keys, self.rows = state["n"], list(state["keys"]), list(state["rows"])
+        self.n, self.keys, self.rows, self._worst = state["n"], list(state["keys"]), list(state["rows"]), None
 
 
 class ClassSums:
@@ -329,6 +339,13 @@ def r_precision(
 # ---------------------------------------------------------------------------------------------- speed
 
 
+def spread_moments(dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mean (dim,) and covariance (dim, dim) of two sets of 2 x dim random rows, whose eigenvalues spread as those of features do."""
+    draw, scale = np.random.default_rng(seed), np.linspace(0.1, 2, dim)
+    sets = [draw.normal(size=(2 * dim, dim)) * scale for _ in range(2)]
+    return tuple(part for x in sets for part in (x.mean(0), np.cov(x, rowvar=False)))
+
+
 def distance_speed(dim: int = 2_048, seed: int = 0) -> dict[str, float]:
     """Seconds of our Frechet distance and of pytorch-fid's on the same two covariances of 2 x dim rows, and their ratio.
 
@@ -337,9 +354,7 @@ def distance_speed(dim: int = 2_048, seed: int = 0) -> dict[str, float]:
     """
     from pytorch_fid.fid_score import calculate_frechet_distance
 
-    draw, scale = np.random.default_rng(seed), np.linspace(0.1, 2, dim)  # eigenvalues spread, as features have them
-    sets = [draw.normal(size=(2 * dim, dim)) * scale for _ in range(2)]
-    moments = [part for x in sets for part in (x.mean(0), np.cov(x, rowvar=False))]
+    moments = spread_moments(dim, seed)
     start = time.perf_counter()
     ours = frechet_distance(*moments)
     between = time.perf_counter()

@@ -147,7 +147,7 @@ def throughput(
             before = bar.n
             work = WORK[stage](small, device, clip, Path(place), pictures[stage])
             clock = Clock(device, warm_up, repeats, seconds, partial(bar.update, weights[stage] / 1e9))
-            found[stage] = _stage(timed(work, clock), pictures[stage], in_a_pass(preset)[stage], operations[stage], peak)
+            found[stage] = _stage(timed(work, clock), pictures[stage], in_a_pass(preset, device)[stage], operations[stage], peak)
             found[stage]["precision"] = (
                 getattr(small, f"{stage}_train").precision if stage in ("vqgan", "transformer") else "no"
             )
@@ -172,7 +172,7 @@ def fitted(preset: Preset, device: str) -> tuple[Preset, dict[str, int], list[st
         A preset whose trainings never end, write nothing and have the discriminator's full say from the second step on; the
         pictures of a step in each stage; what differs from the preset, in words.
     """
-    on_cpu, operations, wanted = device == "cpu", count(preset), in_a_pass(preset)
+    on_cpu, operations, wanted = device == "cpu", count(preset), in_a_pass(preset, device)
     limit = {stage: max(1, int(CPU_OPERATIONS / operations[stage])) if on_cpu else n for stage, n in wanted.items()}
     each, free = {stage: min(n, limit[stage]) for stage, n in wanted.items()}, _free_gigabytes(device)
     while _gigabytes(small := with_pictures(preset, each, on_cpu), each, on_cpu) > free:
@@ -188,11 +188,11 @@ def fitted(preset: Preset, device: str) -> tuple[Preset, dict[str, int], list[st
     return small, each | sizes, notes
 
 
-def in_a_pass(preset: Preset) -> dict[str, int]:
+def in_a_pass(preset: Preset, device: str) -> dict[str, int]:
     """Pictures that each stage of a preset has in memory at a time."""
     trains = {"vqgan": preset.vqgan_train, "transformer": preset.transformer_train}
     each = {stage: train.batch_size // train.accumulate for stage, train in trains.items()}
-    return each | {"extract": pictures_at_once(preset.vqgan.image_size), "sample": preset.sample.batch_size}
+    return each | {"extract": pictures_at_once(preset.vqgan.image_size, device), "sample": preset.sample.batch_size}
 
 
 def with_pictures(preset: Preset, each: dict[str, int], on_cpu: bool, passes: int = 1) -> Preset:
@@ -358,7 +358,7 @@ def _versions() -> dict[str, str]:
 
 def decode_speed(size: int, photos: int = 16, repeats: int = 5, seconds: float = 15.0) -> dict:
     """Pictures a second that one process reads from JPEG bytes and crops to `size`, of synthetic photos as large as COCO's."""
-    files = [_photo(seed) for seed in range(photos)]
+    files = [photo(seed) for seed in range(photos)]
 
     def decode() -> None:
         for file in files:
@@ -369,7 +369,7 @@ def decode_speed(size: int, photos: int = 16, repeats: int = 5, seconds: float =
             "pictures_per_second": spread([1 / s for s in taken], photos)}  # fmt: skip
 
 
-def _photo(seed: int, width: int = 640, height: int = 480) -> bytes:
+def photo(seed: int, width: int = 640, height: int = 480) -> bytes:
     """A JPEG of noise with the spectrum of photos, 1/f; about as many bytes as a photo of COCO's, 150 kB."""
     draw = np.random.default_rng(seed)
     f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])

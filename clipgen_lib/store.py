@@ -12,6 +12,9 @@ import errno
 import math
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 
 from . import processes
 from .clip_embed import ClipEmbedder
-from .data import ImageSet, dead_workers_told, ordered_batches
+from .data import ImageSet, dead_workers_told, picture_batches
 from .images import to_float
 from .runs import (
     ClipgenError,
@@ -43,7 +46,7 @@ FILES = {"tokens": ("tokens.u16", np.uint16), "embeds": ("embeds.f16", np.float1
 MADE_OF = ("vqgan_hash", "clip_hash", "clip", "data", "split", "data_hash", "transform")  # the texts in meta.json
 MOST_SHARDS = 128  # quickly opened, and enough of them for every process of a launch to have its share
 SHARD_ROWS = 2_048  # of pictures that a shard covers, or a multiple of it
-ROUND = 16  # batches between two states on disk
+SAVE_SECONDS = 5.0  # between two states on disk: after every batch a GPU would wait for the disk
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -225,9 +228,12 @@ def shard_span(n: int, rows: int = SHARD_ROWS) -> int:
     return rows * -(-n // (rows * MOST_SHARDS))
 
 
-def pictures_at_once(size: int) -> int:
-    """Of an extraction, for pictures of `size` pixels: 256 of 64 pixels, 16 of 256, which take the same memory."""
-    return min(256, max(16, 2**20 // size**2))
+def pictures_at_once(size: int, device: str | torch.device = "cpu") -> int:
+    """Of an extraction, for pictures of `size` pixels: on a GPU 256 of 64 pixels, 16 of 256, which take the same memory.
+
+    On a CPU a quarter, but 16 at least: its caches hold no more, and larger batches are slower there.
+    """
+    return min(256, max(16, 2**20 // size**2)) if torch.device(device).type == "cuda" else min(64, max(16, 2**18 // size**2))
 
 
 @torch.inference_mode()
@@ -279,10 +285,16 @@ def extract(
         parts = {j: range(starts[j], min(starts[j] + job["span"], meta["N"])) for j in mine}
         total, done = sum(map(len, parts.values())), sum(shard.state["read"] for shard in shards.values())
         show = show_progress and processes.is_first()  # its own share
-        with stoppable() as stop, progress(total, f"extracting {images.split}", show, done) as bar:
+        plan = {j: _batches(parts[j], shards[j].state["read"], len(images), batch_size) for j in mine}
+        rows = [range(part.start % len(images), part.start % len(images) + len(part)) for j in mine for part in plan[j]]
+        with (
+            stoppable() as stop,
+            progress(total, f"extracting {images.split}", show, done) as bar,
+            dead_workers_told(images, workers),
+            closing(picture_batches(images, rows, workers)) as reading,  # one for all shards: workers that start anew are slow
+        ):
             for j in mine:
-                with dead_workers_told(images, workers):
-                    _fill(shards[j], parts[j], images, vqgan, clip, batch_size, workers, stop, bar)
+                _fill(shards[j], plan[j], reading, images, vqgan, clip, stop, bar)
             stop.raise_if_asked(lambda: None, f"after the extraction of {images.split}")
         processes.wait()
         if processes.is_first():
@@ -293,29 +305,46 @@ def extract(
     return store
 
 
+def _batches(part: range, read: int, n: int, batch_size: int) -> list[range]:
+    """What is left of a part after the first `read` of it; no batch holds pictures and mirrored ones, from n on, at once."""
+    found, first = [], part.start + read
+    while first < part.stop:
+        stop = min(first + batch_size, part.stop, n if first < n else part.stop)
+        found.append(range(first, stop))
+        first = stop
+    return found
+
+
 def _fill(
-    shard: _Shard, part: range, images: ImageSet, vqgan: VQGAN, clip: ClipEmbedder, batch_size: int, workers: int,
-    stop: Stop, bar,
+    shard: _Shard, batches: list[range], reading: Iterator[tuple[list[int], torch.Tensor]], images: ImageSet, vqgan: VQGAN,
+    clip: ClipEmbedder, stop: Stop, bar,
 ) -> None:  # fmt: skip
-    """Make what a shard still lacks of its part; pictures from len(images) on are the mirrored ones."""
+    """Make what a shard still lacks; `reading` gives the pictures of its batches, and after them those of the next shard."""
     known, images.skipped = images.skipped, shard.state["skipped"]  # those of this part alone, whoever makes it
+    saved = time.monotonic()
     try:
-        while todo := part[shard.state["read"] :]:
-            # a round of several batches for one loader, then the state on disk moves forward with the data
-            mirrored, first = divmod(todo[0], len(images))
-            rows = range(first, min(first + len(todo), first + ROUND * batch_size, len(images)))
-            for kept, squares in ordered_batches(images, rows, batch_size, workers):
-                if kept:
-                    x = to_float(squares.flip(3) if mirrored else squares).to(clip.device)
-                    shard.append(vqgan.encode(x).flatten(1), clip.images(x), kept)
-                read = min(batch_size, len(rows))
-                shard.state["read"], rows = shard.state["read"] + read, rows[read:]
-                bar.update(read)
-                stop.raise_if_asked(shard.save, f"in the extraction of {images.split}")
+        for batch in batches:
+            kept, squares = next(reading)
+            if kept:
+                x = _on(clip.device, squares)
+                x = to_float(x.flip(3) if batch.start >= len(images) else x)
+                shard.append(vqgan.encode(x).flatten(1), clip.images(x), kept)
+            shard.state["read"] += len(batch)
+            bar.update(len(batch))
+            stop.raise_if_asked(shard.save, f"in the extraction of {images.split}")
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                shard.save()
+                saved = time.monotonic()
+        if batches:
             shard.save()
         shard.finish()
     finally:
         images.skipped = known
+
+
+def _on(device: torch.device, squares: torch.Tensor) -> torch.Tensor:
+    """Pictures on a device; a GPU fetches them while it computes on others."""
+    return squares.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else squares.to(device)
 
 
 class _Shard:
@@ -335,7 +364,8 @@ class _Shard:
             found = read_json(folder / "shard.json")
             if found.get("of") == of and self._is_there(found):
                 self.state = found
-        self.pending: list[dict[str, np.ndarray]] = []  # batches that are not on disk
+        self.pending: list[dict[str, torch.Tensor]] = []  # batches that are not on disk; what a GPU gives may be on its way
+        self.gpu: torch.device | None = None
 
     def _is_there(self, state: dict) -> bool:
         """Whether a state is one of ours and the files hold what it says."""
@@ -350,16 +380,19 @@ class _Shard:
 
     def append(self, tokens: torch.Tensor, embeds: torch.Tensor, rows: list[int]) -> None:
         """tokens: (b, L) int64. embeds: (b, D) float32."""
-        batch = {"tokens": tokens.cpu().numpy(), "embeds": embeds.cpu().numpy(), "rows": np.array(rows)}
-        self.pending.append({key: values.astype(FILES[key][1]) for key, values in batch.items()})
+        self.gpu = tokens.device if tokens.is_cuda else None
+        tokens, embeds = (x.to("cpu", non_blocking=x.is_cuda) for x in (tokens, embeds))
+        self.pending.append({"tokens": tokens, "embeds": embeds, "rows": torch.tensor(rows)})
 
     def save(self) -> None:
         """Bring the files and then the state to disk."""
+        if self.gpu is not None:
+            torch.cuda.synchronize(self.gpu)  # here alone it is waited for
         for key, path in self.paths.items():
             # written, not mapped: a full disk is then an error and not a signal that kills
             with open(path, "ab") as stream:
                 stream.truncate(self.state["rows"] * self.row_bytes[key])  # what a kill left behind the rows that count
-                stream.writelines(batch[key].tobytes() for batch in self.pending)
+                stream.writelines(batch[key].numpy().astype(FILES[key][1]).tobytes() for batch in self.pending)
                 stream.flush()
                 os.fsync(stream.fileno())
         self.state["rows"] += sum(len(batch["rows"]) for batch in self.pending)
@@ -370,6 +403,18 @@ class _Shard:
         if "hash" not in self.state:
             self.state["hash"] = file_hash(*self.paths.values())
             write_json(self.folder / "shard.json", self.state)
+
+
+def disk_work(folder: Path, tokens: torch.Tensor, embeds: torch.Tensor) -> None:
+    """Bring rows, tokens (n, L) and embeddings (n, D), to disk as a shard of an extraction, and delete them: its work there alone."""
+    folder.mkdir(parents=True)
+    try:
+        shard = _Shard(folder / _name(0), {"L": tokens.shape[1], "D": embeds.shape[1]})
+        shard.append(tokens, embeds, list(range(len(tokens))))
+        shard.save()
+        shard.finish()
+    finally:
+        shutil.rmtree(folder)
 
 
 def _finish(partial: Path, folder: Path, meta: dict, shards: int, images: ImageSet) -> None:

@@ -226,8 +226,8 @@ class Workbench:
         with self._timed("extract"):
             for split, flip in (("val", False), ("train", settings.flip)):
                 images = self.images(split)
-                store = extract(images, vqgan, self.clip, self.run.path / "store" / split, flip, pictures_at_once(images.size),
-                                settings.workers)  # fmt: skip
+                store = extract(images, vqgan, self.clip, self.run.path / "store" / split, flip,
+                                pictures_at_once(images.size, self.device), settings.workers)  # fmt: skip
                 if images.skipped:
                     self._record(skipped=images.skipped)
         return store

@@ -72,7 +72,7 @@ def test_every_stage_takes_the_preset_s_own_steps(measured):
     found, passes = measured
     assert {stage: v["pictures"] for stage, v in found["stages"].items()} == {
         "vqgan": 16,
-        "extract": 256,
+        "extract": 64,
         "transformer": 32,
         "sample": 128,
     }

@@ -216,7 +216,7 @@ def broken(images, tmp_path):
 
 
 def test_killed_at_any_moment_and_started_again_it_is_the_same(broken, tmp_path, kill_at, monkeypatch):
-    monkeypatch.setattr(store_module, "ROUND", 2)
+    monkeypatch.setattr(store_module, "SAVE_SECONDS", 0)
     kill_at(None)
     store = made(broken, tmp_path / "whole")
     whole, moments = contents(store.folder), kill_at.moments
@@ -314,23 +314,33 @@ def test_a_full_disk_is_one_sentence(broken, tmp_path, monkeypatch):
 
 
 def test_interrupted_extraction_goes_on(store, images, vqgan, clip, tmp_path, monkeypatch):
-    real, calls = store_module.ordered_batches, []
+    monkeypatch.setattr(store_module, "SAVE_SECONDS", 0)
+    real, asked = store_module.picture_batches, []
 
-    def breaks(*args):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(args)
-        yield from real(*args)
+    def breaks(images, rows, workers):
+        asked.append(rows)
+        for number, batch in enumerate(real(images, rows, workers)):
+            if number == 7 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield batch
 
-    monkeypatch.setattr(store_module, "ordered_batches", breaks)
-    with pytest.raises(KeyboardInterrupt):  # rounds of 16 batches of 1: the third round never comes
-        extract(images, vqgan, clip, tmp_path / "again", batch_size=1)
+    monkeypatch.setattr(store_module, "picture_batches", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, vqgan, clip, tmp_path / "again", batch_size=4)
     assert not (tmp_path / "again").exists()
-    monkeypatch.setattr(store_module, "ordered_batches", lambda *a: (calls.append(a), real(*a))[1])
-    extract(images, vqgan, clip, tmp_path / "again", batch_size=1)
-    assert len(calls) == 3 and calls[2][1] == range(32, 40)
+    extract(images, vqgan, clip, tmp_path / "again", batch_size=4)
+    assert asked[0] == [range(i, i + 4) for i in range(0, 40, 4)] and asked[1] == asked[0][7:]
     for name in ("tokens.u16", "rows.i32"):
         assert (tmp_path / "again" / "00000" / name).read_bytes() == (store.folder / "00000" / name).read_bytes()
+
+
+def test_a_part_is_read_in_the_same_batches_wherever_it_was_left():
+    """Of 10 pictures and their mirror images, positions 6 to 17: no batch across the mirror, and none that a halt moves."""
+    whole = store_module._batches(range(6, 17), 0, 10, 3)
+    assert whole == [range(6, 9), range(9, 10), range(10, 13), range(13, 16), range(16, 17)]
+    for done in range(len(whole)):
+        assert store_module._batches(range(6, 17), sum(map(len, whole[:done])), 10, 3) == whole[done:]
+    assert store_module._batches(range(6, 17), 11, 10, 3) == []
 
 
 def test_unreadable_pictures_have_no_row(tmp_path, world, vqgan, clip):
