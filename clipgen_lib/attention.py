@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 
@@ -20,18 +18,12 @@ def attend(
     """
     if q.device.type != "cpu" or not q.requires_grad or attn_mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p)
-    scale, (length, seen) = q.shape[-1] ** -0.5, (q.shape[-2], k.shape[-2])
+    scale = q.shape[-1] ** -0.5
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
     if is_causal:
-        mask = _later(length, seen, q.dtype).expand(len(flat_q), -1, -1)
-        scores = torch.baddbmm(mask, flat_q, flat_k.transpose(1, 2), alpha=scale)
+        later = q.new_full((1, q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
+        scores = torch.baddbmm(later.expand(len(flat_q), -1, -1), flat_q, flat_k.transpose(1, 2), alpha=scale)
     else:
         scores = torch.bmm(flat_q * scale, flat_k.transpose(1, 2))
     weights = F.dropout(scores.softmax(-1), dropout_p)
     return torch.bmm(weights.to(flat_v.dtype), flat_v).view(*q.shape[:-1], v.shape[-1])
-
-
-@cache
-def _later(length: int, seen: int, dtype: torch.dtype) -> torch.Tensor:
-    """(1, T, T') of zeros, and of minus infinity where a key comes after a query."""
-    return torch.full((1, length, seen), float("-inf"), dtype=dtype).triu(1)

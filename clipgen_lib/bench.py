@@ -14,10 +14,13 @@ import torch
 
 from .bench_passes import evaluation, extraction
 from .bench_sampling import sampling
+from .bench_training import transformer, vqgan
 from .runs import read_json, write_json
 from .timing import DTYPES, is_met, limits, machine
 
-SECTIONS: dict[str, Callable[..., dict]] = {"sampling": sampling, "extraction": extraction, "evaluation": evaluation}
+SECTIONS: dict[str, Callable[..., dict]] = {
+    "sampling": sampling, "transformer": transformer, "vqgan": vqgan, "extraction": extraction, "evaluation": evaluation,
+}  # fmt: skip
 
 
 def run(only: tuple[str, ...], output: Path, device: torch.device, rounds: int = 3) -> dict:

@@ -165,7 +165,7 @@ def evaluation(
     for name, (network, n) in networks.items():
         for radii in ((0,), RADII) if network.protocol == "clip" else ((0,),):
             _add_pass(found, network, name, n, radii, rounds, device)
-    grown = {str(n): scale.memory("print_pass_memory", n, device, module=__name__)["own"] for n in counts}
+    grown = {str(n): scale.in_a_process("print_pass_memory", n, device, module=__name__)["own"] for n in counts}
     growth = (grown[str(counts[1])] - grown[str(counts[0])]) / 1e9
     what = f"pass of {counts[1]:,} pictures"
     found["table"].append(row(what, f"own memory beyond one of {counts[0]:,}", spread([growth]), GOALS["growth"], most=True, unit="GB"))  # fmt: skip

@@ -64,7 +64,8 @@ def sampling(
             found["table"].append(row(what, "of the bandwidth limit", reached, GOALS["limit"].get(batch), unit="%"))
             found["details"].append({
                 "dtype": dtype, "batch": batch, "seconds": {name: spread(values) for name, values in seconds.items()},
-                "limit_seconds": least, "profile": profiled(ours, device),
+                "limit_seconds": least, "bytes": read_bytes(transformer) * length, "profile": profiled(ours, device),
+                "operations": 2 * batch * length * read_bytes(transformer) // transformer.head.weight.element_size(),
             })  # fmt: skip
         found["table"] += _guidance(transformer, dtype, rounds, device)
     return found

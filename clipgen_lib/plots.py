@@ -323,3 +323,70 @@ def costs(projected: dict[str, list[dict]], title: str) -> Figure:
     axes[0, -1].legend(fontsize=7)
     figure.suptitle(f"{title}\nover a bar: hours of both trainings, and efficiency against one GPU")
     return figure
+
+
+def against_peers(sections: dict[str, dict], title: str) -> Figure:
+    """Rows of a speed file that have a goal: bars with their spread, the goal as a tick; more is better left, less is better right.
+
+    Args:
+        sections: name -> what `bench.run` found, with `table` of `timing.row`s.
+    """
+    rows = [(name, row) for name, part in sections.items() for row in part["table"] if row["asked"] is not None]
+    halves = {False: "times as fast, or share of the limit", True: "times as long, or share of the step"}
+    found = {most: [pair for pair in rows if pair[1]["most"] == most and pair[1]["unit"] in "x%"] for most in halves}
+    height = 0.26 * max(map(len, found.values())) + 1.0
+    figure, axes = plt.subplots(1, 2, figsize=(13, height))
+    colours = {name: f"C{i}" for i, name in enumerate(sections)}
+    for axis, (most, label) in zip(axes, halves.items(), strict=True):
+        for place, (name, row) in enumerate(found[most]):
+            value, low, high = (row["value"][key] for key in ("median", "least", "most"))
+            axis.barh(place, value, color=colours[name], xerr=[[value - low], [high - value]], ecolor="grey")
+            axis.plot([row["asked"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
+        axis.set_yticks(
+            range(len(found[most])), [f"{name}: {row['what']}; {row['peer']}" for name, row in found[most]], fontsize=7
+        )
+        axis.invert_yaxis()
+        axis.set(xlabel=f"{label} (black: the goal, {'at most' if most else 'at least'})", xscale="log")
+        axis.grid(alpha=0.3, axis="x")
+    figure.suptitle(title)
+    return figure
+
+
+def roofline(points: dict[str, dict], limits: dict[str, float], title: str) -> Figure:
+    """Operations a second of stages over their operations to a byte, under what the machine reaches (Williams et al. 2009).
+
+    Args:
+        points: name -> `operations`, `bytes` moved at least, `seconds`.
+        limits: as `timing.limits` gives them.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    intensity = np.logspace(-1, 4, 200)
+    for dtype, style in (("float32", "--"), ("bfloat16", "-")):
+        roof = np.minimum(intensity * limits["copy"], limits[f"matmul_{dtype}"])
+        axis.plot(intensity, roof / 1e9, style, color="black", label=f"copy, and matmul in {dtype}")
+    for i, (name, point) in enumerate(points.items()):
+        x, y = point["operations"] / point["bytes"], point["operations"] / point["seconds"] / 1e9
+        axis.plot(x, y, "os^vDP*X"[i % 8], color=f"C{i % 10}", label=name)
+    axis.set(
+        xscale="log", yscale="log", xlabel="operations to a byte of weights and their state", ylabel="GFLOP/s", title=title
+    )
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def stage_seconds(runs: dict[str, dict[str, float]], title: str) -> Figure:
+    """Seconds of each stage of some runs, laid end to end."""
+    figure, axis = plt.subplots(figsize=(8, 0.6 * len(runs) + 1.2))
+    stages = [stage for stage in next(iter(runs.values())) if stage not in ("total", "per_image")]
+    begun = np.zeros(len(runs))
+    for stage in stages:
+        taken = np.array([seconds[stage] for seconds in runs.values()])
+        axis.barh(list(runs), taken, left=begun, label=stage)
+        for place, (start, width) in enumerate(zip(begun, taken, strict=True)):
+            axis.text(start + width / 2, place, f"{width:.0f}", ha="center", va="center", color="white", fontsize=8)
+        begun += taken
+    axis.invert_yaxis()
+    axis.set(xlabel="seconds", title=title)
+    axis.legend(fontsize=8, ncols=len(stages), loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    return figure

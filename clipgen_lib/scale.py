@@ -147,7 +147,9 @@ def throughput(
             before = bar.n
             work = WORK[stage](small, device, clip, Path(place), pictures[stage])
             clock = Clock(device, warm_up, repeats, seconds, partial(bar.update, weights[stage] / 1e9))
-            found[stage] = _stage(timed(work, clock), pictures[stage], in_a_pass(preset, device)[stage], operations[stage], peak)
+            found[stage] = _stage(
+                timed(work, clock), pictures[stage], in_a_pass(preset, device)[stage], operations[stage], peak
+            )
             found[stage]["precision"] = (
                 getattr(small, f"{stage}_train").precision if stage in ("vqgan", "transformer") else "no"
             )
@@ -188,7 +190,7 @@ def fitted(preset: Preset, device: str) -> tuple[Preset, dict[str, int], list[st
     return small, each | sizes, notes
 
 
-def in_a_pass(preset: Preset, device: str) -> dict[str, int]:
+def in_a_pass(preset: Preset, device: str = "cpu") -> dict[str, int]:
     """Pictures that each stage of a preset has in memory at a time."""
     trains = {"vqgan": preset.vqgan_train, "transformer": preset.transformer_train}
     each = {stage: train.batch_size // train.accumulate for stage, train in trains.items()}
@@ -272,10 +274,14 @@ class _VGG:
 def _vqgan_steps(small: Preset, device: str, clip: ClipEmbedder, place: Path, pictures: int) -> Callable[[Clock], object]:
     train, images = small.vqgan_train, _Noise(2 * pictures, small.vqgan.image_size)
     if train.perceptual == "lpips":
-        train, clip = replace(train, perceptual="clip"), _VGG(vgg_features().to(device).requires_grad_(False))
+        train, clip = replace(train, perceptual="clip"), random_vgg(device)
     return lambda clock: train_vqgan(
         _Watched(place, clock), images, images, small.vqgan, train, clip, device=device, show_progress=False
     )
+
+
+def random_vgg(device: str) -> _VGG:
+    return _VGG(vgg_features().to(device).requires_grad_(False))
 
 
 def _extraction(small: Preset, device: str, clip: ClipEmbedder, place: Path, pictures: int) -> Callable[[Clock], object]:

@@ -242,7 +242,7 @@ def train_transformer(
             torch.manual_seed(step_seed(seed, step, processes.rank()))
             set_rates([optimizer], (config.lr,), step, config)
             rows = batch_rows(len(store), config.batch_size, seed, step)
-            change = _changes(config, store.meta["D"], torch.Generator().manual_seed(step_seed(seed, step)))
+            change = change_of(config, store.meta["D"], torch.Generator().manual_seed(step_seed(seed, step)))
             for last, part in with_last(own):
                 tokens, embeds = store.tokens(rows[part]).to(accelerator.device), store.embeds(rows[part])
                 condition = change(centre(embeds, image_mean) if config.centre else embeds, part).to(accelerator.device)
@@ -288,7 +288,7 @@ def train_transformer(
     return finish(run, "transformer", ema.whole(), accelerator, {}, **made_with)
 
 
-def _changes(
+def change_of(
     config: TransformerTrainConfig, dim: int, draw: torch.Generator
 ) -> Callable[[torch.Tensor, np.ndarray], torch.Tensor]:
     """Noise and condition dropout of one step: drawn for the whole batch, given to the rows at some of its positions."""

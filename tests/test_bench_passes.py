@@ -126,5 +126,5 @@ def test_evaluation_goes_without_pytorch_fid(monkeypatch):
 
 def test_the_process_that_is_measured_is_of_this_module():
     with pytest.raises(ClipgenError, match="process whose memory is measured has failed"):
-        bench_passes.scale.memory("no_such_function", module=bench_passes.__name__)
+        bench_passes.scale.in_a_process("no_such_function", module=bench_passes.__name__)
     assert Path(bench_passes.__file__).stem == bench_passes.__name__.rpartition(".")[2]
