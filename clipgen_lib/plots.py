@@ -390,3 +390,38 @@ def stage_seconds(runs: dict[str, dict[str, float]], title: str) -> Figure:
     axis.set(xlabel="seconds", title=title)
     axis.legend(fontsize=8, ncols=len(stages), loc="upper center", bbox_to_anchor=(0.5, -0.35))
     return figure
+
+
+def growth(details: dict[str, dict], title: str) -> Figure:
+    """Seconds over batch, length, width and N, as `bench_growth.growth` found them, in logarithmic axes: a slope is an exponent."""
+    figure, axes = plt.subplots(1, len(details), figsize=(3.1 * len(details), 3.2))
+    for axis, (name, curve) in zip(axes, details.items(), strict=True):
+        for key, values in curve.items():
+            if key in ("x", "shards"):
+                continue
+            middle, low, high = (np.array([value[part] for value in values]) for part in ("median", "least", "most"))
+            scale, unit = (1e9, "GB") if key == "memory" else (1, "s")
+            errors = [(middle - low) / scale, (high - middle) / scale]
+            axis.errorbar(curve["x"], middle / scale, errors, marker="o", markersize=3, label=f"{key}, {unit}")
+        axis.set(xscale="log", yscale="log", xlabel={"store": "rows of a store", "set": "pictures of a set"}.get(name, name))
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    return figure
+
+
+def peak_memory(details: dict[str, dict[str, dict]], title: str) -> Figure:
+    """Peak memory of each stage and preset, measured beside counted, as `bench_memory.memory` found it."""
+    stages = list(next(iter(details.values())))
+    figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 0.42 * len(details) + 1.2), sharey=True)
+    for axis, stage in zip(axes, stages, strict=True):
+        places = np.arange(len(details))
+        for shift, key, label in ((-0.2, "gigabytes", "measured, or a line through it"), (0.2, "counted", "counted")):
+            bars = axis.barh(places + shift, [part[stage][key] for part in details.values()], 0.38, label=label)
+            axis.bar_label(bars, fmt="%.2g", fontsize=7)
+        axis.set(xscale="log", xlabel="GB", title=stage, xlim=(0.01, 200))
+    axes[0].set_yticks(places, list(details))
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle(title)
+    return figure
