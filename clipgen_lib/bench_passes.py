@@ -93,7 +93,7 @@ def _extraction(
 ) -> dict:  # fmt: skip
     size, device = vqgan.config.image_size, clip.device
     paths, wait = photos(place / "photos", n, *SIZES[kind]), waiter(device)
-    at_once = pictures_at_once(size, device)
+    at_once = pictures_at_once(vqgan.config, device)
 
     def images() -> ImageSet:  # a new one each time: it keeps what it has decoded
         return ImageSet(kind, "train", place / "photos", paths, size)
