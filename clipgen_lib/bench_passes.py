@@ -7,7 +7,6 @@ over the same pictures, which lie in memory as tensors then. Weights are random 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import nn
 from . import scale
 from .clip_embed import ClipEmbedder
 from .config import load_preset
-from .data import ImageSet, ordered_batches
+from .data import ImageSet, ordered_batches, spare_workers
 from .images import to_float
 from .metrics import FeatureSample, frechet_distance, spread_moments
 from .passes import SetStatistics, stream
@@ -64,7 +63,7 @@ def extraction(
     for name in presets:
         torch.manual_seed(0)
         vqgan = VQGAN(load_preset(name).vqgan).to(device).eval().requires_grad_(False)
-        n = pictures or (8_192 if device.type == "cuda" else 512 if name == "laptop" else 32)
+        n = pictures or (8_192 if device.type == "cuda" else 1_024 if name == "laptop" else 32)
         for kind in kinds:
             with tempfile.TemporaryDirectory() as place:
                 part = _extraction(vqgan, clip, Path(place), kind, n, batches, workers, rounds, f"extraction, {name}, {kind}")
@@ -80,12 +79,6 @@ def extraction(
             shown = {key: spread(values) for key, values in seconds.items()}
             found["details"].append({"preset": name, "kind": kind, "pictures": n, "workers": workers, **part, "seconds": shown})
     return found
-
-
-def spare_workers(device: torch.device) -> int:
-    """Processes that can decode beside the networks: cores that these leave idle."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores - 1 if device.type == "cuda" else max(0, cores - torch.get_num_threads()))
 
 
 def _extraction(
@@ -160,7 +153,7 @@ def evaluation(
     clip = ClipEmbedder.load(device=device)
     inception, name = _inception(clip)
     few = pictures or (4_096 if device.type == "cuda" else 16)
-    many = pictures or (8_192 if device.type == "cuda" else 500)
+    many = pictures or (8_192 if device.type == "cuda" else 256)
     networks = {"the embedded CLIP": (feature_network("clip", clip), many), name: (inception, few)}
     for name, (network, n) in networks.items():
         for radii in ((0,), RADII) if network.protocol == "clip" else ((0,),):
