@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from . import shapes
+from . import processes, shapes
 from .config import ShapesConfig
 from .images import EXTENSIONS, crop, load_image
 from .runs import DATA, ClipgenError, file_hash, read_json, reason, shortened
@@ -357,6 +357,13 @@ class _Crops(Dataset):
             at = (draw[0], draw[1]) if self.random_crop else at
             image = image.flip(2) if self.flip and draw[2] < 0.5 else image
         return row, crop(image, self.source.size, at)
+
+
+def spare_workers(device: torch.device) -> int:
+    """Processes, 8 at most, that can decode for this one beside networks on a device: cores that these leave idle."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    taken = processes.count() * (1 if device.type == "cuda" else torch.get_num_threads())
+    return min(8, max(0, cores - taken) // processes.count())
 
 
 class _Squares(NamedTuple):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .runs import ClipgenError, reason
@@ -131,18 +131,28 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
     The blur of FID-k (DALL-E, arXiv 2102.12092, section 3.1 "varying radius"): no published code fixes kernel size or
     border, so here the kernel reaches 4 sigma and the border is reflected (repeated where the picture is smaller
-    than the kernel). Applied separably, at the resolution of the input.
+    than the kernel). Applied separably, at the resolution of the input, which is linear along either axis.
     """
     if sigma == 0:
         return images
+    shortest, kind = min(images.shape[-2:]), (images.dtype, images.device)
+    down, across = (_blurring(side, sigma, shortest, *kind) for side in images.shape[-2:])
+    return down @ (images @ across.T)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _blurring(side: int, sigma: float, shortest: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The blur of one axis as a matrix (side, side): on a CPU several times faster than a convolution of single channels."""
     radius = int(np.ceil(4 * sigma))
-    offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1)
-    mode = "reflect" if radius < min(images.shape[-2:]) else "replicate"
-    padded = F.pad(images, (radius, radius, radius, radius), mode=mode)
-    rows = F.conv2d(padded, kernel[..., None, :], groups=images.shape[1])
-    return F.conv2d(rows, kernel[..., :, None], groups=images.shape[1])
+    offsets = np.arange(-radius, radius + 1)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    mode = "reflect" if radius < shortest else "edge"
+    sources = np.pad(np.arange(side), radius, mode)  # the pixel that stands at each place of the bordered row
+    matrix = np.zeros((side, side))
+    for i in range(side):
+        np.add.at(matrix[i], sources[i : i + len(kernel)], kernel / kernel.sum())
+    return torch.from_numpy(matrix).to(device, dtype)
 
 
 def png(image: torch.Tensor, scale: int = 1) -> bytes:

@@ -25,7 +25,7 @@ import torch
 from . import processes
 from .classifier import Classifier
 from .clip_embed import ClipEmbedder
-from .data import ImageSet, ordered_batches
+from .data import ImageSet, ordered_batches, spare_workers
 from .images import blur, eight_bit, to_float
 from .metrics import ClassSums, FeatureSample, GaussianStatistics, Moments, frechet_distance
 from .protocols import FeatureNetwork
@@ -85,11 +85,10 @@ class SetStatistics:
         """Features (B, d) by radius, and logits where the network has a head; pictures are rounded to 8 bits, as files are."""
         pictures, found = eight_bit(pictures), {}
         for k in self.by_radius:
-            features = self.network(blur(pictures, k))
-            found[k] = features.cpu()
-            if k == 0 and self.classes is not None:
-                found["logits"] = self.network.logits(features).cpu()
-        return found
+            found[k] = self.network(blur(pictures, k))
+        if 0 in found and self.classes is not None:
+            found["logits"] = self.network.logits(found[0])
+        return {key: values.cpu() for key, values in found.items()}  # a GPU is waited for once
 
     def add(self, rows: list[int], found: dict) -> None:
         for k, parts in self.by_radius.items():
@@ -399,7 +398,9 @@ def measure(
 
     def batches(numbers: range) -> Iterator[tuple[list[int], torch.Tensor]]:
         rows = [row for i in numbers for row in range(i * batch_size, min((i + 1) * batch_size, len(images)))]
-        for kept, batch in ordered_batches(images, rows, batch_size):
+        # a GPU leaves the cores to those that decode; what a CPU computes needs them itself
+        workers = spare_workers(torch.device("cuda")) if torch.cuda.is_initialized() else 0
+        for kept, batch in ordered_batches(images, rows, batch_size, workers):
             yield kept, change.function(to_float(batch)) if kept else batch
 
     partial = folder / f"partial-{digest([batch_size, *(files[name].name for name in todo)])}.safetensors"

@@ -194,7 +194,7 @@ def in_a_pass(preset: Preset, device: str = "cpu") -> dict[str, int]:
     """Pictures that each stage of a preset has in memory at a time."""
     trains = {"vqgan": preset.vqgan_train, "transformer": preset.transformer_train}
     each = {stage: train.batch_size // train.accumulate for stage, train in trains.items()}
-    return each | {"extract": pictures_at_once(preset.vqgan.image_size, device), "sample": preset.sample.batch_size}
+    return each | {"extract": pictures_at_once(preset.vqgan, device), "sample": preset.sample.batch_size}
 
 
 def with_pictures(preset: Preset, each: dict[str, int], on_cpu: bool, passes: int = 1) -> Preset:

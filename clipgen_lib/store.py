@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from . import processes
 from .clip_embed import ClipEmbedder
+from .config import VQGANConfig
 from .data import ImageSet, dead_workers_told, picture_batches
 from .images import to_float
 from .runs import (
@@ -228,12 +229,14 @@ def shard_span(n: int, rows: int = SHARD_ROWS) -> int:
     return rows * -(-n // (rows * MOST_SHARDS))
 
 
-def pictures_at_once(size: int, device: str | torch.device = "cpu") -> int:
-    """Of an extraction, for pictures of `size` pixels: on a GPU 256 of 64 pixels, 16 of 256, which take the same memory.
+def pictures_at_once(config: VQGANConfig, device: str | torch.device = "cpu") -> int:
+    """Of an extraction: on a GPU 256 pictures of 64 pixels, 16 of 256, which take the same memory.
 
-    On a CPU a quarter, but 16 at least: its caches hold no more, and larger batches are slower there.
+    On a CPU as many as keep the encoder's widest map within 4 MB, 4 to 64: beyond its caches larger batches are slower.
     """
-    return min(256, max(16, 2**20 // size**2)) if torch.device(device).type == "cuda" else min(64, max(16, 2**18 // size**2))
+    if torch.device(device).type == "cuda":
+        return min(256, max(16, 2**20 // config.image_size**2))
+    return min(64, max(4, 2**20 // (config.channels * (config.image_size // config.patch) ** 2)))
 
 
 @torch.inference_mode()

@@ -227,7 +227,7 @@ class Workbench:
             for split, flip in (("val", False), ("train", settings.flip)):
                 images = self.images(split)
                 store = extract(images, vqgan, self.clip, self.run.path / "store" / split, flip,
-                                pictures_at_once(images.size, self.device), settings.workers)  # fmt: skip
+                                pictures_at_once(vqgan.config, self.device), settings.workers)  # fmt: skip
                 if images.skipped:
                     self._record(skipped=images.skipped)
         return store

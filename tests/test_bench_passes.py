@@ -52,14 +52,6 @@ def test_extraction_is_measured_and_nothing_is_left(monkeypatch, tmp_path):
     assert read["asked"] is None and disk["unit"] == "%" and 0 < disk["value"]["median"] < 1
 
 
-def test_spare_cores_decode(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    assert bench_passes.spare_workers(CPU) == 5 and bench_passes.spare_workers(torch.device("cuda")) == 8
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    assert bench_passes.spare_workers(CPU) == 0
-
-
 def test_the_work_of_the_disk_is_done_and_taken_away(tmp_path, monkeypatch):
     synced, sync = [], os.fsync
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipgen_lib.data import open_images, ordered_batches, training_batches
+from clipgen_lib.data import open_images, ordered_batches, picture_batches, spare_workers, training_batches
 from clipgen_lib.runs import ClipgenError
 
 
@@ -205,3 +205,27 @@ def test_hidden_files_are_no_pictures(tmp_path):
         save(tmp_path / ".album" / name)  # a dot above the folder that was asked for means nothing
     paths = [p for split in ("train", "val") for p in open_images(tmp_path / ".album", split).paths]
     assert sorted(p.name for p in paths) == ["a.png", "b.png"]
+
+
+def test_spare_cores_decode(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    for threads, processes, found in ((7, 1, (5, 8)), (16, 1, (0, 8)), (2, 4, (1, 2)), (1, 20, (0, 0))):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        monkeypatch.setattr("clipgen_lib.processes.count", lambda n=processes: n)
+        assert (spare_workers(cpu), spare_workers(cuda)) == found
+
+
+def test_workers_stack_what_one_process_reads(tmp_path):
+    """Batches of several sizes by one loader, one of them without a picture, with an unreadable file in another."""
+    for i in range(7):
+        save(tmp_path / "train" / f"{i}.png", (9 * i, 0, 0), (20 + i, 16))
+    (tmp_path / "val").mkdir()
+    (tmp_path / "train" / "4.png").write_bytes(b"no picture")
+    (tmp_path / "train" / "6.png").write_bytes(b"no picture")
+    batches, found = [range(0, 3), [5, 4], [6], [1, 0]], []
+    for workers in (0, 2):
+        images = open_images(tmp_path, "train", 16)
+        found.append([(rows, pictures.tolist()) for rows, pictures in picture_batches(images, batches, workers)])
+        assert list(images.skipped) == ["train/4.png", "train/6.png"]
+    assert found[0] == found[1] and [rows for rows, _ in found[0]] == [[0, 1, 2], [5], [], [1, 0]]

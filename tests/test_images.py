@@ -115,3 +115,19 @@ def test_gif_goes_there_and_back_for_ever():
         found.append(int(np.asarray(film.convert("RGB"))[0, 0, 0]))
         durations.append(film.info["duration"])
     assert found == [0, 64, 191, 255, 191, 64] and durations == [500, 100, 100, 500, 100, 100]
+
+
+def test_blur_leaves_what_it_keeps_usable_with_gradients():
+    x = torch.rand(2, 3, 9, 12, dtype=torch.float64)
+    with torch.inference_mode():
+        wanted = blur(x, 1.5)
+    x = x.requires_grad_()
+    found = blur(x, 1.5)
+    found.sum().backward()
+    assert torch.equal(found.detach(), wanted) and x.grad.sum().item() == pytest.approx(x.numel())
+
+
+def test_pixels_become_the_nearest_floats():
+    """Division, not a product with a rounded reciprocal, whatever the device."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_float(levels), torch.from_numpy(np.arange(256, dtype=np.float32) / np.float32(127.5) - 1))

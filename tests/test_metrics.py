@@ -301,3 +301,29 @@ def test_clip_score_is_that_of_torchmetrics(clip, world):
     fit.add(rows, fit.find(rows, to_float(batch)))
     assert clip_score(fit.caps) == pytest.approx(theirs.compute().item(), rel=1e-6) and fit.caps > 0.5
     assert clip_score(-0.2) == 0.0
+
+
+def test_sums_may_begin_in_inference_mode_and_go_on_outside():
+    whole, parted, x = GaussianStatistics(), GaussianStatistics(), torch.randn(30, 5)
+    whole.add(x[:20])
+    whole.add(x[20:])
+    with torch.inference_mode():
+        parted.add(x[:20] * 1)
+        again = GaussianStatistics()
+        again.restore(parted.state())
+    again.add(x[20:])
+    assert all(np.array_equal(a, b) for a, b in zip(again.moments(), whole.moments(), strict=True))
+    assert parted.n == 20 and torch.equal(parted.outer, x[:20].double().T @ x[:20].double()), (
+        "what was restored from is as it was"
+    )
+
+
+def test_a_full_sample_is_that_of_the_smallest_keys():
+    x = torch.arange(300.0)[:, None]
+    keys = [np.random.default_rng([0, 29, i]).random() for i in range(300)]
+    sample = FeatureSample(size=20)
+    for part in x.split(7):
+        sample.add(part)
+        state = sample.state()
+        sample.restore(state)
+    assert sample.features()[:, 0].tolist() == np.argsort(keys)[:20].tolist()
