@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
+from .bench_growth import growth
+from .bench_memory import memory
 from .bench_sampling import sampling
+from .bench_start import startup
 from .runs import read_json, write_json
 from .timing import DTYPES, is_met, limits, machine
 
-SECTIONS: dict[str, Callable[..., dict]] = {"sampling": sampling}
+SECTIONS: dict[str, Callable[..., dict]] = {"sampling": sampling, "start": startup, "memory": memory, "growth": growth}
 
 
 def run(only: tuple[str, ...], output: Path, device: torch.device, rounds: int = 3) -> dict:
