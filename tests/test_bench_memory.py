@@ -130,7 +130,7 @@ def test_storages_are_counted_where_they_are_most():
     assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
 
 
-def test_need_is_that_of_the_larger_training():
+def test_need_is_that_of_the_larger_training_where_there_is_no_embedding_loss():
     laptop = load_preset("laptop")
     stages = [cost.stage_gigabytes(laptop, stage, in_a_pass(laptop)[stage]) for stage in ("vqgan", "transformer")]
     assert cost.need(laptop).device == pytest.approx(max(stages) + cost.CUDA_GIGABYTES)
