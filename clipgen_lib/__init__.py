@@ -3,7 +3,6 @@
 The heavy names are loaded on first use, so that `import clipgen_lib` stays light.
 """
 
-import gc
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -13,11 +12,5 @@ __all__ = ["TextToImage", "Workbench", "__version__"]
 
 def __getattr__(name: str):
     if name in _LAZY:
-        was_enabled = gc.isenabled()
-        gc.disable()  # a million objects are made to stay; looking through them again and again takes a quarter of the time
-        try:
-            return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-        finally:
-            if was_enabled:
-                gc.enable()
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

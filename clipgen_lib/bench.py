@@ -12,14 +12,18 @@ from pathlib import Path
 
 import torch
 
+from .bench_growth import growth
+from .bench_memory import memory
 from .bench_passes import evaluation, extraction
 from .bench_sampling import sampling
+from .bench_start import startup
 from .bench_training import transformer, vqgan
 from .runs import read_json, write_json
 from .timing import DTYPES, is_met, limits, machine
 
 SECTIONS: dict[str, Callable[..., dict]] = {
     "sampling": sampling, "transformer": transformer, "vqgan": vqgan, "extraction": extraction, "evaluation": evaluation,
+    "start": startup, "memory": memory, "growth": growth,
 }  # fmt: skip
 
 

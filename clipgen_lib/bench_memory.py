@@ -26,11 +26,22 @@ from .scale import STAGES, WORK, Enough, clip_of, in_a_pass, in_a_process, synth
 from .timing import row, spread
 
 CARD = 24.0  # GB that a step of the coco preset's transformer may take, its driver's context included
-DIRECT = 1e12  # operations of a pass on a CPU that is measured as it is, at most: some ten seconds
-SMALLER = 2e12  # of the larger of two smaller passes
+DIRECT = 5e11  # operations of a pass on a CPU that is measured as it is, at most: some five seconds
+SMALLER = 5e11  # of the larger of two smaller passes, which has 2 pictures at least
 STEPS = {"vqgan": 2, "transformer": 2}  # the moments of AdamW are there from the second on; other stages have one
 PASSES = 2  # to a step, at most, where the preset has more: its gradients are there from the second on
 ROWS = 2_000  # of a synthetic store; its length is not in memory
+
+NOTES = (
+    "GB are 10^9 bytes; a spread is not given: a step takes the same each time",
+    "on a GPU what torch has allocated at most, on a CPU the most that was resident less what the process had with the library loaded",
+    "a CPU's figure holds pages of code that the step is the first to use, some 0.05 GB",
+    "autocast keeps other tensors in float32 on a CPU than on a GPU; sampling on a CPU packs a copy of the weights",
+    "not in it: the context of a GPU's driver, processes that decode pictures, torch.compile on a CPU",
+    "CLIP and VGG16 have random weights where the preset names ones to download",
+    "extrapolated as a straight line: too flat where another moment of the stage is the largest at few pictures, as in drawing",
+    "counted: cost.stage_gigabytes, parameters and tensors kept, and a tenth more",
+)
 
 Point = tuple[int, int]  # pictures in a pass, and of these the ones that the embedding loss decodes
 
@@ -38,17 +49,13 @@ Point = tuple[int, int]  # pictures in a pass, and of these the ones that the em
 def memory(
     device: torch.device, limits: dict, rounds: int = 1, presets: tuple[str, ...] = tuple(PRESETS), stages: tuple[str, ...] = STAGES
 ) -> dict:  # fmt: skip
-    """Most memory that a step of each stage takes, in a pass of the preset's own number of pictures.
-
-    On a GPU it is what torch has allocated at most, on a CPU the most that was resident less what the process had with the library
-    loaded. Not in it: the driver's context, processes that decode. On a CPU autocast keeps other tensors in float32 than
-    on a GPU, and sampling packs a copy of the weights. CLIP and VGG16 have random weights where the preset names ones to download.
+    """Most memory that a step of each stage takes, in a pass of the preset's own number of pictures (`NOTES` say what that is).
 
     Args:
         rounds: not used: a step takes the same each time.
 
     Returns:
-        `table`, `rounds` (1), `same` (presets whose passes are those of another, which is measured in their place), and `details`:
+        `table`, `rounds` (1), `notes`, `same` (presets whose passes are those of another, which is measured in their place), and `details`:
         of each preset and stage `pictures`, `gigabytes`, `counted` by `cost` for this device, and the `points` that were
         measured, each with what is counted for it.
     """
@@ -57,7 +64,7 @@ def memory(
     work = {
         (*key, point): _operations(chosen[key[0]], key[1], point, device.type) for key, many in plan.items() for point in many
     }
-    found: dict = {"table": [], "rounds": 1, "same": same, "details": {name: {} for name in chosen}}
+    found: dict = {"table": [], "rounds": 1, "notes": NOTES, "same": same, "details": {name: {} for name in chosen}}
     with progress(round(sum(work.values())), "peak memory") as bar:
         for (name, stage), measured_at in plan.items():
             peaks = []
@@ -66,7 +73,8 @@ def memory(
                 bar.update(round(work[name, stage, point]))
             details = _details(chosen[name], stage, measured_at, peaks, device.type)
             found["details"][name][stage] = details
-            found["table"] += _rows(name, stage, details, chosen[name])
+            names = [name, *(other for other, twin in same.items() if twin == name)]
+            found["table"] += _rows(names, stage, details)
     return found
 
 
@@ -89,7 +97,7 @@ def _sizes(preset: Preset) -> tuple:
         replace(train, steps=0, batch_size=train.batch_size // train.accumulate, accumulate=min(train.accumulate, PASSES))
         for train in (preset.vqgan_train, preset.transformer_train)
     )
-    return preset.clip, preset.vqgan, preset.transformer, *trains, preset.sample, in_a_pass(preset)["extract"]
+    return preset.clip, preset.vqgan, preset.transformer, *trains, preset.sample
 
 
 # ---------------------------------------------------------------------------------------------- what is measured
@@ -100,7 +108,7 @@ def points(preset: Preset, stage: str, kind: str, direct: float = DIRECT, smalle
 
     The embedding loss decodes some rows of a pass, whose number then grows on its own: a third point tells it apart.
     """
-    whole, each = in_a_pass(preset)[stage], count(preset)[stage]
+    whole, each = in_a_pass(preset, kind)[stage], count(preset)[stage]
     if kind == "cuda" or whole * each <= direct:
         return [(whole, _decoded(preset, stage, whole))]
     most = min(whole, max(2, int(smaller / each)))
@@ -129,7 +137,7 @@ def extrapolated(measured_at: list[Point], values: list[float], wanted: Point) -
 
 
 def _details(preset: Preset, stage: str, measured_at: list[Point], peaks: list[float], kind: str) -> dict:
-    whole = in_a_pass(preset)[stage]
+    whole = in_a_pass(preset, kind)[stage]
     wanted = (whole, _decoded(preset, stage, whole))
     return {
         "pictures": whole, "gigabytes": extrapolated(measured_at, peaks, wanted) / 1e9,
@@ -142,11 +150,12 @@ def _details(preset: Preset, stage: str, measured_at: list[Point], peaks: list[f
     }  # fmt: skip
 
 
-def _rows(name: str, stage: str, details: dict, preset: Preset) -> list[dict]:
+def _rows(names: list[str], stage: str, details: dict) -> list[dict]:
+    """What was measured of a stage; of the one that is to fit a card also what is counted, both with the driver's context."""
     smaller = [point["pictures"] for point in details["points"]]
     how = "measured" if smaller == [details["pictures"]] else f"extrapolated from {' and '.join(map(str, sorted(set(smaller))))} pictures"  # fmt: skip
-    what = f"{name} {stage}, {details['pictures']} pictures"
-    is_asked = (name, stage) == ("coco", "transformer")
+    what = f"{', '.join(names)}: {stage}, {details['pictures']} pictures"
+    is_asked = "coco" in names and stage == "transformer"
     value = details["gigabytes"] + (CUDA_GIGABYTES if is_asked else 0)
     asked = CARD if is_asked else None
     peer = f"{how}; counted {details['counted']:.3g} GB" + (f"; with {CUDA_GIGABYTES:.0f} GB of a driver" if is_asked else "")
@@ -180,7 +189,7 @@ def print_peak(name: str, stage: str, pictures: str, decoded: str, device: str) 
 
 def reduced(preset: Preset, stage: str, pictures: int, decoded: int, on_cpu: bool) -> Preset:
     """A preset with so many pictures in a pass of a stage, of which so many are decoded by the embedding loss."""
-    each = in_a_pass(preset) | {stage: pictures}
+    each = in_a_pass(preset, "cpu" if on_cpu else "cuda") | {stage: pictures}
     small = with_pictures(preset, each, on_cpu, PASSES)
     shapes = replace(preset.shapes, n_train=2 * max(small.vqgan_train.batch_size, small.transformer_train.batch_size))
     share = decoded / pictures if decoded else small.transformer_train.embedding_share

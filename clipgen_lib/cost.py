@@ -251,31 +251,30 @@ def need(preset: Preset, gpus: int = 1) -> Need:
     stage1, stage2, config = preset.vqgan_train, preset.transformer_train, preset.vqgan
     device, processes = ("cuda" if gpus else "cpu"), max(gpus, 1)
     pictures, rows = (-(-train.batch_size // (train.accumulate * processes)) for train in (stage1, stage2))
-    sizes = parameters(preset)
-    larger = max(stage_gigabytes(preset, "vqgan", pictures, device), stage_gigabytes(preset, "transformer", rows, device))
-    on_device = larger + (CUDA_GIGABYTES if gpus else 0)
+    vqgan, vgg, kept1 = _vqgan_count(preset, pictures, device)
+    transformer, kept2 = _transformer_count(preset, rows, device)
+    decoded = stage2.embedding_share * rows if stage2.embedding_weight else 0  # through the decoder: at most a whole VQGAN
+    larger = max(STATE_BYTES * vqgan + kept1, STATE_BYTES * transformer + kept2 + decoded * kept1 / pictures)
+    on_device = MARGIN * (larger + vgg + _clip_bytes(preset)) / 1e9 + (CUDA_GIGABYTES if gpus else 0)
     held = min(preset.shapes.n_train * 3 * config.image_size**2, CACHE_BYTES) / 1e9  # decoded, where no workers decode
     ram = processes * (PYTHON_GIGABYTES + (WORKER_GIGABYTES * stage1.workers if stage1.workers else held))
     ram += 0 if gpus else on_device
     # weights; of each stage the last checkpoints and the best one; and of one stage another that is being written beside these
-    disk = (4 + CHECKPOINT_BYTES * (KEPT + 1)) * sum(sizes.values()) + CHECKPOINT_BYTES * max(sizes.values())
-    return Need(on_device if gpus else ram, ram, disk / 1e9, pictures, sizes["vqgan"], sizes["transformer"])
-
-
-def parameters(preset: Preset) -> dict[str, int]:
-    """Parameters that each stage trains, the discriminator's among the first one's."""
-    return {"vqgan": _vqgan_count(preset, 1, "cpu")[0], "transformer": _transformer_count(preset, 1, "cpu")[0]}
+    disk = (4 + CHECKPOINT_BYTES * (KEPT + 1)) * (vqgan + transformer) + CHECKPOINT_BYTES * max(vqgan, transformer)
+    return Need(on_device if gpus else ram, ram, disk / 1e9, pictures, vqgan, transformer)
 
 
 def stage_gigabytes(preset: Preset, stage: str, pictures: int, device: str = "cuda", decoded: int | None = None) -> float:
     """GB of the tensors of a stage with so many pictures in a pass: an estimate, without Python and the driver's context.
+
+    That of the transformer counts what its embedding loss keeps, for which `need` takes a share of what stage 1 does.
 
     Args:
         stage: `vqgan` or `transformer`, a training step; `extract` or `sample`, without gradients and in float32.
         device: `cuda` or `cpu`: autocast keeps other tensors in float32 on either.
         decoded: rows of a pass that the embedding loss is computed on; as the preset has it where None.
     """
-    frozen = 4 * (151_000_000 if preset.clip.pretrained else 6_000_000)  # ViT-B/32, or the embedded CLIP
+    frozen = _clip_bytes(preset)
     if stage == "vqgan":
         trained, vgg, kept = _vqgan_count(preset, pictures, device)
         own = STATE_BYTES * trained + vgg + kept
@@ -300,6 +299,10 @@ def _vqgan_count(preset: Preset, pictures: int, device: str) -> tuple[int, int, 
 
 def _transformer_count(preset: Preset, rows: int, device: str) -> tuple[int, int]:
     return _count_transformer(preset.transformer, preset.vqgan, _clip_dim(preset), rows, device)
+
+
+def _clip_bytes(preset: Preset) -> int:
+    return 4 * (151_000_000 if preset.clip.pretrained else 6_000_000)  # ViT-B/32, or the embedded one
 
 
 def _clip_dim(preset: Preset) -> int:
@@ -354,7 +357,7 @@ def _likelihood(
     tokens = torch.zeros(rows, vqgan.side**2, dtype=torch.long)
 
     def loss() -> torch.Tensor:
-        return F.cross_entropy(transformer(torch.empty(rows, clip_dim), tokens).flatten(0, 1), tokens.flatten())
+        return transformer(torch.empty(rows, clip_dim), tokens, logits_of=torch.zeros(0, dtype=torch.long))[0]
 
     return transformer, loss
 

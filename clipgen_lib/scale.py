@@ -190,7 +190,7 @@ def fitted(preset: Preset, device: str) -> tuple[Preset, dict[str, int], list[st
     return small, each | sizes, notes
 
 
-def in_a_pass(preset: Preset, device: str = "cpu") -> dict[str, int]:
+def in_a_pass(preset: Preset, device: str) -> dict[str, int]:
     """Pictures that each stage of a preset has in memory at a time."""
     trains = {"vqgan": preset.vqgan_train, "transformer": preset.transformer_train}
     each = {stage: train.batch_size // train.accumulate for stage, train in trains.items()}
