@@ -55,7 +55,7 @@ def _lines(name: str, part: dict) -> str:
     lines = [f"{name}: {where['device']}, {where['threads']} threads, load {where['load']:.1f} to {where['load_after']:.1f}; {peaks}, copy {reached['copy'] / 1e9:.1f} GB/s"]  # fmt: skip
     wide = [max(len(line[key]) for line in part["table"]) for key in ("what", "peer")]
     for line in part["table"]:
-        cells = f"{line['what']:{wide[0]}}  {line['peer']:{wide[1]}}  {shown(line['value'], line['unit']):26}"
+        cells = f"{line['what']:{wide[0]}}  {line['peer']:{wide[1]}}  {shown(line['value'], line['unit']):26}  "
         lines.append(f"{cells}{_asked(line)}".rstrip())
     return "\n".join(lines + [f"{peer}: {version}" for peer, version in where["peers"].items()])
 

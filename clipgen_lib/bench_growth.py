@@ -171,12 +171,11 @@ def _summed(features: torch.Tensor, times: int) -> Moments:
 def _flat_rows(store: dict, sets: dict) -> list[dict]:
     """What must not grow with N, beside what it may at most; and the exponents of what does.
 
-    Opening a store and a batch of it go through all its shards, whose number grows with N to 128: these are also looked at from
+    Opening a store and a batch of it go through all its shards, whose number grows with N to 128: these are asked to be flat from
     where it has reached that.
     """
     whole = store["shards"].index(max(store["shards"]))
     flat = {
-        "a random batch of a store": (store["x"], store["batch"]),
         "a random batch, as many shards": (store["x"][whole:], store["batch"][whole:]),
         "opening a store, as many shards": (store["x"][whole:], store["open"][whole:]),
         "own memory of a process that reads a store": (store["x"], store["memory"]),
@@ -187,6 +186,7 @@ def _flat_rows(store: dict, sets: dict) -> list[dict]:
         for what, (x, curve) in flat.items()
     ]
     for what, (x, curve) in {
+        "a random batch of a store": (store["x"], store["batch"]),
         "opening a store": (store["x"], store["open"]),
         "summing features": (sets["x"], sets["sum"]),
     }.items():

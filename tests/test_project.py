@@ -34,7 +34,7 @@ def test_import_is_light():
 def test_the_notebooks_are_those_of_the_command():
     from clipgen_lib.cli import NOTEBOOKS as ordered
 
-    assert [p.stem for p in NOTEBOOKS] == ["00_quickstart", *ordered, "05_compare", "06_scale", "appendix_train_clip"]
+    assert [p.stem for p in NOTEBOOKS] == ["00_quickstart", *ordered, "05_compare", "06_scale", "06_speed", "appendix_train_clip"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
