@@ -51,7 +51,7 @@ def extraction(
     Both stand beside the embedded CLIP.
 
     Args:
-        pictures: of a pass; 0 takes as many as keep a section below two minutes.
+        pictures: of a pass; 0 takes as many as keep a section at a few minutes.
         kinds: of the files, keys of SIZES.
 
     Returns:
@@ -63,7 +63,7 @@ def extraction(
     for name in presets:
         torch.manual_seed(0)
         vqgan = VQGAN(load_preset(name).vqgan).to(device).eval().requires_grad_(False)
-        n = pictures or (8_192 if device.type == "cuda" else 1_024 if name == "laptop" else 32)
+        n = pictures or (8_192 if device.type == "cuda" else 1_024 if name == "laptop" else 96)
         for kind in kinds:
             with tempfile.TemporaryDirectory() as place:
                 part = _extraction(vqgan, clip, Path(place), kind, n, batches, workers, rounds, f"extraction, {name}, {kind}")
@@ -141,7 +141,7 @@ def evaluation(
     """The Frechet distance beside pytorch-fid's, feature passes beside their networks alone, and the memory of a pass.
 
     Args:
-        dim: of the Frechet distance. pictures: of a pass; 0 takes as many as keep a section below two minutes.
+        dim: of the Frechet distance. pictures: of a pass; 0 takes as many as keep a section at a few minutes.
         counts: pictures of two passes whose memory is compared.
 
     Returns:
@@ -153,7 +153,7 @@ def evaluation(
     clip = ClipEmbedder.load(device=device)
     inception, name = _inception(clip)
     few = pictures or (4_096 if device.type == "cuda" else 16)
-    many = pictures or (8_192 if device.type == "cuda" else 256)
+    many = pictures or (8_192 if device.type == "cuda" else 1_024)
     networks = {"the embedded CLIP": (feature_network("clip", clip), many), name: (inception, few)}
     for name, (network, n) in networks.items():
         for radii in ((0,), RADII) if network.protocol == "clip" else ((0,),):
