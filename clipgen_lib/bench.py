@@ -62,8 +62,8 @@ def _lines(name: str, part: dict) -> str:
 
 def shown(value: dict[str, float], unit: str) -> str:
     """Median with least and most, in their unit."""
-    times, digits = (100, 3) if unit == "%" else (1, 3)
-    median, least, most = (f"{times * value[key]:.{digits}g}" for key in ("median", "least", "most"))
+    scaled = [value[key] * (100 if unit == "%" else 1) for key in ("median", "least", "most")]
+    median, least, most = (f"{x:,.0f}" if x >= 1_000 else f"{x:.3g}" for x in scaled)
     return f"{median}{unit if unit in 'x%' else ' ' + unit}" + (f" ({least} to {most})" if least != most else "")
 
 

@@ -34,7 +34,14 @@ def test_import_is_light():
 def test_the_notebooks_are_those_of_the_command():
     from clipgen_lib.cli import NOTEBOOKS as ordered
 
-    assert [p.stem for p in NOTEBOOKS] == ["00_quickstart", *ordered, "05_compare", "06_scale", "06_speed", "appendix_train_clip"]
+    assert [p.stem for p in NOTEBOOKS] == [
+        "00_quickstart",
+        *ordered,
+        "05_compare",
+        "06_scale",
+        "06_speed",
+        "appendix_train_clip",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -88,7 +95,13 @@ def test_speed_comes_from_results():
     from clipgen_lib.bench import lines_of
 
     found = json.loads((ROOT / "results" / "speed" / "cpu.json").read_text())
-    assert lines_of(found) in (ROOT / "results" / "README.md").read_text()
+    page = (ROOT / "results" / "README.md").read_text()
+    assert lines_of(found) in page
+    for name, run in (("before", "laptop"), ("after", "laptop-fast")):
+        summary = json.loads((ROOT / "results" / run / "summary.json").read_text())
+        seconds, oracle = summary["seconds"], summary["oracle"]["text"]
+        assert f"{name:7} {seconds['total']:.0f} s: tokenizer {seconds['vqgan']:.0f}, store {seconds['extract']:.0f}, " in page
+        assert f"shape {oracle['one']['shape']:.1%}; two: both {oracle['two']['both']:.1%}" in page
 
 
 def test_comparison_tables_come_from_results():
