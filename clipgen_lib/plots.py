@@ -326,27 +326,30 @@ def costs(projected: dict[str, list[dict]], title: str) -> Figure:
 
 
 def against_peers(sections: dict[str, dict], title: str) -> Figure:
-    """Rows of a speed file that have a goal: bars with their spread, the goal as a tick; more is better left, less is better right.
+    """Rows of a speed file that have a goal, with their spread: times as fast as a peer, and shares of what a row may take at most.
 
     Args:
         sections: name -> what `bench.run` found, with `table` of `timing.row`s.
     """
     rows = [(name, row) for name, part in sections.items() for row in part["table"] if row["asked"] is not None]
-    halves = {False: "times as fast, or share of the limit", True: "times as long, or share of the step"}
-    found = {most: [pair for pair in rows if pair[1]["most"] == most and pair[1]["unit"] in "x%"] for most in halves}
-    height = 0.26 * max(map(len, found.values())) + 1.0
-    figure, axes = plt.subplots(1, 2, figsize=(13, height))
+    halves = {
+        False: "times as fast, or share of the limit (black: at least)",
+        True: "share of what is allowed (black: at most)",
+    }
+    found = {most: [pair for pair in rows if pair[1]["most"] == most] for most in halves}
+    figure, axes = plt.subplots(1, 2, figsize=(13, 0.24 * max(map(len, found.values())) + 1.0), dpi=80)
     colours = {name: f"C{i}" for i, name in enumerate(sections)}
     for axis, (most, label) in zip(axes, halves.items(), strict=True):
         for place, (name, row) in enumerate(found[most]):
-            value, low, high = (row["value"][key] for key in ("median", "least", "most"))
+            unit = row["asked"] if most else 1
+            value, low, high = (row["value"][key] / unit for key in ("median", "least", "most"))
             axis.barh(place, value, color=colours[name], xerr=[[value - low], [high - value]], ecolor="grey")
-            axis.plot([row["asked"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
+            axis.plot([row["asked"] / unit] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
         axis.set_yticks(
-            range(len(found[most])), [f"{name}: {row['what']}; {row['peer']}" for name, row in found[most]], fontsize=7
+            range(len(found[most])), [f"{name}: {row['what']}; {row['peer']}" for name, row in found[most]], fontsize=6
         )
         axis.invert_yaxis()
-        axis.set(xlabel=f"{label} (black: the goal, {'at most' if most else 'at least'})", xscale="log")
+        axis.set(xlabel=label, xscale="linear" if most else "log")
         axis.grid(alpha=0.3, axis="x")
     figure.suptitle(title)
     return figure
@@ -394,7 +397,7 @@ def stage_seconds(runs: dict[str, dict[str, float]], title: str) -> Figure:
 
 def growth(details: dict[str, dict], title: str) -> Figure:
     """Seconds over batch, length, width and N, as `bench_growth.growth` found them, in logarithmic axes: a slope is an exponent."""
-    figure, axes = plt.subplots(1, len(details), figsize=(3.1 * len(details), 3.2))
+    figure, axes = plt.subplots(1, len(details), figsize=(2.5 * len(details), 2.8))
     for axis, (name, curve) in zip(axes, details.items(), strict=True):
         for key, values in curve.items():
             if key in ("x", "shards"):
@@ -404,6 +407,8 @@ def growth(details: dict[str, dict], title: str) -> Figure:
             errors = [(middle - low) / scale, (high - middle) / scale]
             axis.errorbar(curve["x"], middle / scale, errors, marker="o", markersize=3, label=f"{key}, {unit}")
         axis.set(xscale="log", yscale="log", xlabel={"store": "rows of a store", "set": "pictures of a set"}.get(name, name))
+        axis.set_xticks(curve["x"], [f"{x:,}" if x < 10_000 else f"{x:.0e}" for x in curve["x"]], rotation=45, fontsize=7)
+        axis.minorticks_off()
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
@@ -413,7 +418,7 @@ def growth(details: dict[str, dict], title: str) -> Figure:
 def peak_memory(details: dict[str, dict[str, dict]], title: str) -> Figure:
     """Peak memory of each stage and preset, measured beside counted, as `bench_memory.memory` found it."""
     stages = list(next(iter(details.values())))
-    figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 0.42 * len(details) + 1.2), sharey=True)
+    figure, axes = plt.subplots(1, len(stages), figsize=(2.8 * len(stages), 0.38 * len(details) + 1.2), sharey=True)
     for axis, stage in zip(axes, stages, strict=True):
         places = np.arange(len(details))
         for shift, key, label in ((-0.2, "gigabytes", "measured, or a line through it"), (0.2, "counted", "counted")):
