@@ -52,7 +52,8 @@ def test_executed_copies_are_whole_and_clean(smoke):
         text = path.read_text()
         notebook = nbformat.reads(text, as_version=4)
         code = [c for c in notebook.cells if c.cell_type == "code"]
-        assert all(c.execution_count for c in code) and "image/png" in text and "it/s" not in text
+        assert all(c.execution_count for c in code) and "image/png" in text
+        assert not any("it/s" in str(o.get("text")) for c in code for o in c.outputs)  # in a picture's base64 it may well be
         assert str(smoke[0]) not in text and str(ROOT) not in text
 
 
