@@ -110,7 +110,9 @@ def test_evaluation_goes_without_pytorch_fid(monkeypatch):
     monkeypatch.setattr(
         bench_passes, "_inception", lambda clip: (FeatureNetwork("inception", StandIn(), "", "0"), "a stand-in")
     )
-    monkeypatch.setattr(bench_passes.scale, "memory", lambda what, n, device, module: {"own": 1_000_000 * int(n), "files": 0})
+    monkeypatch.setattr(
+        bench_passes.scale, "in_a_process", lambda what, n, device, module: {"own": 1_000_000 * int(n), "files": 0}
+    )
     found = evaluation(CPU, {}, 1, pictures=4, counts=(500, 4_000))
     assert found["table"][0]["peer"] == "time of the bare forward" and "distance" not in found["details"]
     assert found["table"][-1]["value"]["median"] == pytest.approx(3.5) and not timing.is_met(found["table"][-1])
