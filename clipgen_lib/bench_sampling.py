@@ -123,14 +123,19 @@ def huggingface(
     model: TransformerConfig, codes: int, length: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], torch.Tensor]:
     """Hugging Face's GPT-2 of the same size with its own cache and sampling; one token takes the place of the condition."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    config = GPT2Config(vocab_size=codes, n_positions=length + 1, n_embd=model.width, n_layer=model.layers, n_head=model.heads,
-                        bos_token_id=None, eos_token_id=None, pad_token_id=0)  # fmt: skip
-    peer = GPT2LMHeadModel(config).to(device, dtype).eval()
+    peer = gpt2(model, codes, length).to(device, dtype).eval()
     start = torch.ones(batch, 1, dtype=torch.long, device=device)
     settings = {"do_sample": True, "top_k": DRAWN.top_k, "top_p": DRAWN.top_p, "temperature": DRAWN.temperature}
     mask = torch.ones_like(start)
     return lambda: peer.generate(start, attention_mask=mask, max_new_tokens=length, min_new_tokens=length, **settings)
+
+
+def gpt2(model: TransformerConfig, codes: int, length: int) -> torch.nn.Module:
+    """Hugging Face's GPT-2 of the same size, without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    sizes = GPT2Config(vocab_size=codes, n_positions=length + 1, n_embd=model.width, n_layer=model.layers, n_head=model.heads,
+                       bos_token_id=None, eos_token_id=None, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+    return GPT2LMHeadModel(sizes)

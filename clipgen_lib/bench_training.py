@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .bench_sampling import CLIP_DIM, CODES, MODEL
+from .bench_sampling import CLIP_DIM, CODES, MODEL, gpt2
 from .clip_embed import ClipEmbedder
-from .config import ClipConfig, Preset, TransformerConfig, TransformerTrainConfig, VQGANConfig, load_preset
+from .config import ClipConfig, Preset, TransformerTrainConfig, VQGANConfig, load_preset
 from .cost import count
 from .losses import PatchDiscriminator, adversarial_loss, discriminator_loss, perceptual_loss
 from .runs import progress
@@ -81,7 +81,7 @@ def transformer(
         works["the step with VQGAN and CLIP in the loop, float32"] = encoding_steps(preset, clip, device, "no")
         works["the step with VQGAN and CLIP in the loop, bfloat16"] = encoding_steps(preset, clip, device, "bf16")
         if peers()["transformers"] != ABSENT:
-            works["Hugging Face GPT-2"] = huggingface_steps(preset.transformer, preset.vqgan.codebook_size, tokens, device)
+            works["Hugging Face GPT-2"] = huggingface_steps(preset, device)
         seconds = by_rounds(works, device, rounds, "training the transformer")
         goals = {"Hugging Face GPT-2": 1.2, "the step with VQGAN and CLIP in the loop, float32": 5.0}
         table += [row(what, way, ratio(seconds[OURS], seconds[way]), goals.get(way)) for way in works if way != OURS]
@@ -142,15 +142,12 @@ def encoding_steps(preset: Preset, clip: ClipEmbedder, device: torch.device, pre
     return repeated(step)
 
 
-def huggingface_steps(config: TransformerConfig, codes: int, length: int, device: torch.device) -> Work:
+def huggingface_steps(preset: Preset, device: torch.device) -> Work:
     """Hugging Face's GPT-2 of the same size, trained as its Trainer does: bfloat16 autocast, fused AdamW, clipped gradients."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = GPT2Config(vocab_size=codes, n_positions=length + 1, n_embd=config.width, n_layer=config.layers, n_head=config.heads,
-                       bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
-    model = GPT2LMHeadModel(sizes).to(device).train()
+    codes, length = preset.vqgan.codebook_size, preset.vqgan.side**2
+    model = gpt2(preset.transformer, codes, length).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(0, codes, (BATCH, length), device=device)
+    tokens = torch.randint(0, codes, (preset.transformer_train.batch_size, length), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

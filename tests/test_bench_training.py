@@ -83,9 +83,11 @@ def test_the_peer_trains(small, precision, monkeypatch):
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_the_training_of_hugging_face_has_our_size():
+def test_the_training_of_hugging_face_has_our_size(small, monkeypatch):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    assert len(timed(bench_training.huggingface_steps(TINY, 64, 12, CPU), Clock("cpu", 1, 2, 60.0))) == 2
+    losses, update = [], bench_training._update
+    monkeypatch.setattr(bench_training, "_update", lambda loss, *rest: (losses.append(loss.item()), update(loss, *rest)))
+    assert len(timed(bench_training.huggingface_steps(small, CPU), Clock("cpu", 1, 12, 60.0))) == 12 and losses[-1] < losses[0]
 
 
 def test_our_step_is_the_training_itself(small, tmp_path, monkeypatch):
