@@ -6,8 +6,18 @@ The heavy names are loaded on first use, so that `import clipgen_lib` stays ligh
 from importlib import import_module
 
 __version__ = "0.1.0"
-_LAZY = {"TextToImage": "sample", "Workbench": "workbench"}
-__all__ = ["TextToImage", "Workbench", "__version__"]
+_LAZY = {
+    "ClipEmbedder": "clip_embed",
+    "ImageTransformer": "transformer",
+    "TextToImage": "text_to_image",
+    "TokenStore": "store",
+    "VQGAN": "vqgan",
+    "Workbench": "workbench",
+    "generate": "sample",
+    "load_preset": "config",
+    "open_images": "data.datasets",
+}
+__all__ = [*_LAZY, "__version__"]
 
 
 def __getattr__(name: str):

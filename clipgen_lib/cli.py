@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from .config import PRESETS
-from .runs import ROOT, ClipgenError, open_run
+from .runtime.runs import ROOT, ClipgenError, open_run
 
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 
@@ -24,7 +24,7 @@ class _Commands(click.Group):
     """Our own errors end a command with their sentence and exit status 1; anything else is a bug and shows."""
 
     def invoke(self, context: click.Context):
-        from .processes import together
+        from .runtime.distributed import together
 
         try:
             with together():
@@ -38,20 +38,22 @@ class _Commands(click.Group):
 @click.group(cls=_Commands)
 @click.version_option(package_name="clipgen_lib")
 def main() -> None:
-    """CLIP-GEN workbench: text-to-image from pictures without captions."""
+    """CLIP-GEN workbench: text-to-image from images without captions."""
 
 
 def _run_options(command):
     """What every stage takes: the notebooks' PRESET, RUN, DATA, SEED, DEVICE and CLIP."""
     for option in (
-        click.option("--clip", default="", help="a folder in open_clip's layout, or MODEL/WEIGHTS  [default: the preset's]"),
+        click.option(
+            "--clip", default="", help="a folder in open_clip's layout, or MODEL/WEIGHTS  [default: the preset's]"
+        ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
         click.option("--seed", default=0, show_default=True),
         click.option(
             "--data",
             default="shapes",
             show_default=True,
-            help="'shapes', a COCO root, a folder of pictures, or tar or parquet shards",
+            help="'shapes', a COCO root, a folder of images, or tar or parquet shards",
         ),
         click.option("--run", "run", default="demo", show_default=True, help="name of the folder under results/"),
         click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True),
@@ -61,23 +63,23 @@ def _run_options(command):
 
 
 def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
-    from .processes import count, is_first, wait
+    from .runtime.distributed import world_size, is_main, barrier
     from .workbench import Workbench
 
     _join(device)
     bench = Workbench.open(preset, run, data, seed, device, clip)
     if bench.notice:
         _say(bench.notice, err=True)
-    if count() > 1 and bench.has_oracle:
-        if is_first():
+    if world_size() > 1 and bench.has_oracle:
+        if is_main():
             bench.images()  # makes the Shapes world where it has not been made
-        wait()
+        barrier()
     return bench
 
 
 def _join(device: str) -> None:
     """Take this process into its launch, by gloo where it computes on the CPU."""
-    from .processes import join
+    from .runtime.distributed import join
     from .workbench import pick_device
 
     join(pick_device(device))
@@ -86,14 +88,16 @@ def _join(device: str) -> None:
 def _alone(step: str) -> None:
     """Small networks are trained by one process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ClipgenError(f"{step} trains a small network in one process: start it without accelerate launch or torchrun")
+        raise ClipgenError(
+            f"{step} trains a small network in one process: start it without accelerate launch or torchrun"
+        )
 
 
 def _say(text: object, err: bool = False) -> None:
     """Print, in a launch by the first process alone."""
-    from .processes import is_first
+    from .runtime.distributed import is_main
 
-    if is_first():
+    if is_main():
         click.echo(text, err=err)
 
 
@@ -101,7 +105,7 @@ def _say(text: object, err: bool = False) -> None:
 @_run_options
 @click.option("--steps", default=0, help="training steps  [default: the preset's]")
 def train_vqgan(steps: int, **run_options) -> None:
-    """Stage 1: train the VQGAN on pictures."""
+    """Stage 1: train the VQGAN on images."""
     bench = _open(**run_options)
     bench.train_vqgan(steps)
     _say(bench.run.summary().get("vqgan"))
@@ -110,7 +114,7 @@ def train_vqgan(steps: int, **run_options) -> None:
 @main.command("extract")
 @_run_options
 def extract(**run_options) -> None:
-    """Encode every picture once into tokens and an embedding."""
+    """Encode every image once into tokens and an embedding."""
     bench = _open(**run_options)
     store = bench.extract()
     _say(f"{len(store)} rows of {store.meta['L']} tokens in {store.folder}")
@@ -129,12 +133,16 @@ def train_transformer(steps: int, **run_options) -> None:
 @main.command("evaluate")
 @_run_options
 @click.option("--guidance", default=0.0, help="guidance scale  [default: the preset's]")
-@click.option("--images", type=click.Path(path_type=Path), help="score this folder of pictures instead of a run")
+@click.option("--images", type=click.Path(path_type=Path), help="score this folder of images instead of a run")
 @click.option(
-    "--reference", type=click.Path(path_type=Path), help="a COCO root, a folder, shards, or statistics of pytorch-fid (npz)"
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="a COCO root, a folder, shards, or statistics of pytorch-fid (npz)",
 )
 @click.option(
-    "--captions", type=click.Path(path_type=Path), help="name<TAB>caption lines, COCO's captions json, or {name: caption}"
+    "--captions",
+    type=click.Path(path_type=Path),
+    help="name<TAB>caption lines, COCO's captions json, or {name: caption}",
 )
 @click.option("--split", default="val", show_default=True, help="of a COCO root as reference, such as val2014")
 @click.option(
@@ -143,34 +151,48 @@ def train_transformer(steps: int, **run_options) -> None:
     multiple=True,
     help="inception, clean, torchmetrics, dmgan or clip; may be repeated  [default: inception and clip]",
 )
-@click.option("--size", default=0, help="side in pixels that both sets are brought to  [default: that of the scored pictures]")
+@click.option(
+    "--size", default=0, help="side in pixels that both sets are brought to  [default: that of the scored images]"
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="json file for the numbers; the caption list goes beside it"
 )
-def evaluate(guidance: float, images: Path, reference: Path, captions: Path, split: str, protocols: tuple[str, ...],
-             size: int, output: Path, **run_options) -> None:  # fmt: skip
-    """Score a run, or with --images any folder of pictures.
+def evaluate(
+    guidance: float,
+    images: Path,
+    reference: Path,
+    captions: Path,
+    split: str,
+    protocols: tuple[str, ...],
+    size: int,
+    output: Path,
+    **run_options,
+) -> None:
+    """Score a run, or with --images any folder of images.
 
     Of a run: FID-k, rFID, KID, CapS, R-precision and, on shapes, the oracle. Of a folder: the same without rFID and oracle,
     against --reference, with --clip as the judge, under every --protocol whose weights are on this machine.
     """
     if images is None:
         if reference or captions or protocols or size or output:
-            raise ClipgenError("--reference, --captions, --protocol, --size and --output are for a folder: name it by --images")
-        from .evaluate import table
-        from .processes import is_first
+            raise ClipgenError(
+                "--reference, --captions, --protocol, --size and --output are for a folder: name it by --images"
+            )
+        from .metrics.report import table
+        from .runtime.distributed import is_main
 
         bench = _open(**run_options)
         bench.evaluate(guidance)
-        if is_first():
+        if is_main():
             click.echo(table(bench.run.summary()))
         return
     if reference is None:
         raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR, SHARDS or stats.npz")
     from .clip_embed import ClipEmbedder
-    from .evaluate import evaluate_folder, folder_table
-    from .processes import is_first
-    from .runs import write_atomic, write_json
+    from .evaluate import evaluate_folder
+    from .metrics.report import folder_table
+    from .runtime.distributed import is_main
+    from .runtime.runs import write_atomic, write_json
     from .workbench import clip_fields, pick_device
 
     _join(run_options["device"])
@@ -181,7 +203,7 @@ def evaluate(guidance: float, images: Path, reference: Path, captions: Path, spl
     )
     listed = result.pop("caption_list", "")
     _say(folder_table(result))
-    if output and is_first():
+    if output and is_main():
         write_json(output, result)
         if listed:
             write_atomic(output.with_suffix(".captions.txt"), listed)
@@ -189,49 +211,53 @@ def evaluate(guidance: float, images: Path, reference: Path, captions: Path, spl
 
 @main.command("captions")
 @click.option(
-    "--data", default="shapes", show_default=True, help="'shapes', a COCO root, or a folder of pictures with captions"
+    "--data", default="shapes", show_default=True, help="'shapes', a COCO root, or a folder of images with captions"
 )
 @click.option("--split", default="val", show_default=True, help="such as val2014")
-@click.option("-n", default=30_000, show_default=True, help="pictures; a smaller set gives all of its own")
+@click.option("-n", default=30_000, show_default=True, help="images; a smaller set gives all of its own")
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("captions.txt"), show_default=True)
 def captions(data: str, split: str, n: int, seed: int, output: Path) -> None:
-    """Write the caption list of the COCO protocol, one caption a picture by seed, for other models to draw and be scored by."""
-    from .captions import caption_facts, caption_list, choose_captions
-    from .data import open_images
-    from .runs import write_atomic
+    """Write the caption list of the COCO protocol, one caption an image by seed, for other models to draw and be scored by."""
+    from .data.datasets import open_images
+    from .metrics.captions import caption_facts, caption_list, choose_captions
+    from .runtime.runs import write_atomic
 
     images = open_images(data, split)
     pairs = choose_captions(images, min(n, sum(map(bool, images.captions))), seed)
     top = f"{images.split}/" if (images.root / images.split).is_dir() else ""
     listed = caption_list((images.names[row].removeprefix(top), text) for row, text in pairs)
     write_atomic(output, listed)
-    click.echo(f"{len(pairs)} captions of {images.name}/{images.split} in {output}, hash {caption_facts(listed)['hash']}")
+    click.echo(
+        f"{len(pairs)} captions of {images.name}/{images.split} in {output}, hash {caption_facts(listed)['hash']}"
+    )
 
 
 @main.command("generate")
 @click.argument("prompt")
 @click.option("--run", "run", help="a trained run under results/  [default: the weights that come with the project]")
-@click.option("-n", default=8, type=click.IntRange(1), show_default=True, help="pictures")
-@click.option("--seed", default=0, show_default=True, help="picture j uses seed + j")
+@click.option("-n", default=8, type=click.IntRange(1), show_default=True, help="images")
+@click.option("--seed", default=0, show_default=True, help="image j uses seed + j")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True)
 @click.option("--guidance", type=float, help="guidance scale  [default: the preset's]")
 @click.option("--temperature", type=float)
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
-@click.option("--candidates", type=int, help="draw that many for each picture and keep the one that CLIP finds nearest")
+@click.option("--candidates", type=int, help="draw that many for each image and keep the one that CLIP finds nearest")
 @click.option("--device", default="auto", show_default=True)
 def generate(prompt, run, n, seed, output, device, **settings) -> None:
-    """Draw pictures for PROMPT."""
+    """Draw images for PROMPT."""
     from PIL import Image
 
-    from .images import grid
-    from .processes import is_first
-    from .sample import TextToImage, draw_together
+    from .data.images import grid
+    from .runtime.distributed import is_main
+    from .text_to_image import TextToImage, draw_together
     from .workbench import Workbench, pick_device
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
-        raise ClipgenError(f"{output} cannot be written as a picture: give a name such as out.png in a folder that exists")
+        raise ClipgenError(
+            f"{output} cannot be written as an image: give a name such as out.png in a folder that exists"
+        )
     _join(device)
     if run:
         generator = Workbench.reopen(run, device).generator()
@@ -239,18 +265,17 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
         generator = TextToImage.from_pretrained("shapes").to(pick_device(device))
     chosen = {key: value for key, value in settings.items() if value is not None}
     images = draw_together(generator, [prompt] * n, list(range(seed, seed + n)), show_progress=True, **chosen)
-    if is_first():
+    if is_main():
         Image.fromarray(grid(images, columns=min(n, 8))).save(output)
-    _say(f"{n} pictures of {prompt!r} in {output}")
+    _say(f"{n} images of {prompt!r} in {output}")
 
 
 @main.command("best")
 @click.argument("stage", type=click.Choice(["vqgan", "transformer"]))
 @click.option("--run", "run", required=True, help="a trained run under results/")
 def best(stage: str, run: str) -> None:
-    """Take the weights of STAGE's best checkpoint on held-out pictures instead of its last ones."""
-    from .train import take_best
-    from .workbench import Workbench
+    """Take the weights of STAGE's best checkpoint on held-out images instead of its last ones."""
+    from .workbench import Workbench, take_best
 
     found = take_best(Workbench.reopen(run, "cpu").run, stage)
     after = ": extract again, the store was made by the last ones" if stage == "vqgan" else ""
@@ -259,9 +284,15 @@ def best(stage: str, run: str) -> None:
 
 @main.command("export")
 @click.option("--run", "run", default="reference", show_default=True, help="a trained run under results/")
-@click.option("--to", "folder", type=click.Path(path_type=Path), help="a new folder  [default: results/<run>/generator]")
-@click.option("-n", type=click.IntRange(1), default=1_000, show_default=True, help="prompts of each kind for the oracle")
-@click.option("--candidates", type=click.IntRange(1), default=16, show_default=True, help="of the oracle's second column")
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path), help="a new folder  [default: results/<run>/generator]"
+)
+@click.option(
+    "-n", type=click.IntRange(1), default=1_000, show_default=True, help="prompts of each kind for the oracle"
+)
+@click.option(
+    "--candidates", type=click.IntRange(1), default=16, show_default=True, help="of the oracle's second column"
+)
 @click.option("--device", default="auto", show_default=True)
 def export(run: str, folder: Path | None, n: int, candidates: int, device: str) -> None:
     """Write a run's generator in float16 for TextToImage.from_pretrained, and measure what was written."""
@@ -276,7 +307,7 @@ def export(run: str, folder: Path | None, n: int, candidates: int, device: str) 
 @main.command("train-classifier")
 @_run_options
 def train_classifier(**run_options) -> None:
-    """Train the judge of classes on real pictures in class folders; `evaluate` then uses it."""
+    """Train the judge of classes on real images in class folders; `evaluate` then uses it."""
     _alone("train-classifier")
     click.echo(_open(**run_options).train_classifier())
 
@@ -286,14 +317,14 @@ def train_classifier(**run_options) -> None:
 @click.option("--run", "run", default="laptop", show_default=True, help="a run whose VQGAN and store all rows share")
 @click.option("--steps", default=0, help="of each transformer  [default: the preset's]")
 @click.option("--row", "only", multiple=True, help="make only these rows")
-@click.option("--data", default="", help="where the run's pictures lie  [default: as the run says]")
+@click.option("--data", default="", help="where the run's images lie  [default: as the run says]")
 @click.option("--device", default="auto", show_default=True)
 def compare(table: str, run: str, steps: int, only: tuple[str, ...], data: str, device: str) -> None:
     """Make a table of the comparison: levers on the plain recipe, the systems, or both recipes on photos.
 
     Rows that are there are kept.
     """
-    from .compare import TABLES, lines_of, run_table
+    from .study.compare import TABLES, lines_of, run_table
     from .workbench import Workbench
 
     entries = run_table(Workbench.reopen(run, device, data), TABLES[table], steps=steps, only=only)
@@ -303,7 +334,7 @@ def compare(table: str, run: str, steps: int, only: tuple[str, ...], data: str, 
 @main.command("train-clip")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True)
 @click.option("--run", default="shapes-clip", show_default=True)
-@click.option("--data", default="shapes", show_default=True, help="'shapes', or pictures with captions or class folders")
+@click.option("--data", default="shapes", show_default=True, help="'shapes', or images with captions or class folders")
 @click.option("--steps", default=0, help="training steps  [default: the preset's]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
@@ -312,12 +343,15 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
     _alone("train-clip")
     from .clip_embed import ClipEmbedder
     from .config import load_preset
-    from .data import open_images
-    from .train_clip import MODEL, ImagePairs, ScenePairs, caption_accuracy
-    from .train_clip import train_clip as train
+    from .data.datasets import open_images
+    from .study.train_clip import MODEL, ImagePairs, ScenePairs, caption_accuracy
+    from .study.train_clip import train_clip as train
     from .workbench import pick_device
 
-    config, opened = load_preset(preset, **({"clip_train": {"steps": steps}} if steps else {})).clip_train, open_run(run)
+    config, opened = (
+        load_preset(preset, **({"clip_train": {"steps": steps}} if steps else {})).clip_train,
+        open_run(run),
+    )
     device, size = pick_device(device), MODEL["vision_cfg"]["image_size"]
     pairs = ScenePairs(config, seed) if data == "shapes" else ImagePairs(open_images(data, "train", size), config, seed)
     folder = train(opened, pairs, config, seed, device)
@@ -341,50 +375,16 @@ def doctor() -> None:
         raise ClipgenError(problem)
 
 
-@main.command("faults")
-@click.option("--kills", type=click.IntRange(5), default=20, show_default=True, help="SIGKILLs at random moments, in all steps")
-@click.option("--seed", default=0, show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the table  [default: results/faults]")
-def faults(kills: int, seed: int, output: Path | None) -> None:
-    """Kill, starve and damage the steps of a small run, and print what survived; takes 10 to 20 minutes."""
-    from .faults import lines_of, run_faults
-
-    table = run_faults(kills, seed, output)
-    click.echo(lines_of(table))
-    if any(row["corrupted"] or row["survived"] < row["injected"] for row in table):
-        raise ClipgenError("a step did not survive a fault: the table says which")
-
-
-@main.command("bench")
-@click.option("--only", multiple=True, help="measure only this section; may be repeated")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="of all ways in turns")
-@click.option("--device", default="auto", show_default=True)
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="folder for cpu.json or gpu.json  [default: results/speed]"
-)
-def bench(only: tuple[str, ...], rounds: int, device: str, output: Path | None) -> None:
-    """Measure speed beside the peers of the extra `bench` and beside the machine's limits; takes half an hour."""
-    import torch
-
-    from .bench import SECTIONS, lines_of, run
-    from .runs import RESULTS
-    from .workbench import pick_device
-
-    for name in only:
-        if name not in SECTIONS:
-            raise ClipgenError(f"there is no section {name!r}: choose {', '.join(SECTIONS)}")
-    found = run(only, output or RESULTS / "speed", torch.device(pick_device(device)), rounds)
-    click.echo(lines_of({name: found[name] for name in only or SECTIONS}))
-
-
 @main.command("cost")
 @click.argument("name", type=click.Choice(list(PRESETS)))
 @click.option(
     "--images",
     type=click.IntRange(1),
-    help="pictures of the train split  [default: ImageNet-1k's for imagenet, else MS-COCO 2017's]",
+    help="images of the train split  [default: ImageNet-1k's for imagenet, else MS-COCO 2017's]",
 )
-@click.option("--gpus", type=click.IntRange(1), multiple=True, default=(1, 8, 64), show_default=True, help="may be repeated")
+@click.option(
+    "--gpus", type=click.IntRange(1), multiple=True, default=(1, 8, 64), show_default=True, help="may be repeated"
+)
 @click.option(
     "--peak",
     type=click.FloatRange(0, min_open=True),
@@ -402,7 +402,7 @@ def cost(name: str, images: int | None, gpus: tuple[int, ...], peak: float, shar
     """Count what a preset costs on a data set, in GPU hours, memory and disk; nothing is trained."""
     from .config import load_preset
     from .cost import UTILISATION, data_set_of, lines_of, measured_decoding, measured_share, project
-    from .runs import RESULTS, write_json
+    from .runtime.runs import RESULTS, write_json
 
     peak, images = peak * 1e12, images or data_set_of(name).images
     share = share or measured_share(RESULTS / "scale" / "gpu.json", name, peak) or UTILISATION
@@ -411,49 +411,6 @@ def cost(name: str, images: int | None, gpus: tuple[int, ...], peak: float, shar
     click.echo(lines_of(found))
     if output:
         write_json(output, found)
-
-
-@main.command("scale")
-@click.option(
-    "--preset",
-    "presets",
-    type=click.Choice(list(PRESETS)),
-    multiple=True,
-    default=("laptop", "gpu64", "coco"),
-    show_default=True,
-    help="may be repeated",
-)
-@click.option(
-    "--store-rows",
-    type=click.IntRange(0),
-    default=10_000_000,
-    show_default=True,
-    help="of the token store that is measured; 0 leaves it out",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="folder for cpu.json or gpu.json, and store.json  [default: results/scale]",
-)
-def scale(presets: tuple[str, ...], store_rows: int, device: str, output: Path | None) -> None:
-    """Measure pictures a second of every stage, and the token store, on this machine; some minutes a preset on a CPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ClipgenError("scale measures one process: start it without accelerate launch or torchrun")
-    from .config import load_preset
-    from .runs import RESULTS, write_json
-    from .scale import lines_of, store_lines, store_speed, throughput
-    from .workbench import pick_device
-
-    output, device = output or RESULTS / "scale", pick_device(device)
-    found = {name: throughput(load_preset(name), device) for name in presets}
-    click.echo(lines_of(list(found.values())))
-    write_json(output / ("cpu.json" if device == "cpu" else "gpu.json"), found)
-    if store_rows:
-        store = store_speed(output / "measured-store", store_rows)
-        click.echo(f"\n{store_lines(store)}")
-        write_json(output / "store.json", store)
 
 
 @main.command("preset")
@@ -469,16 +426,18 @@ def preset(name: str, step: bool, clip_dim: int) -> None:
         click.echo(f"{key:24}{value:,.4g}" if isinstance(value, float) else f"{key:24}{value:,}")
 
 
-# ---------------------------------------------------------------------------------------------- notebooks
-
-
 @main.command("run")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop", show_default=True)
 @click.option(
-    "--run", "run", default=None, help="name of the folder under results/  [default: the preset's, with the folder's name]"
+    "--run",
+    "run",
+    default=None,
+    help="name of the folder under results/  [default: the preset's, with the folder's name]",
 )
 @click.option("--notebook", "only", multiple=True, help="run only these: a name or its beginning, such as 04")
-@click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a notebook parameter, such as DATA=/my/photos")
+@click.option(
+    "-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a notebook parameter, such as DATA=/my/photos"
+)
 def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameters: tuple[str, ...]) -> None:
     """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
     chosen = _choose(only)
@@ -504,17 +463,19 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
         _execute(name, {k: v for k, v in values.items() if k in known[name]}, opened.file("notebooks", f"{name}.ipynb"))
     summary = opened.summary()
     if "evaluation" in summary:
-        from .evaluate import table
+        from .metrics.report import table
 
         click.echo(table(summary))
     if skipped := summary.get("skipped"):
         name, why = next(iter(skipped.items()))
         click.echo(f"{len(skipped)} files were left out, the first {name} ({why})")
     if "prompts" in summary and "04_evaluate" in chosen:
-        click.echo(f"{len(summary['prompts']['asked'])} prompts drawn ({summary['prompts']['source']}): {_short(opened.path / 'figures' / 'prompts.png')}")  # fmt: skip
+        click.echo(
+            f"{len(summary['prompts']['asked'])} prompts drawn ({summary['prompts']['source']}): {_short(opened.path / 'figures' / 'prompts.png')}"
+        )
         if notice:
             click.echo(notice)
-    click.echo(f"pictures: {_short(opened.path / 'figures')}   numbers: {_short(opened.path / 'summary.json')}")
+    click.echo(f"images: {_short(opened.path / 'figures')}   numbers: {_short(opened.path / 'summary.json')}")
 
 
 def _short(path: Path) -> str:
@@ -529,9 +490,9 @@ def _default_run(preset: str, data: str) -> str:
 
 def _check(values: dict) -> str:
     """What can be told before hours of training: prompts that are none are an error, a CLIP of shapes for photos a notice."""
-    from .captions import split_prompts
     from .clip_embed import photo_notice
     from .config import load_preset
+    from .metrics.captions import split_prompts
     from .workbench import clip_fields
 
     split_prompts(values.get("PROMPTS", ""))
@@ -555,7 +516,9 @@ def _choose(only: tuple[str, ...]) -> list[str]:
         return list(NOTEBOOKS)
     chosen = []
     for wanted in only:
-        matches = [name for name in available if name == wanted or name.startswith(wanted) or name.endswith(f"_{wanted}")]
+        matches = [
+            name for name in available if name == wanted or name.startswith(wanted) or name.endswith(f"_{wanted}")
+        ]
         if len(matches) != 1:
             raise ClipgenError(f"{len(matches)} notebooks match {wanted!r}: name one of {', '.join(available)}")
         chosen += matches
@@ -580,9 +543,16 @@ def _execute(name: str, values: dict, output: Path) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     source = ROOT / "notebooks" / f"{name}.ipynb"
     try:
-        papermill.execute_notebook(str(source), str(output), values, cwd=str(source.parent), progress_bar=False,
-                                   stderr_file=sys.stderr, kernel_name="python3",
-                                   extra_arguments=["--IPKernelApp.log_level=40"])  # fmt: skip
+        papermill.execute_notebook(
+            str(source),
+            str(output),
+            values,
+            cwd=str(source.parent),
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            kernel_name="python3",
+            extra_arguments=["--IPKernelApp.log_level=40"],
+        )
     except papermill.PapermillExecutionError as error:
         if error.ename == "ClipgenError":
             raise ClipgenError(f"{name}: {error.evalue}") from None
@@ -603,9 +573,11 @@ def tidied(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [
-                output for output in cell.outputs
-                if not (output.output_type == "stream" and output.name == "stderr") and not live & set(output.get("data", {}))
-            ]  # fmt: skip
+                output
+                for output in cell.outputs
+                if not (output.output_type == "stream" and output.name == "stderr")
+                and not live & set(output.get("data", {}))
+            ]
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
     for key in ("papermill", "widgets"):

@@ -1,6 +1,6 @@
-"""Frozen CLIP: pictures and texts into one space of unit vectors.
+"""Frozen CLIP: images and texts into one space of unit vectors.
 
-In: pictures (B, 3, H, W) float in [-1, 1] of any size, or a list of texts. Out: (B, D) float32 of unit norm.
+In: images (B, 3, H, W) float in [-1, 1] of any size, or a list of texts. Out: (B, D) float32 of unit norm.
 The only place that knows CLIP's input size, resize, mean and standard deviation. Any open_clip model will do; the
 embedded one under data/shapes_clip knows the Shapes world and nothing else.
 """
@@ -8,7 +8,7 @@ embedded one under data/shapes_clip knows the Shapes world and nothing else.
 from __future__ import annotations
 
 import hashlib
-import os  # os.path.isfile is false where Path.is_file raises, of a name too long for any file
+import os
 import re
 import tempfile
 import warnings
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from .runs import DATA, ROOT, ClipgenError, file_hash, read_json, reason, shortened
+from .runtime.runs import DATA, ROOT, ClipgenError, file_hash, read_json, reason, shortened
 
 EMBEDDED = "shapes"
 
@@ -41,7 +41,9 @@ def _plain(file: Path, folder: Path) -> str:
             return str(file)
     with open(file, "rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() not in _published_archives():
-            raise ClipgenError(f"{file} holds code (a TorchScript archive that is not one of OpenAI's own), which is not run: save its state dict as .safetensors and give that")  # fmt: skip
+            raise ClipgenError(
+                f"{file} holds code (a TorchScript archive that is not one of OpenAI's own), which is not run: save its state dict as .safetensors and give that"
+            )
     warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=FutureWarning)
     sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that lie among the tensors
     tensors = {k: v.clone() for k, v in torch.jit.load(file, map_location="cpu").state_dict().items() if k not in sizes}
@@ -62,7 +64,9 @@ def _check_names(config: Path) -> None:
     for part in content.values() if isinstance(content, dict) else ():
         for key in ("timm_model_name", "hf_model_name") if isinstance(part, dict) else ():
             if not re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*", str(part.get(key, "none"))):
-                raise ClipgenError(f"{config} names {shortened(str(part[key]))!r} as {key}, a place and not a model: restore the original file")  # fmt: skip
+                raise ClipgenError(
+                    f"{config} names {shortened(str(part[key]))!r} as {key}, a place and not a model: restore the original file"
+                )
 
 
 def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | None:
@@ -81,17 +85,19 @@ def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | 
     for known in [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]:
         if repository and isinstance(cached := try_to_load_from_cache(repository, known), str):
             return Path(cached)
-    beside = Path("~/.cache/clip").expanduser() / Path(source.get("url", "")).name  # where it keeps what comes by address
+    beside = (
+        Path("~/.cache/clip").expanduser() / Path(source.get("url", "")).name
+    )  # where it keeps what comes by address
     return beside if not repository and beside.is_file() else None
 
 
 def photo_notice(name: str, data: str) -> str:
-    """A sentence where the embedded CLIP, which knows the Shapes world alone, is to read other pictures; else nothing."""
+    """A sentence where the embedded CLIP, which knows the Shapes world alone, is to read other images; else nothing."""
     if data == "shapes" or _folder(name) != _folder(EMBEDDED):
         return ""
     return (
-        "This run's CLIP knows coloured shapes, not photos: what is drawn will take after your pictures, but prompts mean "
-        "little to it. Name another with -p CLIP=ViT-B-32-quickgelu/openai (open_clip downloads it), or train one on pictures "
+        "This run's CLIP knows coloured shapes, not photos: what is drawn will take after your images, but prompts mean "
+        "little to it. Name another with -p CLIP=ViT-B-32-quickgelu/openai (open_clip downloads it), or train one on images "
         "with captions or in class folders: clipgen train-clip --data FOLDER --run my-clip, then -p CLIP=results/my-clip/clip."
     )
 
@@ -111,12 +117,21 @@ class ClipEmbedder(nn.Module):
         self.weights_hash = weights_hash
         preprocess = model.visual.preprocess_cfg
         if preprocess["resize_mode"] not in ("shortest", "squash"):
-            raise ClipgenError(f"CLIP {name} wants resize mode {shortened(repr(preprocess['resize_mode']))}: use a model of 'shortest' or 'squash'")  # fmt: skip
+            raise ClipgenError(
+                f"CLIP {name} wants resize mode {shortened(repr(preprocess['resize_mode']))}: use a model of 'shortest' or 'squash'"
+            )
         if preprocess["interpolation"] not in ("bicubic", "bilinear"):
-            raise ClipgenError(f"CLIP {name} wants interpolation {shortened(repr(preprocess['interpolation']))}: use a model of 'bicubic' or 'bilinear'")  # fmt: skip
-        words, table = getattr(tokenizer, "vocab_size", 0), getattr(getattr(model, "text", model), "token_embedding", None)
+            raise ClipgenError(
+                f"CLIP {name} wants interpolation {shortened(repr(preprocess['interpolation']))}: use a model of 'bicubic' or 'bilinear'"
+            )
+        words, table = (
+            getattr(tokenizer, "vocab_size", 0),
+            getattr(getattr(model, "text", model), "token_embedding", None),
+        )
         if table is not None and words > table.num_embeddings:
-            raise ClipgenError(f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}: put the merges file of its training (bpe_merges.txt.gz) beside the weights")  # fmt: skip
+            raise ClipgenError(
+                f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}: put the merges file of its training (bpe_merges.txt.gz) beside the weights"
+            )
         self.squash = preprocess["resize_mode"] == "squash"
         self.interpolation = preprocess["interpolation"]
         size = preprocess["size"]
@@ -127,7 +142,9 @@ class ClipEmbedder(nn.Module):
             self.dim = self.texts(["a picture"]).shape[1]
 
     @classmethod
-    def load(cls, name: str = EMBEDDED, pretrained: str | None = None, device: str | torch.device = "cpu") -> ClipEmbedder:
+    def load(
+        cls, name: str = EMBEDDED, pretrained: str | None = None, device: str | torch.device = "cpu"
+    ) -> ClipEmbedder:
         """Load a CLIP.
 
         Args:
@@ -142,38 +159,52 @@ class ClipEmbedder(nn.Module):
         import open_clip
 
         if not isinstance(name, str) or not isinstance(pretrained, str | None):
-            raise ClipgenError(f"CLIP {shortened(f'{name}/{pretrained}')} is not named by texts: restore the original config")
+            raise ClipgenError(
+                f"CLIP {shortened(f'{name}/{pretrained}')} is not named by texts: restore the original config"
+            )
         folder = _folder(name)
         arguments = {}
         if name == EMBEDDED or os.path.isdir(folder):
             weights = folder / "open_clip_model.safetensors"
             if not weights.exists():
-                raise ClipgenError(f"{weights} is missing: restore data/shapes_clip from the repository, or train it with notebooks/appendix_train_clip.ipynb")  # fmt: skip
+                raise ClipgenError(
+                    f"{weights} is missing: restore data/shapes_clip from the repository, or train it with notebooks/appendix_train_clip.ipynb"
+                )
             _check_names(folder / "open_clip_config.json")
             merges = folder / "bpe_merges.txt.gz"
             arguments = {"bpe_path": str(merges)} if merges.exists() else {}
             source, pretrained, digest = f"local-dir:{folder}", None, file_hash(weights)
         elif ":" in name:  # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files
-            raise ClipgenError(f"CLIP {shortened(name)!r} names a place: give a folder, or an open_clip model and its weights")
+            raise ClipgenError(
+                f"CLIP {shortened(name)!r} names a place: give a folder, or an open_clip model and its weights"
+            )
         elif pretrained is None:
-            raise ClipgenError(f"CLIP {shortened(name)!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file")  # fmt: skip
+            raise ClipgenError(
+                f"CLIP {shortened(name)!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file"
+            )
         else:
             source, digest = name, file_hash(Path(pretrained)) if os.path.isfile(pretrained) else f"{name}/{pretrained}"
         try:
             with warnings.catch_warnings(), tempfile.TemporaryDirectory() as beside:
                 warnings.filterwarnings("error", message=".*QuickGELU.*")
-                weights = _plain(Path(pretrained), Path(beside)) if pretrained and os.path.isfile(pretrained) else pretrained
+                weights = (
+                    _plain(Path(pretrained), Path(beside)) if pretrained and os.path.isfile(pretrained) else pretrained
+                )
                 model = open_clip.create_model(source, pretrained=weights, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source, **arguments)
             shown = name if not Path(name).is_absolute() else Path(name).name  # results name no place on a machine
             shown = shown if pretrained is None else f"{shown}/{Path(pretrained).name}"
             return cls(model, tokenizer, shown, digest).to(device)
         except UserWarning as warning:
-            raise ClipgenError(f"CLIP {name}/{pretrained}: {warning} Use the '-quickgelu' model name for these weights.") from None  # fmt: skip
+            raise ClipgenError(
+                f"CLIP {name}/{pretrained}: {warning} Use the '-quickgelu' model name for these weights."
+            ) from None
         except ClipgenError:
             raise
         except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
-            raise ClipgenError(f"CLIP {shortened(f'{name}/{pretrained or folder}')} cannot be loaded ({reason(error)}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file") from error  # fmt: skip
+            raise ClipgenError(
+                f"CLIP {shortened(f'{name}/{pretrained or folder}')} cannot be loaded ({reason(error)}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file"
+            ) from error
 
     @property
     def device(self) -> torch.device:
@@ -189,7 +220,7 @@ class ClipEmbedder(nn.Module):
             target = (height * self.size // short, width * self.size // short)  # rounded down, as torchvision does
         if target != (height, width):
             images = F.interpolate(images, target, mode=self.interpolation, antialias=True, align_corners=False)
-            images = images.clamp(-1, 1)  # bicubic overshoots; 8-bit pictures cannot
+            images = images.clamp(-1, 1)  # bicubic overshoots; 8-bit images cannot
         top, left = round((target[0] - self.size) / 2), round((target[1] - self.size) / 2)
         images = images[..., top : top + self.size, left : left + self.size]
         return ((images + 1) / 2 - self.mean) / self.std
@@ -204,7 +235,7 @@ class ClipEmbedder(nn.Module):
         return inside["image_intermediates"]
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, D) float32 of unit norm; gradients reach the pictures."""
+        """(B, 3, H, W) in [-1, 1] -> (B, D) float32 of unit norm; gradients reach the images."""
         return F.normalize(self.features(images), dim=-1)
 
     def texts(self, texts: list[str]) -> torch.Tensor:

@@ -11,14 +11,23 @@ from functools import cache
 from numbers import Integral, Real
 from typing import get_args, get_origin, get_type_hints
 
-from .runs import ClipgenError, shortened
+from .runtime.runs import ClipgenError, shortened
 
 # Counts are from 1, these from 0; other numbers are not below zero, and these not above one, or of either sign.
 FROM_ZERO = {"steps", "warmup", "workers", "restart_after", "top_k", "neighbours", "n_oracle", "blur"}
 SHARES = {
-    "beta2", "codebook_decay", "ema_decay", "dropout", "condition_dropout", "embedding_share", "top_p", "adversarial_ramp",
+    "beta2",
+    "codebook_decay",
+    "ema_decay",
+    "dropout",
+    "condition_dropout",
+    "embedding_share",
+    "top_p",
+    "adversarial_ramp",
     "guidance_interval",
-}  # fmt: skip
+}
+
+
 SIGNED = {"guidance", "noise_cos"}
 DEPTHS = {"layers", "res_blocks", "discriminator_layers"}  # not above a thousand: each is a loop of modules to build
 MOST = 2**31 - 1
@@ -46,7 +55,11 @@ def _misfit(name: str, value: object, hint: type) -> str:
     if hint in (int, float):
         low = -MOST if name in SIGNED else int(hint is int and name not in FROM_ZERO)
         high = 1 if name in SHARES else 1_000 if name in DEPTHS else MOST
-        good = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool) and low <= value <= high
+        good = (
+            isinstance(value, Integral if hint is int else Real)
+            and not isinstance(value, bool)
+            and low <= value <= high
+        )
         return "" if good else f"a {'whole ' if hint is int else ''}number from {low} to {high}"
     return "" if isinstance(value, hint) else {bool: "true or false", str: "a text"}.get(hint, "a text or nothing")
 
@@ -92,7 +105,7 @@ class FitConfig(Config):
 
 @dataclass(frozen=True)
 class ClassifierConfig(FitConfig):
-    """The classifier that judges drawn pictures of classes: a resnet18, `width` channels in its first stage."""
+    """The classifier that judges drawn images of classes: a resnet18, `width` channels in its first stage."""
 
     width: int = 32
 
@@ -119,9 +132,7 @@ class VQGANConfig(Config):
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
-    local: bool = (
-        False  # a token depends on its own square of pixels alone: equal squares get equal tokens, which are easier to predict
-    )
+    local: bool = False  # a token depends on its own square of pixels alone: equal squares get equal tokens, which are easier to predict
     z_channels: int = 256
     codebook_size: int = 16_384
     code_dim: int = 8
@@ -135,9 +146,13 @@ class VQGANConfig(Config):
         if self.codebook_update not in ("gradient", "ema", "gumbel"):
             raise ClipgenError(f"codebook_update is {_shown(self.codebook_update)}: choose 'gradient' or 'ema'")
         if self.image_size % self.factor:
-            raise ClipgenError(f"image_size {self.image_size} does not divide by the downsampling factor {self.factor}: change one of them")  # fmt: skip
+            raise ClipgenError(
+                f"image_size {self.image_size} does not divide by the downsampling factor {self.factor}: change one of them"
+            )
         if self.codebook_size > 65_536:
-            raise ClipgenError(f"codebook_size {self.codebook_size} does not fit the token store's 16 bits: use at most 65536")
+            raise ClipgenError(
+                f"codebook_size {self.codebook_size} does not fit the token store's 16 bits: use at most 65536"
+            )
 
     @property
     def factor(self) -> int:
@@ -167,7 +182,7 @@ class OptimConfig(Config):
     compile: bool = False
     log_every: int = 100
     save_every: int = 5_000
-    workers: int = 8  # processes that decode pictures; 0 decodes in the loop and keeps what fits in memory
+    workers: int = 8  # processes that decode images; 0 decodes in the loop and keeps what fits in memory
 
     def __post_init__(self):
         super().__post_init__()
@@ -185,7 +200,10 @@ class VQGANTrainConfig(OptimConfig):
     perceptual: str = "lpips"  # or "clip" or "none"
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.1
-    adversarial_ramp: tuple[float, float] = (0.2, 0.4)  # shares of the training: 0 before the first, full after the second
+    adversarial_ramp: tuple[float, float] = (
+        0.2,
+        0.4,
+    )  # shares of the training: 0 before the first, full after the second
     adaptive_max: float = 10.0  # clamp of the adaptive weight
     discriminator_channels: int = 64
     discriminator_layers: int = 3
@@ -201,8 +219,10 @@ class TransformerConfig(Config):
     layers: int = 24
     width: int = 1_024
     heads: int = 16
-    conditioning: str = "prefix"  # or "adaln": adaptive layer norm in every block; or "words": text tokens as the prefix
-    condition_tokens: int = 1  # inputs before the first picture token
+    conditioning: str = (
+        "prefix"  # or "adaln": adaptive layer norm in every block; or "words": text tokens as the prefix
+    )
+    condition_tokens: int = 1  # inputs before the first image token
     dropout: float = 0.0
     gradient_checkpointing: bool = False
 
@@ -218,17 +238,19 @@ class TransformerConfig(Config):
 class TransformerTrainConfig(OptimConfig):
     condition_dropout: float = 0.1  # share of rows trained without condition, for guidance
     noise_cos: float = 1.0  # lowest target cosine of the noised and the clean embedding; 1 adds no noise
-    centre: bool = False  # take each modality's mean off its embeddings; needs some texts, of whatever pictures
+    centre: bool = False  # take each modality's mean off its embeddings; needs some texts, of whatever images
     embedding_weight: float = 0.1  # of the CLIP embedding reconstruction loss
     embedding_share: float = 0.125  # of the batch that it is computed on
     embedding_path: str = "straight-through"  # gradient through the likeliest tokens; or "gumbel": through sampled ones
     embedding_form: str = "cosine"  # 1 - similarity; or "log": -log of it
-    flip: bool = True  # horizontally flipped pictures as extra rows of the store
+    flip: bool = True  # horizontally flipped images as extra rows of the store
 
     def __post_init__(self):
         super().__post_init__()
         if self.embedding_path not in ("straight-through", "gumbel"):
-            raise ClipgenError(f"embedding_path is {_shown(self.embedding_path)}: choose 'straight-through' or 'gumbel'")
+            raise ClipgenError(
+                f"embedding_path is {_shown(self.embedding_path)}: choose 'straight-through' or 'gumbel'"
+            )
         if self.embedding_form not in ("cosine", "log"):
             raise ClipgenError(f"embedding_form is {_shown(self.embedding_form)}: choose 'cosine' or 'log'")
 
@@ -241,9 +263,9 @@ class SampleConfig(Config):
     guidance: float = 3.0  # 1 is no guidance
     guidance_schedule: str = "constant"  # or "linear", "cosine": from 1 at the first token up to `guidance` at the last
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the tokens between which there is guidance
-    neighbours: int = 0  # training pictures whose mean embedding takes the place of a text's; 0 takes the text's own
-    shift: bool = False  # move a text's embedding by mean picture minus mean text; needs some texts, of whatever pictures
-    candidates: int = 1  # pictures drawn for each one kept, the one that CLIP finds nearest to the prompt
+    neighbours: int = 0  # training images whose mean embedding takes the place of a text's; 0 takes the text's own
+    shift: bool = False  # move a text's embedding by mean image minus mean text; needs some texts, of whatever images
+    candidates: int = 1  # images drawn for each one kept, the one that CLIP finds nearest to the prompt
     batch_size: int = 64
 
     def __post_init__(self):
@@ -279,7 +301,7 @@ class VQGANCLIPConfig(Config):
     cutouts: int = 4
     lr: float = 0.1
     noise: float = 0.1
-    batch_size: int = 32  # pictures optimised side by side
+    batch_size: int = 32  # images optimised side by side
 
 
 @dataclass(frozen=True)
@@ -312,22 +334,60 @@ def _laptop() -> Preset:
     return Preset(
         shapes=ShapesConfig(n_train=20_000, n_val=1_000),
         vqgan=VQGANConfig(
-            image_size=64, patch=4, channels=64, channel_mult=(1, 1), res_blocks=1, local=True, z_channels=64,
-            codebook_size=256, code_dim=16, l2_norm=False, codebook_update="ema", codebook_decay=0.97, restart_after=20,
+            image_size=64,
+            patch=4,
+            channels=64,
+            channel_mult=(1, 1),
+            res_blocks=1,
+            local=True,
+            z_channels=64,
+            codebook_size=256,
+            code_dim=16,
+            l2_norm=False,
+            codebook_update="ema",
+            codebook_decay=0.97,
+            restart_after=20,
         ),
         vqgan_train=VQGANTrainConfig(
-            steps=3_500, batch_size=16, optimizer="muon", lr=1.5e-3, warmup=50, beta2=0.99, weight_decay=0.01, ema_decay=0.99,
-            log_every=50, save_every=500, workers=0, l1_weight=0.3, l2_weight=1.0, perceptual="none", adversarial_weight=0.05,
-            adversarial_ramp=(0.75, 0.9), discriminator_channels=16, discriminator_lr=2e-4, flip=False, random_crop=False,
+            steps=3_500,
+            batch_size=16,
+            optimizer="muon",
+            lr=1.5e-3,
+            warmup=50,
+            beta2=0.99,
+            weight_decay=0.01,
+            ema_decay=0.99,
+            log_every=50,
+            save_every=500,
+            workers=0,
+            l1_weight=0.3,
+            l2_weight=1.0,
+            perceptual="none",
+            adversarial_weight=0.05,
+            adversarial_ramp=(0.75, 0.9),
+            discriminator_channels=16,
+            discriminator_lr=2e-4,
+            flip=False,
+            random_crop=False,
         ),
         transformer=TransformerConfig(layers=6, width=128, heads=4),
         transformer_train=TransformerTrainConfig(
-            steps=8_000, batch_size=32, optimizer="muon", lr=4e-3, warmup=50, ema_decay=0.99, log_every=50, save_every=1_000,
-            workers=0, noise_cos=0.85, embedding_weight=0.0, embedding_share=0.0625,  # what pays here: results/ablation
+            steps=8_000,
+            batch_size=32,
+            optimizer="muon",
+            lr=4e-3,
+            warmup=50,
+            ema_decay=0.99,
+            log_every=50,
+            save_every=1_000,
+            workers=0,
+            noise_cos=0.85,
+            embedding_weight=0.0,
+            embedding_share=0.0625,  # what pays here: results/ablation
         ),
         sample=SampleConfig(guidance=2.0, guidance_schedule="linear", top_p=0.95, batch_size=128),
         evaluate=EvaluateConfig(n=1_000, n_oracle=512, protocol="clip", batch_size=125),
-    )  # fmt: skip
+    )
 
 
 def _reference() -> Preset:
@@ -339,14 +399,18 @@ def _reference() -> Preset:
         vqgan=replace(laptop.vqgan, codebook_size=1_024, restart_after=100),
         vqgan_train=replace(laptop.vqgan_train, steps=12_000),
         transformer=replace(laptop.transformer, width=256, condition_tokens=4),
-        transformer_train=replace(laptop.transformer_train, steps=10_000, batch_size=64, lr=3e-3, warmup=100, ema_decay=0.995),
-        sample=replace(laptop.sample, temperature=0.9),  # chosen on prompts of another seed than the one that is reported
+        transformer_train=replace(
+            laptop.transformer_train, steps=10_000, batch_size=64, lr=3e-3, warmup=100, ema_decay=0.995
+        ),
+        sample=replace(
+            laptop.sample, temperature=0.9
+        ),  # chosen on prompts of another seed than the one that is reported
         evaluate=replace(laptop.evaluate, n_oracle=1_000),
     )
 
 
 def _smoke() -> Preset:
-    """Everything of `laptop`, so small that each notebook takes seconds; its pictures are not worth looking at."""
+    """Everything of `laptop`, so small that each notebook takes seconds; its images are not worth looking at."""
     laptop = _laptop()
     return replace(
         laptop,
@@ -391,7 +455,7 @@ def _gpu64() -> Preset:
         ),
         sample=SampleConfig(guidance=3.0, batch_size=256),
         evaluate=EvaluateConfig(n=10_000),
-    )  # fmt: skip
+    )
 
 
 def _coco() -> Preset:
@@ -408,7 +472,7 @@ def _coco() -> Preset:
 
 
 def _imagenet() -> Preset:
-    """The coco preset with the longer training that a million pictures ask for."""
+    """The coco preset with the longer training that a million images ask for."""
     coco = _coco()
     return replace(
         coco,
@@ -418,7 +482,14 @@ def _imagenet() -> Preset:
     )
 
 
-PRESETS = {"smoke": _smoke, "laptop": _laptop, "reference": _reference, "gpu64": _gpu64, "coco": _coco, "imagenet": _imagenet}
+PRESETS = {
+    "smoke": _smoke,
+    "laptop": _laptop,
+    "reference": _reference,
+    "gpu64": _gpu64,
+    "coco": _coco,
+    "imagenet": _imagenet,
+}
 
 
 def load_preset(name: str, **overrides: dict) -> Preset:
@@ -432,7 +503,9 @@ def load_preset(name: str, **overrides: dict) -> Preset:
     preset = replace(PRESETS[name](), name=name)
     for part, values in overrides.items():
         if part not in {f.name for f in fields(preset)} or not is_dataclass(getattr(preset, part)):
-            raise ClipgenError(f"preset {name!r} has no part {part!r}: choose one of {', '.join(f.name for f in fields(preset)[1:])}")  # fmt: skip
+            raise ClipgenError(
+                f"preset {name!r} has no part {part!r}: choose one of {', '.join(f.name for f in fields(preset)[1:])}"
+            )
         preset = replace(preset, **{part: replace_fields(getattr(preset, part), values)})
     return preset
 
@@ -442,7 +515,9 @@ def replace_fields(config: object, values: dict) -> object:
     known = {f.name for f in fields(config)}
     for key in values:
         if key not in known:
-            raise ClipgenError(f"{type(config).__name__} has no field {_shown(key)}: choose one of {', '.join(sorted(known))}")
+            raise ClipgenError(
+                f"{type(config).__name__} has no field {_shown(key)}: choose one of {', '.join(sorted(known))}"
+            )
     return replace(config, **values)
 
 

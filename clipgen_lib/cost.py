@@ -1,6 +1,6 @@
 """What a preset costs before it is begun: operations, memory, disk and hours, counted from the networks themselves.
 
-In: a preset. Out: plain numbers. Networks and pictures here have shapes but no content: nothing is computed, timed or read, so
+In: a preset. Out: plain numbers. Networks and images here have shapes but no content: nothing is computed, timed or read, so
 a preset of any size is counted in seconds on any machine, for a GPU that is not there.
 """
 
@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import ClipConfig, OptimConfig, Preset, TransformerConfig, VQGANConfig
-from .data import CACHE_BYTES
-from .loop import KEPT, spread
-from .losses import PatchDiscriminator, adversarial_loss, discriminator_loss
-from .runs import read_json
-from .train_clip import MODEL
+from .data.datasets import CACHE_BYTES
+from .runtime.runs import read_json
+from .study.train_clip import MODEL
+from .train_vqgan import PatchDiscriminator, adversarial_loss, discriminator_loss
+from .training import KEPT, spread
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
@@ -36,7 +36,7 @@ CHECKPOINT_BYTES = 4 * 4  # of a parameter: weight, two moments and the EMA
 MARGIN = 1.1  # what an allocator loses between tensors, and gradients on their way
 CUDA_GIGABYTES = 1.0  # context of the driver and workspaces of its libraries
 PYTHON_GIGABYTES = 1.5  # a process with torch and the other packages loaded
-WORKER_GIGABYTES = 0.5  # each process that decodes pictures
+WORKER_GIGABYTES = 0.5  # each process that decodes images
 UTILISATION = 0.4  # of a GPU's peak in bfloat16, that a training is taken to reach where none has been measured
 NODE = 8  # GPUs that NVLink joins
 NVLINK = 450e9  # bytes a second of a GPU to the others of its node: half of the H100's 900 GB/s, which count both ways
@@ -45,7 +45,7 @@ NETWORK = 50e9  # bytes a second of a GPU to other nodes: a card of 400 Gb/s for
 
 @dataclass(frozen=True)
 class DataSet:
-    """Pictures of a train split and bytes of their files, as published."""
+    """Images of a train split and bytes of their files, as published."""
 
     title: str
     images: int
@@ -62,17 +62,14 @@ def data_set_of(preset: str) -> DataSet:
     return IMAGENET if preset == "imagenet" else COCO
 
 
-# ---------------------------------------------------------------------------------------------- operations and hours
-
-
 @cache
 def count(preset: Preset) -> dict[str, float]:
-    """Operations of one picture in each stage, a multiplication with its addition as two.
+    """Operations of one image in each stage, a multiplication with its addition as two.
 
     Returns:
         `vqgan`: a training step with discriminator, LPIPS where the preset has it, and the two short backward passes of the
         adaptive weight left out. `extract`: VQGAN encoder and CLIP image encoder. `transformer`: a training step with the
-        embedding loss on its share of the batch. `sample`: drawing and decoding a picture, with the preset's guidance, each
+        embedding loss on its share of the batch. `sample`: drawing and decoding an image, with the preset's guidance, each
         token once.
     """
     config, train, stage2 = preset.vqgan, preset.vqgan_train, preset.transformer_train
@@ -93,7 +90,9 @@ def count(preset: Preset) -> dict[str, float]:
 
         with torch.no_grad():
             encoded = _operations(lambda: (vqgan.encode(image), encoder(_resized(image, encoder))))
-            drawn = _operations(likelihood) * (1 if preset.sample.guidance == 1 else 2)  # cached steps add up to one pass
+            drawn = _operations(likelihood) * (
+                1 if preset.sample.guidance == 1 else 2
+            )  # cached steps add up to one pass
             decoded = _operations(lambda: vqgan.decode(tokens))
         return {
             "vqgan": _operations(lambda: loss().backward()),
@@ -105,8 +104,13 @@ def count(preset: Preset) -> dict[str, float]:
 
 
 def project(
-    preset: Preset, n_images: int, peak: float, gpus: int = 1, share: float | dict[str, float] = UTILISATION, decoded: float = 0.0
-) -> dict:  # fmt: skip
+    preset: Preset,
+    n_images: int,
+    peak: float,
+    gpus: int = 1,
+    share: float | dict[str, float] = UTILISATION,
+    decoded: float = 0.0,
+) -> dict:
     """Hours, memory and disk of a preset on a data set.
 
     A training step is the work of a GPU on its part of the batch, and then an all-reduce of the gradients by a ring, 2 (g-1)/g
@@ -114,14 +118,14 @@ def project(
     peak is taken to hold for whatever part of the batch a GPU has, and reading to keep up (`cores`).
 
     Args:
-        n_images: pictures of the train split.
+        n_images: images of the train split.
         peak: operations a second of one GPU in bfloat16, by its data sheet.
         share: of the peak that is reached, or one for each stage (`measured_share`).
-        decoded: JPEG pictures a second that one core decodes (`measured_decoding`); 0 where nobody has measured.
+        decoded: JPEG images a second that one core decodes (`measured_decoding`); 0 where nobody has measured.
 
     Returns:
-        `operations` of one picture and `hours` of wall time on that many GPUs, by stage (`extract` goes once over pictures
-        and mirrored pictures, `sample` over the captions of the preset's evaluation), of these `communication`; `efficiency`
+        `operations` of one image and `hours` of wall time on that many GPUs, by stage (`extract` goes once over images
+        and mirrored images, `sample` over the captions of the preset's evaluation), of these `communication`; `efficiency`
         against the same work without communication and uneven parts; `gpu_hours` in all; `batch` on each GPU; `gigabytes` of
         each GPU's memory and `ram_gigabytes` of a node's (`need`); `picture_gigabytes` (published, for the whole split),
         `store_gigabytes` and `checkpoint_gigabytes` of disk; `pictures_per_second` that a GPU takes in, and `cores` that decode
@@ -129,14 +133,18 @@ def project(
     """
     operations, rows, asked = count(preset), n_images * (2 if preset.transformer_train.flip else 1), need(preset, gpus)
     speed = {stage: peak * (share if isinstance(share, float) else share[stage]) for stage in operations}
-    trainings = {"vqgan": (preset.vqgan_train, asked.vqgan), "transformer": (preset.transformer_train, asked.transformer)}
+    trainings = {
+        "vqgan": (preset.vqgan_train, asked.vqgan),
+        "transformer": (preset.transformer_train, asked.transformer),
+    }
     pictures = {stage: train.steps * train.batch_size for stage, (train, _) in trainings.items()}
     pictures |= {"extract": rows, "sample": preset.evaluate.n}
     perfect = {stage: operations[stage] * pictures[stage] / (speed[stage] * gpus) / 3600 for stage in operations}
     batch = {stage: -(-train.batch_size // gpus) for stage, (train, _) in trainings.items()}
     told = {stage: train.steps * _all_reduce(size, gpus) / 3600 for stage, (train, size) in trainings.items()}
     worked = {
-        stage: train.steps * batch[stage] * operations[stage] / speed[stage] / 3600 for stage, (train, _) in trainings.items()
+        stage: train.steps * batch[stage] * operations[stage] / speed[stage] / 3600
+        for stage, (train, _) in trainings.items()
     }
     hours = perfect | {stage: worked[stage] + told[stage] for stage in trainings}
     rates = {
@@ -146,16 +154,28 @@ def project(
     published = data_set_of(preset.name)
     row = 2 * preset.vqgan.side**2 + 2 * _clip_dim(preset)
     return {
-        "preset": preset.name, "images": n_images, "peak": peak, "share": share, "gpus": gpus, "decoded": decoded,
-        "operations": operations, "hours": hours, "communication": told,
-        "efficiency": {stage: perfect[stage] / hours[stage] for stage in trainings} | {"all": sum(perfect.values()) / sum(hours.values())},
-        "gpu_hours": gpus * sum(hours.values()), "batch": batch, "gigabytes": asked.device,
+        "preset": preset.name,
+        "images": n_images,
+        "peak": peak,
+        "share": share,
+        "gpus": gpus,
+        "decoded": decoded,
+        "operations": operations,
+        "hours": hours,
+        "communication": told,
+        "efficiency": {stage: perfect[stage] / hours[stage] for stage in trainings}
+        | {"all": sum(perfect.values()) / sum(hours.values())},
+        "gpu_hours": gpus * sum(hours.values()),
+        "batch": batch,
+        "gigabytes": asked.device,
         "ram_gigabytes": asked.ram * min(gpus, NODE) / gpus,
         "picture_gigabytes": published.bytes / 1e9 if n_images == published.images else None,
-        "store_gigabytes": row * rows / 1e9, "checkpoint_gigabytes": asked.disk, "pictures_per_second": rates,
+        "store_gigabytes": row * rows / 1e9,
+        "checkpoint_gigabytes": asked.disk,
+        "pictures_per_second": rates,
         "cores": {stage: rate / decoded for stage, rate in rates.items()} if decoded else None,
         "notes": [note for stage, (train, _) in trainings.items() for note in _notes(stage, train, gpus)],
-    }  # fmt: skip
+    }
 
 
 def _all_reduce(parameters: int, gpus: int) -> float:
@@ -168,10 +188,14 @@ def _notes(stage: str, train: OptimConfig, gpus: int) -> list[str]:
     each = -(-train.batch_size // gpus)
     found = []
     if train.batch_size % gpus:
-        found.append(f"{gpus} GPUs: batch_size {train.batch_size} of {stage}_train does not divide, taken as {each * gpus}, {each} on each")  # fmt: skip
+        found.append(
+            f"{gpus} GPUs: batch_size {train.batch_size} of {stage}_train does not divide, taken as {each * gpus}, {each} on each"
+        )
     if each % train.accumulate:
         most = max(n for n in range(1, train.accumulate + 1) if each % n == 0)
-        found.append(f"{gpus} GPUs: set accumulate of {stage}_train to {most}, not {train.accumulate}: each GPU has {each} of its batch")  # fmt: skip
+        found.append(
+            f"{gpus} GPUs: set accumulate of {stage}_train to {most}, not {train.accumulate}: each GPU has {each} of its batch"
+        )
     return found
 
 
@@ -182,7 +206,7 @@ def measured_share(measured: Path, preset: str, peak: float) -> dict[str, float]
 
 
 def measured_decoding(folder: Path, size: int) -> float:
-    """JPEG pictures a second that one core brought to `size` pixels, by what `clipgen scale` wrote into that folder, on the
+    """JPEG images a second that one core brought to `size` pixels, by what `clipgen scale` wrote into that folder, on the
     machine with the GPU where there is one; 0 where nobody has measured it."""
     for path in (folder / "gpu.json", folder / "cpu.json"):
         for found in read_json(path).values() if path.is_file() else ():
@@ -198,25 +222,38 @@ def lines_of(projected: list[dict]) -> str:
     reached = (
         f"{share:.0%} of {peak} (assumed, not measured)"
         if isinstance(share, float)
-        else f"of {peak} " + ", ".join(f"{part:.0%} in {stage}" for stage, part in share.items()) + " (measured on one GPU)"
+        else f"of {peak} "
+        + ", ".join(f"{part:.0%} in {stage}" for stage, part in share.items())
+        + " (measured on one GPU)"
     )
     lines = [
-        f"{first['preset']}, {first['images']:,} pictures, {reached}",
+        f"{first['preset']}, {first['images']:,} images, {reached}",
         f"{'GPUs':5}{'VQGAN':>9}{'tokens':>9}{'transformer':>13}{'drawing':>9}{'in all':>10}{'GPU hours':>11}{'efficiency':>12}{'batches':>11}{'GB on each':>12}",
     ]
     for p in projected:
         h, b = p["hours"], p["batch"]
         batches = f"{b['vqgan']} | {b['transformer']}"
-        lines.append(f"{p['gpus']:<5}{h['vqgan']:>7.2f} h{h['extract']:>7.2f} h{h['transformer']:>11.2f} h{h['sample']:>7.2f} h{sum(h.values()):>8.2f} h{p['gpu_hours']:>11.0f}{p['efficiency']['all']:>12.0%}{batches:>11}{p['gigabytes']:>12.0f}")  # fmt: skip
-    pictures = "pictures beside it" if first["picture_gigabytes"] is None else f"{first['picture_gigabytes']:.0f} GB of pictures ({data_set_of(first['preset']).source})"  # fmt: skip
+        lines.append(
+            f"{p['gpus']:<5}{h['vqgan']:>7.2f} h{h['extract']:>7.2f} h{h['transformer']:>11.2f} h{h['sample']:>7.2f} h{sum(h.values()):>8.2f} h{p['gpu_hours']:>11.0f}{p['efficiency']['all']:>12.0%}{batches:>11}{p['gigabytes']:>12.0f}"
+        )
+    pictures = (
+        "images beside it"
+        if first["picture_gigabytes"] is None
+        else f"{first['picture_gigabytes']:.0f} GB of images ({data_set_of(first['preset']).source})"
+    )
     rates, cores = first["pictures_per_second"], first["cores"]
     lines += [
         f"disk: {first['store_gigabytes']:.1f} GB of token store, {first['checkpoint_gigabytes']:.0f} GB of checkpoints, {pictures}",
-        "memory of a node beside its GPUs: " + ", ".join(f"{p['ram_gigabytes']:.0f} GB of {min(p['gpus'], NODE)}" for p in projected),
+        "memory of a node beside its GPUs: "
+        + ", ".join(f"{p['ram_gigabytes']:.0f} GB of {min(p['gpus'], NODE)}" for p in projected),
         f"assumed: gradients are all-reduced after each step and waited for, {NVLINK / 1e9:.0f} GB/s a GPU in a node of {NODE}, {NETWORK / 1e9:.0f} GB/s beyond",
-        f"a GPU takes in {rates['vqgan']:.0f} pictures/s in VQGAN, {rates['extract']:,.0f} pictures/s in tokens"
-        + (f": {cores['vqgan']:.0f} and {cores['extract']:.0f} cores at {first['decoded']:.0f} JPEGs/s a core (measured)" if cores else ""),
-    ]  # fmt: skip
+        f"a GPU takes in {rates['vqgan']:.0f} images/s in VQGAN, {rates['extract']:,.0f} images/s in tokens"
+        + (
+            f": {cores['vqgan']:.0f} and {cores['extract']:.0f} cores at {first['decoded']:.0f} JPEGs/s a core (measured)"
+            if cores
+            else ""
+        ),
+    ]
     return "\n".join(lines + [note for p in projected for note in p["notes"]])
 
 
@@ -224,9 +261,6 @@ def _operations(call: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
-
-
-# ---------------------------------------------------------------------------------------------- memory
 
 
 @dataclass(frozen=True)
@@ -240,7 +274,7 @@ class Need:
 
     device: float  # on each GPU, or in memory where there is none
     ram: float  # of all processes together
-    disk: float  # checkpoints and weights; pictures and token store come on top
+    disk: float  # checkpoints and weights; images and token store come on top
     pictures: int  # a pass and process, of stage 1
     vqgan: int  # parameters that stage 1 trains, the discriminator's among them
     transformer: int
@@ -253,7 +287,9 @@ def need(preset: Preset, gpus: int = 1) -> Need:
     pictures, rows = (-(-train.batch_size // (train.accumulate * processes)) for train in (stage1, stage2))
     vqgan, vgg, kept1 = _vqgan_count(preset, pictures, device)
     transformer, kept2 = _transformer_count(preset, rows, device)
-    decoded = stage2.embedding_share * rows if stage2.embedding_weight else 0  # through the decoder: at most a whole VQGAN
+    decoded = (
+        stage2.embedding_share * rows if stage2.embedding_weight else 0
+    )  # through the decoder: at most a whole VQGAN
     larger = max(STATE_BYTES * vqgan + kept1, STATE_BYTES * transformer + kept2 + decoded * kept1 / pictures)
     on_device = MARGIN * (larger + vgg + _clip_bytes(preset)) / 1e9 + (CUDA_GIGABYTES if gpus else 0)
     held = min(preset.shapes.n_train * 3 * config.image_size**2, CACHE_BYTES) / 1e9  # decoded, where no workers decode
@@ -264,8 +300,10 @@ def need(preset: Preset, gpus: int = 1) -> Need:
     return Need(on_device if gpus else ram, ram, disk / 1e9, pictures, vqgan, transformer)
 
 
-def stage_gigabytes(preset: Preset, stage: str, pictures: int, device: str = "cuda", decoded: int | None = None) -> float:
-    """GB of the tensors of a stage with so many pictures in a pass: an estimate, without Python and the driver's context.
+def stage_gigabytes(
+    preset: Preset, stage: str, pictures: int, device: str = "cuda", decoded: int | None = None
+) -> float:
+    """GB of the tensors of a stage with so many images in a pass: an estimate, without Python and the driver's context.
 
     That of the transformer counts what its embedding loss keeps, for which `need` takes a share of what stage 1 does.
 
@@ -287,7 +325,11 @@ def stage_gigabytes(preset: Preset, stage: str, pictures: int, device: str = "cu
         if decoded:
             own += sum(_count_embedding(preset.vqgan, preset.clip, decoded, device))
     else:
-        own = _count_drawing(preset, pictures, device) if stage == "sample" else _count_encoding(preset.vqgan, preset.clip, pictures, device)  # fmt: skip
+        own = (
+            _count_drawing(preset, pictures, device)
+            if stage == "sample"
+            else _count_encoding(preset.vqgan, preset.clip, pictures, device)
+        )
     return MARGIN * (own + frozen) / 1e9
 
 
@@ -312,7 +354,7 @@ def _clip_dim(preset: Preset) -> int:
 @cache
 def _count_vqgan(
     config: VQGANConfig, critic: tuple[int, int], is_lpips: bool, pictures: int, device: str
-) -> tuple[int, int, int]:  # fmt: skip
+) -> tuple[int, int, int]:
     """Parameters that are trained, bytes of the frozen VGG, and bytes that one pass keeps for the backward pass."""
     with _imagined(device):
         loss, trained, frozen = _vqgan_loss(config, critic, is_lpips, pictures, device, with_critic=False)
@@ -321,7 +363,7 @@ def _count_vqgan(
 
 def _vqgan_loss(
     config: VQGANConfig, critic: tuple[int, int], is_lpips: bool, pictures: int, device: str, with_critic: bool = True
-) -> tuple[Callable[[], torch.Tensor], int, int]:  # fmt: skip
+) -> tuple[Callable[[], torch.Tensor], int, int]:
     """The loss of stage 1, with that of the discriminator (whose pass comes after the generator's is freed), parameters that
     are trained, and parameters of the frozen VGG."""
     vqgan, discriminator = VQGAN(config), PatchDiscriminator(*critic)
@@ -342,7 +384,7 @@ def _vqgan_loss(
 @cache
 def _count_transformer(
     config: TransformerConfig, vqgan: VQGANConfig, clip_dim: int, rows: int, device: str
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """Parameters, and bytes that one pass keeps for the backward pass."""
     with _imagined(device):
         transformer, loss = _likelihood(config, vqgan, clip_dim, rows)
@@ -380,7 +422,7 @@ def _count_embedding(config: VQGANConfig, clip: ClipConfig, rows: int, device: s
 
 @cache
 def _count_encoding(config: VQGANConfig, clip: ClipConfig, pictures: int, device: str) -> int:
-    """Bytes of a VQGAN, and the most that encoding pictures by it and by CLIP has at a time; CLIP's own left out."""
+    """Bytes of a VQGAN, and the most that encoding images by it and by CLIP has at a time; CLIP's own left out."""
     with _imagined(device, autocast=False), torch.no_grad():
         vqgan, encoder = VQGAN(config), _image_encoder(clip)
         images = torch.empty(pictures, 3, config.image_size, config.image_size)
@@ -390,7 +432,7 @@ def _count_encoding(config: VQGANConfig, clip: ClipConfig, pictures: int, device
 
 @cache
 def _count_drawing(preset: Preset, pictures: int, device: str) -> int:
-    """Bytes of VQGAN and transformer, and of keys and values of a picture or of the maps of its decoding, which come later."""
+    """Bytes of VQGAN and transformer, and of keys and values of an image or of the maps of its decoding, which come later."""
     config, model = preset.vqgan, preset.transformer
     with _imagined(device, autocast=False), torch.no_grad():
         vqgan = VQGAN(config)
@@ -403,7 +445,7 @@ def _count_drawing(preset: Preset, pictures: int, device: str) -> int:
 
 
 def _resized(images: torch.Tensor, encoder: nn.Module) -> torch.Tensor:
-    """Pictures in the size that a CLIP's image encoder takes."""
+    """Images in the size that a CLIP's image encoder takes."""
     size = encoder.image_size if isinstance(encoder.image_size, tuple) else (encoder.image_size,) * 2
     return F.interpolate(images, size)
 

@@ -19,14 +19,15 @@ from packaging.requirements import Requirement
 from .clip_embed import EMBEDDED, find_weights
 from .config import PRESETS, ClipConfig, Preset, load_preset
 from .cost import count, need
-from .protocols import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, Weights, hub_folder
-from .runs import DATA, RESULTS, ROOT, versions
+from .runtime.checkpoints import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, Weights, hub_folder
+from .runtime.runs import DATA, RESULTS, ROOT, versions
 
-CORE_SPEED = 100e9  # operations a second and core that the trainings of `laptop` and `reference` reach or pass in bfloat16
+CORE_SPEED = (
+    100e9  # operations a second and core that the trainings of `laptop` and `reference` reach or pass in bfloat16
+)
+
+
 LONGEST_DAYS = 3.0  # of a training on a CPU before this page calls it too long
-
-
-# ---------------------------------------------------------------------------------------------- the machine
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,14 @@ def weights_here(presets: tuple[str, ...] = tuple(PRESETS)) -> list[File]:
         users.setdefault(load_preset(name).clip, []).append(name)
     found = []
     for clip, names in users.items():
-        cure = "restore data/shapes_clip from the repository" if clip.name == EMBEDDED else "open_clip downloads them on first use, or copy its Hugging Face cache here"  # fmt: skip
-        found.append(File(clip_name(clip), f"CLIP of {', '.join(names)}", find_weights(clip.name, clip.pretrained), cure))
+        cure = (
+            "restore data/shapes_clip from the repository"
+            if clip.name == EMBEDDED
+            else "open_clip downloads them on first use, or copy its Hugging Face cache here"
+        )
+        found.append(
+            File(clip_name(clip), f"CLIP of {', '.join(names)}", find_weights(clip.name, clip.pretrained), cure)
+        )
     folder = DATA / "shapes_generator"
     whole = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
     cure = "restore it from the repository, or make it: clipgen run --preset reference, then clipgen export --to data/shapes_generator"
@@ -94,7 +101,12 @@ def weights_here(presets: tuple[str, ...] = tuple(PRESETS)) -> list[File]:
 
 def _hub_file(weights: Weights, serves: str) -> File:
     path = hub_folder() / weights.file
-    return File(weights.file, serves, path if path.is_file() else None, f"put it into {_short(hub_folder())}, from {weights.source}")  # fmt: skip
+    return File(
+        weights.file,
+        serves,
+        path if path.is_file() else None,
+        f"put it into {_short(hub_folder())}, from {weights.source}",
+    )
 
 
 def clip_name(clip: ClipConfig) -> str:
@@ -113,9 +125,6 @@ def missing_packages() -> list[str]:
                 continue
         found.append(f"{wanted.name}{wanted.specifier}")
     return found
-
-
-# ---------------------------------------------------------------------------------------------- which preset fits
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ def _fit(preset: Preset, machine: Machine) -> tuple[bool, str]:
     smallest = min(size for _, size in machine.gpus)
     if asked.device > smallest:
         return False, f"needs {asked.device:.0f} GB on {each} GPU, there are {smallest:.0f} GB"
-    return True, f"takes {asked.device:.0f} of {smallest:.0f} GB on {each} GPU, with {asked.pictures} pictures a pass"
+    return True, f"takes {asked.device:.0f} of {smallest:.0f} GB on {each} GPU, with {asked.pictures} images a pass"
 
 
 def days_on_cpu(preset: Preset, cores: int) -> float:
@@ -195,9 +204,6 @@ def lacks(machine: Machine, files: list[File], packages: list[str]) -> str:
         cure = next(file.cure for file in files if file.name == laptop.missing[0])
         return f"the laptop preset lacks {laptop.missing[0]}: {cure}"
     return "" if laptop.fits else f"the laptop preset does not fit: {laptop.reason}"
-
-
-# ---------------------------------------------------------------------------------------------- as text
 
 
 def report(machine: Machine, files: list[File], packages: list[str]) -> str:

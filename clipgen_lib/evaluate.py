@@ -1,6 +1,6 @@
-"""Evaluation: features -> statistics -> distance, and how well a picture fits its text.
+"""Evaluation: features -> statistics -> distance, and how well an image fits its text.
 
-In: a generator and a split with captions, or any two folders of pictures. Out: numbers, each with the protocol card that
+In: a generator and a split with captions, or any two folders of images. Out: numbers, each with the protocol card that
 says how it was made. The feature network and the blur are part of a metric's name; weights that are not there are named
 among what is missing, and never replaced by others.
 """
@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from . import shapes
-from .captions import caption_facts, caption_list, choose_captions, texts_of
-from .classifier import Classifier
 from .clip_embed import ClipEmbedder
 from .config import EvaluateConfig
-from .data import ImageSet, open_images, ordered_batches
-from .images import EXTENSIONS, blur, crop, from_arrays, jpeg, to_arrays, to_float
-from .metrics import (
-    caption_scores,
-    clip_score,
+from .data import shapes
+from .data.batches import ordered_batches
+from .data.datasets import ImageSet, open_images
+from .data.images import EXTENSIONS, blur, crop, from_arrays, jpeg, to_arrays, to_float
+from .data.shards import find_shards, open_shards, split_of
+from .metrics import oracle
+from .metrics.captions import caption_facts, caption_list, caption_scores, choose_captions, clip_score, texts_of
+from .metrics.classifier import Classifier
+from .metrics.distances import (
     few_pictures,
     frechet_distance,
     frechet_over_n,
@@ -33,7 +34,8 @@ from .metrics import (
     manifold_scores,
     reconstruction_scores,
 )
-from .passes import (
+from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
+from .metrics.passes import (
     BLUR_DEFINITION,
     JUDGED,
     STATISTICS,
@@ -48,28 +50,23 @@ from .passes import (
     measure,
     stream,
 )
-from .protocols import DEFINITIONS, FeatureNetwork, MissingWeights, feature_network, lpips_network
-from .runs import ClipgenError, module_hash, versions
-from .sample import TextToImage
-from .shards import find_shards, open_shards, split_of
+from .runtime.checkpoints import MissingWeights, module_hash
+from .runtime.runs import ClipgenError, versions
+from .text_to_image import TextToImage
 from .vqgan import VQGAN, codebook_statistics
 
 __all__ = ["frechet_distance", "feature_network"]  # part of this module's interface, defined elsewhere
-
-RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size"  # fmt: skip
+RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size"
 DRAWN_CODEC = "none: 8-bit arrays"
 Networks = Callable[[str, ClipEmbedder], FeatureNetwork]
 
 
-# ---------------------------------------------------------------------------------------------- scores of a set
-
-
 def set_scores(scored: SetStatistics, reference: SetStatistics | StatisticsFile) -> dict:
-    """All that compares one set of pictures with another under one protocol.
+    """All that compares one set of images with another under one protocol.
 
     Returns:
         `fid` (k -> FID-k), `floor` (FID-k of the reference's halves), and where both keep features: `kid`, `manifold`
-        (precision, recall, density, coverage, of as many pictures `n` of either set: coverage falls where the sets
+        (precision, recall, density, coverage, of as many images `n` of either set: coverage falls where the sets
         differ in size) and `fid_over_n`; `inception_score` where the network has a head.
     """
     found: dict = {"fid": scored.distance(reference)}
@@ -89,17 +86,26 @@ def set_scores(scored: SetStatistics, reference: SetStatistics | StatisticsFile)
 def card(
     network: FeatureNetwork, radii: Sequence[int], size: int, scored: dict, reference: dict, captions: dict | None
 ) -> dict:
-    """The protocol card: everything that decides a number beside the pictures' content.
+    """The protocol card: everything that decides a number beside the images' content.
 
     Args:
         scored, reference: what is known of each set: `n`, `codec`, `split` and so on.
         captions: `n` and `hash` of the caption list, or None where no caption is read.
     """
     return {
-        "protocol": network.protocol, "definition": DEFINITIONS[network.protocol], "weights": network.weights,
-        "weights_hash": network.weights_hash, "k": list(radii), "blur": BLUR_DEFINITION, "resolution": size, "resize": RESIZE,
-        "scored": scored, "reference": reference, "captions": captions, "versions": versions(),
-    }  # fmt: skip
+        "protocol": network.protocol,
+        "definition": DEFINITIONS[network.protocol],
+        "weights": network.weights,
+        "weights_hash": network.weights_hash,
+        "k": list(radii),
+        "blur": BLUR_DEFINITION,
+        "resolution": size,
+        "resize": RESIZE,
+        "scored": scored,
+        "reference": reference,
+        "captions": captions,
+        "versions": versions(),
+    }
 
 
 def codec(paths: Iterable[Path]) -> str:
@@ -109,14 +115,11 @@ def codec(paths: Iterable[Path]) -> str:
     return names[0] if len(names) == 1 else "mixed: " + ", ".join(names)
 
 
-# ---------------------------------------------------------------------------------------------- stage 1
-
-
 @torch.inference_mode()
 def evaluate_vqgan(
     vqgan: VQGAN, images: ImageSet, limit: int = 1_000, batch_size: int = 64, lpips: torch.nn.Module | None = None
-) -> dict:  # fmt: skip
-    """PSNR (dB), SSIM and LPIPS of reconstructions, means over pictures, and codebook use, over a set's first `limit` pictures.
+) -> dict:
+    """PSNR (dB), SSIM and LPIPS of reconstructions, means over images, and codebook use, over a set's first `limit` images.
 
     Args:
         lpips: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1); None takes LPIPS with AlexNet, and where its weights are not on
@@ -132,7 +135,9 @@ def evaluate_vqgan(
         x = to_float(batch).to(device)
         tokens.append(vqgan.encode(x))
         decoded = vqgan.decode(tokens[-1])
-        found = reconstruction_scores(x, decoded) | ({"lpips": lpips(decoded.clamp(-1, 1), x).flatten()} if lpips else {})
+        found = reconstruction_scores(x, decoded) | (
+            {"lpips": lpips(decoded.clamp(-1, 1), x).flatten()} if lpips else {}
+        )
         for key, values in found.items():
             scores.setdefault(key, []).append(values.cpu())
     means = {key: float(torch.cat(values).mean()) for key, values in scores.items()}
@@ -140,24 +145,29 @@ def evaluate_vqgan(
     return {**means, "n": sum(map(len, scores["psnr"])), **codes} | ({"missing": missing} if missing else {})
 
 
-# ---------------------------------------------------------------------------------------------- a generator
-
-
 @torch.inference_mode()
 def evaluate_generator(
-    generator: TextToImage, images: ImageSet, judge: ClipEmbedder, config: EvaluateConfig, seed: int = 0,
-    show_progress: bool = True, classifier: Classifier | None = None, networks: Networks = feature_network,
-    folder: Path = STATISTICS, resume: Path | None = None, **settings: float,
-) -> tuple[dict, dict]:  # fmt: skip
-    """FID-k, rFID, KID, CapS, R-precision and so on of pictures drawn for a split's captions.
+    generator: TextToImage,
+    images: ImageSet,
+    judge: ClipEmbedder,
+    config: EvaluateConfig,
+    seed: int = 0,
+    show_progress: bool = True,
+    classifier: Classifier | None = None,
+    networks: Networks = feature_network,
+    folder: Path = STATISTICS,
+    resume: Path | None = None,
+    **settings: float,
+) -> tuple[dict, dict]:
+    """FID-k, rFID, KID, CapS, R-precision and so on of images drawn for a split's captions.
 
-    FID-k compares one picture for each chosen caption with all pictures of the split; rFID the split's pictures with
+    FID-k compares one image for each chosen caption with all images of the split; rFID the split's images with
     their own reconstructions; `floor` the two halves of the split, real against real. CapS is the mean cosine of
-    caption and picture under the judge CLIP (not times 100), `caps_ceiling` that of real pictures with their own
-    captions, `caps_floor` with captions of other pictures. `classes` is the share of pictures that a classifier reads
+    caption and image under the judge CLIP (not times 100), `caps_ceiling` that of real images with their own
+    captions, `caps_floor` with captions of other images. `classes` is the share of images that a classifier reads
     as the class that was asked for: drawn ones, real ones, and the tokenizer's decodings of real ones.
 
-    What depends on the real pictures and the tokenizer alone is computed once and kept in `folder`.
+    What depends on the real images and the tokenizer alone is computed once and kept in `folder`.
 
     Args:
         classifier: of the classes of `images`; None leaves `classes` out.
@@ -181,14 +191,16 @@ def evaluate_generator(
         statistics = {"statistics": SetStatistics(network, config.blur, parts)} if network else {}
         return statistics | ({"classes": ClassHits(classifier, classes)} if classifier else {})
 
-    prompts = choose_captions(images, config.n, seed) if images.has_captions else [(row, None) for row in range(len(images))]
+    prompts = (
+        choose_captions(images, config.n, seed) if images.has_captions else [(row, None) for row in range(len(images))]
+    )
     real, decoded = sinks(2, images.classes), sinks(1, images.classes)
     if images.has_captions:
         real["embeds"] = Embeddings(judge, {row for row, _ in prompts[:JUDGED]})
     device, vqgan = judge.device, generator.vqgan
     same = Change("none", lambda x: x.to(device))
     through = Change(f"decoded by {module_hash(vqgan)}", lambda x: vqgan.decode(vqgan.encode(x.to(device))))
-    measure(images, real, same, config.batch_size, "features of real pictures", show_progress, folder)
+    measure(images, real, same, config.batch_size, "features of real images", show_progress, folder)
     measure(images, decoded, through, config.batch_size, "features of reconstructions", show_progress, folder)
 
     names = images.names
@@ -202,7 +214,10 @@ def evaluate_generator(
         for i in numbers:
             positions = list(range(i * config.batch_size, min((i + 1) * config.batch_size, len(prompts))))
             part = [prompts[j] for j in positions]
-            yield positions, generator.draw_each(_prompts(generator, images, part), [seed + j for j in positions], **settings)
+            yield (
+                positions,
+                generator.draw_each(_prompts(generator, images, part), [seed + j for j in positions], **settings),
+            )
 
     listed = caption_list((names[row], text or "") for row, text in prompts)
     partial = None
@@ -218,23 +233,31 @@ def evaluate_generator(
         "blur": BLUR_DEFINITION,
         "resolution": images.size,
         "reference": f"{images.name}/{images.split}",
-        "condition": "captions" if images.has_captions else "embeddings of the reference pictures, which have no captions",
+        "condition": "captions"
+        if images.has_captions
+        else "embeddings of the reference images, which have no captions",
         "n": len(prompts),
         "n_reference": n_real,
         "warnings": [],
-        "judge": judge.name + (" (also the conditioning CLIP)" if judge.weights_hash == generator.clip.weights_hash else ""),
-        "fid": {}, "rfid": {}, "floor": {},
-    }  # fmt: skip
+        "judge": judge.name
+        + (" (also the conditioning CLIP)" if judge.weights_hash == generator.clip.weights_hash else ""),
+        "fid": {},
+        "rfid": {},
+        "floor": {},
+    }
     if network:
         numbers |= set_scores(drawn["statistics"], real["statistics"])
         numbers["rfid"] = decoded["statistics"].distance(real["statistics"])
         counts = {"the drawn set": len(prompts), "the reference": n_real, "a real half": n_real // 2}
         numbers["warnings"] = few_pictures(counts, drawn["statistics"].dim)
         numbers["card"] = card(
-            network, config.blur, images.size, {"n": len(prompts), "codec": DRAWN_CODEC},
+            network,
+            config.blur,
+            images.size,
+            {"n": len(prompts), "codec": DRAWN_CODEC},
             {"name": images.name, "split": images.split, "n": n_real, "codec": codec(map(Path, images.names))},
             {**caption_facts(listed), "seed": seed} if images.has_captions else None,
-        )  # fmt: skip
+        )
     if images.has_captions:
         owners = dict(enumerate(row for row, _ in prompts))
         numbers |= _fit_scores(drawn["captions"], seed, owners) | _real_fit(real["embeds"], prompts, seed)
@@ -243,24 +266,33 @@ def evaluate_generator(
         numbers["classes"] = {key: held["classes"].share for key, held in shares.items()} | {"n": len(prompts)}
     if missing:
         numbers["missing"] = missing
-    shown = {"prompts": [text or f"row {row}" for row, text in prompts[:64]], "images": torch.stack(drawn["shown"].pictures)}
+    shown = {
+        "prompts": [text or f"row {row}" for row, text in prompts[:64]],
+        "images": torch.stack(drawn["shown"].pictures),
+    }
     return numbers, {**shown, "captions": listed if images.has_captions else ""}
 
 
 def _fit_scores(fit: CaptionFit, seed: int, owners: dict[int, int] | None = None) -> dict:
-    """CapS over all pictures; R-precision and the cosine with shuffled captions over the pairs that are kept.
+    """CapS over all images; R-precision and the cosine with shuffled captions over the pairs that are kept.
 
-    `owners`: row -> the real picture that its caption describes, where several rows share one.
+    `owners`: row -> the real image that its caption describes, where several rows share one.
     """
     wording = [fit.texts[row] for row in fit.rows]
     described = [owners[row] for row in fit.rows] if owners else ()
     found = caption_scores(torch.stack(fit.pictures), torch.stack(fit.captions), wording, seed, described)
-    return {"caps": fit.caps, "caps_shuffled": found["shuffled"], "clip_score": clip_score(fit.caps),
-            "r_precision": found["r_precision"], "truncated_captions": fit.truncated, "judged": len(fit.rows)}  # fmt: skip
+    return {
+        "caps": fit.caps,
+        "caps_shuffled": found["shuffled"],
+        "clip_score": clip_score(fit.caps),
+        "r_precision": found["r_precision"],
+        "truncated_captions": fit.truncated,
+        "judged": len(fit.rows),
+    }
 
 
 def _real_fit(embeds: Embeddings, pairs: list[tuple[int, str]], seed: int) -> dict:
-    """What `_fit_scores` finds of drawn pictures, of real ones: between them and `caps_floor` a drawn one is to be read."""
+    """What `_fit_scores` finds of drawn images, of real ones: between them and `caps_floor` a drawn one is to be read."""
     pairs = [(row, text) for row, text in pairs if row in embeds.found][:JUDGED]
     texts = [text for _, text in pairs]
     known = torch.cat([embeds.judge.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)])
@@ -269,31 +301,38 @@ def _real_fit(embeds: Embeddings, pairs: list[tuple[int, str]], seed: int) -> di
     return {"caps_ceiling": found["caps"], "caps_floor": found["shuffled"], "r_precision_real": found["r_precision"]}
 
 
-def _prompts(generator: TextToImage, images: ImageSet, prompts: list[tuple[int, str | None]]) -> list[str] | torch.Tensor:
-    """The captions, or embeddings (B, D) of the pictures themselves where there are none."""
+def _prompts(
+    generator: TextToImage, images: ImageSet, prompts: list[tuple[int, str | None]]
+) -> list[str] | torch.Tensor:
+    """The captions, or embeddings (B, D) of the images themselves where there are none."""
     if prompts[0][1] is not None:
         return [text for _, text in prompts]
     pictures = torch.stack([crop(images[row], images.size) for row, _ in prompts])
     return generator.clip.images(to_float(pictures).to(generator.device))
 
 
-# ---------------------------------------------------------------------------------------------- any folder
-
-
 @torch.inference_mode()
 def evaluate_folder(
-    images: Path, reference: Path, judge: ClipEmbedder, protocols: Sequence[str] = ("inception", "clip"),
-    captions: Path | None = None, size: int = 0, split: str = "val", seed: int = 0, show_progress: bool = True,
-    networks: Networks = feature_network, folder: Path = STATISTICS,
-) -> dict:  # fmt: skip
-    """Score any folder of pictures, whatever drew them, under each protocol whose weights are there.
+    images: Path,
+    reference: Path,
+    judge: ClipEmbedder,
+    protocols: Sequence[str] = ("inception", "clip"),
+    captions: Path | None = None,
+    size: int = 0,
+    split: str = "val",
+    seed: int = 0,
+    show_progress: bool = True,
+    networks: Networks = feature_network,
+    folder: Path = STATISTICS,
+) -> dict:
+    """Score any folder of images, whatever drew them, under each protocol whose weights are there.
 
     Args:
-        images: every picture below this folder is scored.
-        reference: a COCO root (its `split`), shards (those named as of `split`, all where none is), a folder (every picture
+        images: every image below this folder is scored.
+        reference: a COCO root (its `split`), shards (those named as of `split`, all where none is), a folder (every image
             below it), or an npz of pytorch-fid, which allows FID-0 alone.
-        captions: what the pictures were drawn for (see `read_captions`), matched by file name without its ending.
-        size: side in pixels that both sets are brought to; 0 takes the scored pictures' own, if they share one.
+        captions: what the images were drawn for (see `read_captions`), matched by file name without its ending.
+        size: side in pixels that both sets are brought to; 0 takes the scored images' own, if they share one.
         networks: what gives the feature network of a protocol.
 
     Returns:
@@ -301,7 +340,7 @@ def evaluate_folder(
         there), `captions` (CapS and so on), `warnings`, and the sizes of both sets.
 
     Raises:
-        ClipgenError: fewer than 2 pictures, different sizes without `size`, a damaged reference or caption file, or no
+        ClipgenError: fewer than 2 images, different sizes without `size`, a damaged reference or caption file, or no
             protocol that can be computed.
     """
     config = EvaluateConfig()
@@ -313,12 +352,26 @@ def evaluate_folder(
         real: ImageSet | StatisticsFile = StatisticsFile(reference)
     else:
         real = _open_reference(reference, split, size)
-    result: dict = {"images": scored.name, "reference": reference.resolve().name, "resolution": size, "protocols": {},
-                    "missing": {}, "warnings": []}  # fmt: skip
+    result: dict = {
+        "images": scored.name,
+        "reference": reference.resolve().name,
+        "resolution": size,
+        "protocols": {},
+        "missing": {},
+        "warnings": [],
+    }
 
     def statistics(pictures: ImageSet, network: FeatureNetwork, parts: int, label: str) -> SetStatistics:
         found = SetStatistics(network, config.blur, parts)
-        measure(pictures, {"statistics": found}, same, config.batch_size, f"{network.protocol}: {label}", show_progress, folder)
+        measure(
+            pictures,
+            {"statistics": found},
+            same,
+            config.batch_size,
+            f"{network.protocol}: {label}",
+            show_progress,
+            folder,
+        )
         return found
 
     for name in protocols:
@@ -327,10 +380,12 @@ def evaluate_folder(
         except MissingWeights as error:
             result["missing"][name] = str(error)
             continue
-        ours = statistics(scored, network, 1, "scored pictures")
+        ours = statistics(scored, network, 1, "scored images")
         if isinstance(real, StatisticsFile):
             if len(real.mu) != ours.dim:
-                result["missing"][name] = f"{reference.name} holds {len(real.mu)} dimensions, protocol {name!r} has {ours.dim}: give statistics of the same network"  # fmt: skip
+                result["missing"][name] = (
+                    f"{reference.name} holds {len(real.mu)} dimensions, protocol {name!r} has {ours.dim}: give statistics of the same network"
+                )
                 continue
             theirs, known = real, {"name": reference.name, "n": "not in the file", "codec": "not in the file"}
         else:
@@ -339,9 +394,15 @@ def evaluate_folder(
         counts = {"the scored set": ours.n} | ({"the reference": theirs.n} if "split" in known else {})
         result["protocols"][name] = set_scores(ours, theirs) | {
             "warnings": few_pictures(counts, ours.dim),
-            "card": card(network, config.blur, size, {"name": scored.name, "n": ours.n, "codec": codec(map(Path, scored.names))}, known,
-                         caption_facts(listed) if texts else None),
-        }  # fmt: skip
+            "card": card(
+                network,
+                config.blur,
+                size,
+                {"name": scored.name, "n": ours.n, "codec": codec(map(Path, scored.names))},
+                known,
+                caption_facts(listed) if texts else None,
+            ),
+        }
     if texts:
         fit = CaptionFit(judge, texts)
         measure(scored, {"captions": fit}, same, config.batch_size, "captions", show_progress, folder)
@@ -349,7 +410,9 @@ def evaluate_folder(
         if isinstance(real, ImageSet) and real.has_captions:
             pairs = choose_captions(real, min(len(texts), JUDGED), seed)
             embeds = Embeddings(judge, {row for row, _ in pairs})
-            measure(real, {"embeds": embeds}, same, config.batch_size, "captions of the reference", show_progress, folder)
+            measure(
+                real, {"embeds": embeds}, same, config.batch_size, "captions of the reference", show_progress, folder
+            )
             result["captions"] |= _real_fit(embeds, pairs, seed)
         result["caption_list"] = listed
         result["warnings"] += _caption_warnings(fit, len(scored))
@@ -372,27 +435,31 @@ def _open_reference(path: Path, split: str, size: int) -> ImageSet:
 
 
 def open_folder(root: Path, size: int = 0) -> ImageSet:
-    """Every picture below a folder, without splits and captions.
+    """Every image below a folder, without splits and captions.
 
     Args:
-        size: short side in pixels; 0 takes the pictures' own.
+        size: short side in pixels; 0 takes the images' own.
 
     Raises:
-        ClipgenError: no folder, fewer than 2 pictures, or pictures of different sizes and no `size`.
+        ClipgenError: no folder, fewer than 2 images, or images of different sizes and no `size`.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise ClipgenError(f"{root} is not a folder of pictures: check the path, or unpack the archive and give its folder")
+        raise ClipgenError(
+            f"{root} is not a folder of images: check the path, or unpack the archive and give its folder"
+        )
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
     if len(paths) < 2:
-        raise ClipgenError(f"{root} holds {len(paths)} pictures, too few to compare: give a folder of at least 2")
+        raise ClipgenError(f"{root} holds {len(paths)} images, too few to compare: give a folder of at least 2")
     if not size:
         sizes = {found for path in paths if (found := _picture_size(path))}
         if len(sizes) > 1:
             some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
-            raise ClipgenError(f"the pictures in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which side they are brought to")  # fmt: skip
+            raise ClipgenError(
+                f"the images in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which side they are brought to"
+            )
         if not sizes:
-            raise ClipgenError(f"none of the {len(paths)} pictures in {root} can be read: check the files")
+            raise ClipgenError(f"none of the {len(paths)} images in {root} can be read: check the files")
         size = min(*sizes.pop())
     return ImageSet(root.resolve().name, "all", root, paths, size)
 
@@ -408,9 +475,11 @@ def _picture_size(path: Path) -> tuple[int, int] | None:
 def _caption_warnings(fit: CaptionFit, n: int) -> list[str]:
     found = []
     if fit.n < n:
-        found.append(f"{n - fit.n} of {n} pictures have no caption: CapS and R-precision are of the other {fit.n}")
+        found.append(f"{n - fit.n} of {n} images have no caption: CapS and R-precision are of the other {fit.n}")
     if fit.truncated:
-        found.append(f"{fit.truncated} captions are longer than CLIP's {fit.judge.tokenizer.context_length} tokens: it has read their beginning only")  # fmt: skip
+        found.append(
+            f"{fit.truncated} captions are longer than CLIP's {fit.judge.tokenizer.context_length} tokens: it has read their beginning only"
+        )
     return found
 
 
@@ -419,9 +488,6 @@ def _skipped_warnings(images: ImageSet) -> list[str]:
         return []
     name, why = next(iter(images.skipped.items()))
     return [f"{len(images.skipped)} files of {images.name} were left out, the first {name} ({why})"]
-
-
-# ---------------------------------------------------------------------------------------------- are the metrics sane?
 
 
 DAMAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -444,7 +510,7 @@ def damage_scores(
     """
     rows = range(min(limit, len(images)))
     if len(rows) < 16:
-        raise ClipgenError(f"{images.root} has {len(rows)} pictures, too few to halve and compare: use at least 16")
+        raise ClipgenError(f"{images.root} has {len(rows)} images, too few to halve and compare: use at least 16")
     whole = torch.cat([to_float(batch) for _, batch in ordered_batches(images, rows, 64)])
     first, second = whole[::2], whole[1::2]
     reference, found = SetStatistics(network, (0,), 2), {}
@@ -456,8 +522,12 @@ def damage_scores(
         scores = set_scores(scored, reference)
         pairs = reconstruction_scores(second, damaged)
         manifold = {key: value for key, value in scores["manifold"].items() if key != "n"}
-        found[name] = {"fid": scores["fid"]["0"], "kid": scores["kid"]["mean"], **manifold,
-                       **{key: float(values.mean()) for key, values in pairs.items()}}  # fmt: skip
+        found[name] = {
+            "fid": scores["fid"]["0"],
+            "kid": scores["kid"]["mean"],
+            **manifold,
+            **{key: float(values.mean()) for key, values in pairs.items()},
+        }
     return found
 
 
@@ -466,17 +536,14 @@ def _add(statistics: SetStatistics, pictures: torch.Tensor) -> None:
         statistics.add([], statistics.find([], part))
 
 
-# ---------------------------------------------------------------------------------------------- the Shapes world
-
-
 class _OracleReads:
-    """What the oracle finds right in each picture: row -> parts of `shapes.score`."""
+    """What the oracle finds right in each image: row -> parts of `oracle.score`."""
 
-    def __init__(self, prompts: Sequence[shapes.Prompt]):
+    def __init__(self, prompts: Sequence[oracle.Prompt]):
         self.prompts, self.found = prompts, {}
 
     def find(self, rows: list[int], pictures: torch.Tensor) -> list[dict[str, bool]]:
-        return [shapes.right(image, self.prompts[row]) for row, image in zip(rows, to_arrays(pictures), strict=True)]
+        return [oracle.right(image, self.prompts[row]) for row, image in zip(rows, to_arrays(pictures), strict=True)]
 
     def add(self, rows: list[int], found: list[dict[str, bool]]) -> None:
         self.found |= dict(zip(rows, found, strict=True))
@@ -490,15 +557,20 @@ class _OracleReads:
 
 @torch.inference_mode()
 def evaluate_oracle(
-    generator: TextToImage, n: int, seed: int = 0, show_progress: bool = True,
-    modalities: tuple[str, ...] = ("text", "image", "reconstruction"), batch_size: int = 128, resume: Path | None = None,
+    generator: TextToImage,
+    n: int,
+    seed: int = 0,
+    show_progress: bool = True,
+    modalities: tuple[str, ...] = ("text", "image", "reconstruction"),
+    batch_size: int = 128,
+    resume: Path | None = None,
     **settings: float,
-) -> dict:  # fmt: skip
-    """Shapes world only: what share of pictures shows what was asked for, read by the oracle.
+) -> dict:
+    """Shapes world only: what share of images shows what was asked for, read by the oracle.
 
     Text prompts of one thing, of two with a relation, and of held-out pairs; as image prompts, the embeddings of real
     scenes of one thing; and, with nothing generated, the tokenizer's reconstructions of real scenes, above which no
-    generator on its tokens can rise. Every prompt gets one picture: nothing is picked or ranked.
+    generator on its tokens can rise. Every prompt gets one image: nothing is picked or ranked.
 
     Args:
         resume: folder for the checkpoint from which an interrupted drawing goes on; None begins anew.
@@ -506,7 +578,7 @@ def evaluate_oracle(
     """
     kinds = {"text": ("one", "two", "held_out"), "image": ("one",), "reconstruction": ("one", "two", "held_out")}
     groups = [(modality, kind) for modality in modalities for kind in kinds[modality]]
-    prompts = [prompt for _, kind in groups for prompt in shapes.prompts(kind, n, seed)]
+    prompts = [prompt for _, kind in groups for prompt in oracle.prompts(kind, n, seed)]
 
     def pictures_of(modality: str, rows: list[int]) -> torch.Tensor:
         asked = [prompts[row] for row in rows]
@@ -530,90 +602,5 @@ def evaluate_oracle(
     stream(drawings, len(prompts), batch_size, {"reads": reads}, "drawing for the oracle", show_progress, partial)
     found: dict = {modality: {} for modality in modalities}
     for i, (modality, kind) in enumerate(groups):
-        found[modality][kind] = shapes.score([reads.found[row] for row in range(i * n, (i + 1) * n)])
+        found[modality][kind] = oracle.score([reads.found[row] for row in range(i * n, (i + 1) * n)])
     return found
-
-
-# ---------------------------------------------------------------------------------------------- tables
-
-
-def table(summary: dict) -> str:
-    """The numbers of a summary as lines a person can read."""
-    e = summary["evaluation"]
-    lines = [
-        f"run {summary['run']}   preset {summary.get('preset')}   seed {summary.get('seed')}",
-        f"{e['protocol']}, N = {e['n']} drawn against {e['n_reference']} real ({e['reference']}), {e['resolution']} px",
-        *_radius_lines({"FID-k, generator": e["fid"], "rFID-k, tokenizer": e["rfid"], "FID-k, real halves": e["floor"]}),
-        *_set_lines(e),
-    ]
-    if "caps" in e:
-        lines += [*_caption_lines(e, e["n"]), f"{'judge':28}{e['judge']}"]
-    if c := e.get("classes"):
-        lines.append(f"{'class accuracy':28}{c['accuracy']:.3f}   (real pictures {c['real']:.3f}, the tokenizer's decodings {c['reconstruction']:.3f}; by a classifier of real pictures)")  # fmt: skip
-    readings = {f"oracle, {modality}": kinds for modality, kinds in summary.get("oracle", {}).items()}
-    readings |= {f"export, best of {n}": kinds for n, kinds in summary.get("export", {}).get("oracle", {}).items()}
-    for label, kinds in readings.items():
-        for kind, scores in kinds.items():
-            shares = "   ".join(f"{key} {100 * value:.1f}%" for key, value in scores.items() if key != "n")
-            lines.append(f"{label + ' ' + kind + ' ':28}{shares}   (n = {scores['n']})")
-    lines += [f"missing: {sentence}" for sentence in e.get("missing", [])]
-    lines += [f"warning: {sentence}" for sentence in e["warnings"]]
-    return "\n".join(lines)
-
-
-def folder_table(result: dict) -> str:
-    """What `evaluate_folder` found as lines a person can read: each protocol with its whole card."""
-    lines = [f"{result['images']} against {result['reference']}, {result['resolution']} px"]
-    for name, scores in result["protocols"].items():
-        lines += ["", f"protocol {name}", *_radius_lines({"FID-k": scores["fid"], "FID-k, reference halves": scores.get("floor", {})})]  # fmt: skip
-        lines += [*_set_lines(scores), *_card_lines(scores["card"])]
-        lines += [f"warning: {sentence}" for sentence in scores["warnings"]]
-    if c := result.get("captions"):
-        lines += ["", *_caption_lines(c, c["judged"]), f"{'CLIPScore':28}{c['clip_score']:.2f}", f"{'judge':28}{c['judge']}"]
-    lines += [f"missing: {sentence}" for sentence in result["missing"].values()]
-    lines += [f"warning: {sentence}" for sentence in result["warnings"]]
-    return "\n".join(lines)
-
-
-def _radius_lines(rows: dict[str, dict[str, float]]) -> list[str]:
-    rows = {label: values for label, values in rows.items() if values}
-    if not rows:
-        return []
-    head = f"{'':28}" + "".join(f"k = {k:<8}" for k in next(iter(rows.values())))
-    return [head, *(f"{label:28}" + "".join(f"{value:<12.4g}" for value in values.values()) for label, values in rows.items())]
-
-
-def _set_lines(scores: dict) -> list[str]:
-    """KID, precision and so on, each line only where it was measured."""
-    lines = []
-    if kid := scores.get("kid"):
-        lines.append(f"{'KID':28}{kid['mean']:.4g} ± {kid['std']:.2g}   ({kid['subsets']} subsets of {kid['subset_size']})")
-    if m := scores.get("manifold"):
-        lines.append(f"{'precision, recall':28}{m['precision']:.3f}, {m['recall']:.3f}   (of {m['n']} pictures of either set)")
-        lines.append(f"{'density, coverage':28}{m['density']:.3f}, {m['coverage']:.3f}")
-    if score := scores.get("inception_score"):
-        lines.append(f"{'Inception Score':28}{score['mean']:.3f} ± {score['std']:.2g}   ({score['splits']} splits)")
-    if curve := scores.get("fid_over_n"):
-        lines.append(f"{'FID-0 over N':28}" + "   ".join(f"{n}: {value:.4g}" for n, value in curve.items()))
-    return lines
-
-
-def _caption_lines(scores: dict, n: int) -> list[str]:
-    known = "caps_ceiling" in scores
-    real = f"real with own captions {scores['caps_ceiling']:.3f}, with others' {scores['caps_floor']:.3f}" if known else f"with captions of other pictures {scores['caps_shuffled']:.3f}"  # fmt: skip
-    precision = f"real pictures {scores['r_precision_real']:.3f}, " if known else ""
-    return [
-        f"{'CapS':28}{scores['caps']:.3f}   ({real})",
-        f"{'R-precision':28}{scores['r_precision']:.3f}   ({precision}chance about {1 / min(100, n):.2g})",
-    ]
-
-
-def _card_lines(card: dict) -> list[str]:
-    """The protocol card, an entry a line; nested entries on the line of their own."""
-
-    def text(value: object) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {inner}" for key, inner in value.items())
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    return [f"  {key:26}{text(value) if value is not None else 'none'}" for key, value in card.items() if key != "protocol"]

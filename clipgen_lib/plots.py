@@ -10,13 +10,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .images import grid, to_arrays
+from .data.images import grid, to_arrays
 
 plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
 
 
 def picture(sheet: np.ndarray, title: str, scale: float = 1.6) -> Figure:
-    """One uint8 picture, as large as its pixels, under a title."""
+    """One uint8 image, as large as its pixels, under a title."""
     figure, axis = plt.subplots(figsize=(sheet.shape[1] * scale / 100, sheet.shape[0] * scale / 100 + 0.3))
     axis.imshow(sheet, interpolation="nearest")
     axis.set_title(title)
@@ -26,13 +26,18 @@ def picture(sheet: np.ndarray, title: str, scale: float = 1.6) -> Figure:
 
 def reconstructions(originals: torch.Tensor, decoded: torch.Tensor, title: str) -> Figure:
     """Originals in the upper row, what the tokens kept of them in the lower; (B, 3, H, W) in [-1, 1]."""
-    return picture(grid(torch.cat([originals, decoded]), columns=len(originals)), f"{title}\nabove: originals, below: decoded from tokens")  # fmt: skip
+    return picture(
+        grid(torch.cat([originals, decoded]), columns=len(originals)),
+        f"{title}\nabove: originals, below: decoded from tokens",
+    )
 
 
 def curves(metrics: list[dict], panels: dict[str, tuple[str, ...]], title: str) -> Figure:
     """One panel for each entry of which anything was logged: panel title -> the logged scalars drawn in it."""
     panels = {
-        label: keys for label, keys in panels.items() if any(line.get(key) is not None for line in metrics for key in keys)
+        label: keys
+        for label, keys in panels.items()
+        if any(line.get(key) is not None for line in metrics for key in keys)
     }
     figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(3.2 * max(len(panels), 1), 2.6), squeeze=False)
     for axis, (label, keys) in zip(axes[0], panels.items(), strict=False):
@@ -60,7 +65,7 @@ def frequencies(tokens: torch.Tensor, codebook_size: int, title: str) -> Figure:
 
 
 def token_grid(image: torch.Tensor, tokens: torch.Tensor, title: str) -> Figure:
-    """A picture (3, H, W) in [-1, 1] beside its tokens (h, w), each number on its patch."""
+    """An image (3, H, W) in [-1, 1] beside its tokens (h, w), each number on its patch."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 4))
     axes[0].imshow(to_arrays(image[None])[0], interpolation="nearest")
     axes[1].imshow(tokens.numpy(), cmap="twilight")
@@ -73,7 +78,7 @@ def token_grid(image: torch.Tensor, tokens: torch.Tensor, title: str) -> Figure:
 
 
 def neighbours(rows: list[torch.Tensor], title: str) -> Figure:
-    """Each row: a picture, then those nearest to it; list of (1 + k, 3, H, W) in [-1, 1]."""
+    """Each row: an image, then those nearest to it; list of (1 + k, 3, H, W) in [-1, 1]."""
     return picture(grid(torch.cat(rows), columns=len(rows[0])), f"{title}\nfirst column: the query")
 
 
@@ -85,7 +90,7 @@ def previews(folder: Path, title: str, most: int = 6) -> Figure:
 
 
 def strips(paths: dict[str, Path], title: str) -> Figure:
-    """Picture files of equal size below each other, each beside its label."""
+    """Image files of equal size below each other, each beside its label."""
     figure, axes = plt.subplots(len(paths), 1, figsize=(8, 0.85 * len(paths) + 0.4), squeeze=False)
     for axis, (label, path) in zip(axes[:, 0], paths.items(), strict=True):
         axis.imshow(np.asarray(Image.open(path)), interpolation="nearest")
@@ -98,7 +103,7 @@ def strips(paths: dict[str, Path], title: str) -> Figure:
 
 
 def contact_sheet(images: torch.Tensor, prompts: list[str], title: str, columns: int = 8) -> Figure:
-    """Pictures (N, 3, H, W) in [-1, 1], each over its prompt."""
+    """Images (N, 3, H, W) in [-1, 1], each over its prompt."""
     rows = -(-len(prompts) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.4 * rows + 0.4), squeeze=False)
     arrays = to_arrays(images)
@@ -118,7 +123,7 @@ def _wrap(text: str, width: int, most: int = 3) -> list[str]:
 
 
 def rows(pictures: dict[str, torch.Tensor], title: str, above: list[str] | None = None) -> Figure:
-    """One row of pictures (C, 3, H, W) in [-1, 1] for each label, all of one size and number; `above` names the columns."""
+    """One row of images (C, 3, H, W) in [-1, 1] for each label, all of one size and number; `above` names the columns."""
     images = torch.cat(list(pictures.values()))
     columns, (height, width), gap = len(images) // len(pictures), images.shape[-2:], 2
     sheet = grid(images, columns, gap)
@@ -204,11 +209,15 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
     """The text/image gap: cosines of pairs, and both modalities on their first two principal axes.
 
     Args:
-        images, texts: (N, D) of unit norm, text i said of picture i. noised: (N, D), what the transformer trains on.
+        images, texts: (N, D) of unit norm, text i said of image i. noised: (N, D), what the transformer trains on.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-    pairs = {"picture, its text": (images, texts), "picture, another's text": (images, texts.roll(1, 0)),
-             "picture, another": (images, images.roll(1, 0)), "picture, itself noised": (images, noised)}  # fmt: skip
+    pairs = {
+        "image, its text": (images, texts),
+        "image, another's text": (images, texts.roll(1, 0)),
+        "image, another": (images, images.roll(1, 0)),
+        "image, itself noised": (images, noised),
+    }
     for label, (a, b) in pairs.items():
         axes[0].hist((a * b).sum(1).numpy(), bins=np.linspace(-0.4, 1.001, 80), alpha=0.5, density=True, label=label)
     axes[0].set(xlabel="cosine", yticks=[], title="cosines")
@@ -216,7 +225,7 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
     both = torch.cat([images, texts])
     centred = both - both.mean(0)
     flat = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).numpy()
-    for label, part in (("pictures", flat[: len(images)]), ("texts", flat[len(images) :])):
+    for label, part in (("images", flat[: len(images)]), ("texts", flat[len(images) :])):
         axes[1].scatter(part[:, 0], part[:, 1], s=4, alpha=0.5, label=label)
     axes[1].set(xticks=[], yticks=[], title="first two principal axes")
     axes[1].legend(fontsize=7)
@@ -225,18 +234,18 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
 
 
 def fid_over_n(curves: dict[str, dict[str, float]], title: str) -> Figure:
-    """FID against the number of pictures it was computed from: label -> {N: FID}; a curve that still falls is bias, not quality."""
+    """FID against the number of images it was computed from: label -> {N: FID}; a curve that still falls is bias, not quality."""
     figure, axis = plt.subplots(figsize=(5, 3))
     for label, curve in curves.items():
         axis.plot([int(n) for n in curve], list(curve.values()), marker="o", label=label)
-    axis.set(xlabel="N, pictures scored", ylabel="FID-0", xscale="log", yscale="log", title=title)
+    axis.set(xlabel="N, images scored", ylabel="FID-0", xscale="log", yscale="log", title=title)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=7)
     return figure
 
 
 def damages(found: dict[str, dict[str, float]], title: str) -> Figure:
-    """One panel for each metric, its value for pictures that are damaged more and more; what `evaluate.damage_scores` gives."""
+    """One panel for each metric, its value for images that are damaged more and more; what `evaluate.damage_scores` gives."""
     metrics = list(next(iter(found.values())))
     figure, axes = plt.subplots(2, -(-len(metrics) // 2), figsize=(11, 4.2), squeeze=False)
     for axis, metric in zip(axes.flat, metrics, strict=False):
@@ -252,76 +261,6 @@ def damages(found: dict[str, dict[str, float]], title: str) -> Figure:
     for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
     figure.suptitle(title)
-    return figure
-
-
-def throughput(results: list[dict], title: str) -> Figure:
-    """For each preset what `scale.throughput` found: operations a second of every stage beside the matrix products of this
-    machine, and over each bar its pictures a second."""
-    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results), 3.1), sharey=True, squeeze=False)
-    for axis, result in zip(axes[0], results, strict=True):
-        stages = list(result["stages"].values())
-        bars = axis.bar(list(result["stages"]), [values["operations_per_second"] / 1e9 for values in stages], color="tab:blue")
-        axis.bar_label(bars, [f"{v['pictures_per_second']['median']:.3g}/s\n{v['share']['bfloat16']:.0%}" for v in stages], fontsize=7)  # fmt: skip
-        for (dtype, peak), style in zip(result["peak"].items(), ("--", "-"), strict=True):
-            axis.axhline(peak / 1e9, color="black", linewidth=0.8, linestyle=style, label=f"matrix products in {dtype}")
-        axis.set(title=result["preset"], ylim=(0, 1.15 * max(result["peak"].values()) / 1e9))
-        axis.tick_params(axis="x", rotation=30)
-    axes[0, 0].set_ylabel("GFLOP/s")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
-    figure.suptitle(f"{title}\nover a bar: pictures a second, and the share of what bfloat16 reaches here")
-    return figure
-
-
-def store_benchmark(found: dict, title: str) -> Figure:
-    """What `scale.store_speed` found: rows a second beside numpy's and what is asked for, and memory against rows."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
-    for i, (label, key) in enumerate((("this store", "store"), ("numpy, flat files", "peer"))):
-        warm = found[key]["warm"]
-        rates, spread = (
-            [found[key]["cold"], warm["median"]],
-            [[0, warm["median"] - warm["least"]], [0, warm["most"] - warm["median"]]],
-        )
-        bars = axes[0].bar(np.arange(2) + 0.36 * (i - 0.5), rates, 0.34, yerr=spread, label=label)
-        axes[0].bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=7)
-    axes[0].axhline(50_000, color="black", linewidth=0.8, linestyle="--", label="50,000")
-    axes[0].set(
-        xticks=range(2), ylabel="rows/s", yscale="log", ylim=(1e4, 1e7), title=f"random batches of {found['batch_size']}"
-    )
-    axes[0].set_xticklabels(["from the disk", "from memory"])
-    axes[0].legend(fontsize=7)
-    for key, label in (("memory", "reading"), ("training_memory", "training")):
-        for part, style in (("own", "-"), ("files", ":")):
-            sizes = {int(n): values[part] / 1e6 for n, values in found[key].items()}
-            name = f"{label}, its own" if part == "own" else f"{label}, pages of the files"
-            colour = "tab:blue" if key == "memory" else "tab:orange"
-            axes[1].plot(list(sizes), list(sizes.values()), style, marker="o", markersize=4, color=colour, label=name)
-    axes[1].set(
-        xscale="log", yscale="log", ylim=(100, 2e4), xlabel="N, rows of the store", ylabel="MB", title="memory of a process"
-    )
-    axes[1].grid(alpha=0.3)
-    axes[1].legend(fontsize=7)
-    figure.suptitle(title)
-    return figure
-
-
-def costs(projected: dict[str, list[dict]], title: str) -> Figure:
-    """Hours on several numbers of GPUs, a panel for each data set: work and all-reduce of either training, on top of each other."""
-    figure, axes = plt.subplots(1, len(projected), figsize=(4.4 * len(projected), 3.2), squeeze=False)
-    for axis, (label, rows) in zip(axes[0], projected.items(), strict=True):
-        names, bottom = [str(row["gpus"]) for row in rows], np.zeros(len(rows))
-        for stage, colour in (("vqgan", "tab:blue"), ("transformer", "tab:orange")):
-            told = np.array([row["communication"][stage] for row in rows])
-            worked = np.array([row["hours"][stage] for row in rows]) - told
-            for hours, hatch, part in ((worked, "", ""), (told, "///", ", all-reduce")):
-                axis.bar(names, hours, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=f"{stage}{part}")
-                bottom += hours
-        for i, row in enumerate(rows):
-            axis.annotate(f"{bottom[i]:.1f} h\n{row['efficiency']['all']:.0%}", (i, bottom[i]), ha="center", fontsize=8, xytext=(0, 3), textcoords="offset points")  # fmt: skip
-        axis.set(title=label, xlabel="GPUs", ylim=(0, 1.2 * max(bottom)))
-    axes[0, 0].set_ylabel("hours")
-    axes[0, -1].legend(fontsize=7)
-    figure.suptitle(f"{title}\nover a bar: hours of both trainings, and efficiency against one GPU")
     return figure
 
 
@@ -371,7 +310,11 @@ def roofline(points: dict[str, dict], limits: dict[str, float], title: str) -> F
         x, y = point["operations"] / point["bytes"], point["operations"] / point["seconds"] / 1e9
         axis.plot(x, y, "os^vDP*X"[i % 8], color=f"C{i % 10}", label=name)
     axis.set(
-        xscale="log", yscale="log", xlabel="operations to a byte of weights and their state", ylabel="GFLOP/s", title=title
+        xscale="log",
+        yscale="log",
+        xlabel="operations to a byte of weights and their state",
+        ylabel="GFLOP/s",
+        title=title,
     )
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(alpha=0.3)
@@ -392,41 +335,4 @@ def stage_seconds(runs: dict[str, dict[str, float]], title: str) -> Figure:
     axis.invert_yaxis()
     axis.set(xlabel="seconds", title=title)
     axis.legend(fontsize=8, ncols=len(stages), loc="upper center", bbox_to_anchor=(0.5, -0.35))
-    return figure
-
-
-def growth(details: dict[str, dict], title: str) -> Figure:
-    """Seconds over batch, length, width and N, as `bench_growth.growth` found them, in logarithmic axes: a slope is an exponent."""
-    figure, axes = plt.subplots(1, len(details), figsize=(2.5 * len(details), 2.8))
-    for axis, (name, curve) in zip(axes, details.items(), strict=True):
-        for key, values in curve.items():
-            if key in ("x", "shards"):
-                continue
-            middle, low, high = (np.array([value[part] for value in values]) for part in ("median", "least", "most"))
-            scale, unit = (1e9, "GB") if key == "memory" else (1, "s")
-            errors = [(middle - low) / scale, (high - middle) / scale]
-            axis.errorbar(curve["x"], middle / scale, errors, marker="o", markersize=3, label=f"{key}, {unit}")
-        axis.set(xscale="log", yscale="log", xlabel={"store": "rows of a store", "set": "pictures of a set"}.get(name, name))
-        axis.set_xticks(curve["x"], [f"{x:,}" if x < 10_000 else f"{x:.0e}" for x in curve["x"]], rotation=45, fontsize=7)
-        axis.minorticks_off()
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    return figure
-
-
-def peak_memory(details: dict[str, dict[str, dict]], title: str) -> Figure:
-    """Peak memory of each stage and preset, measured beside counted, as `bench_memory.memory` found it."""
-    stages = list(next(iter(details.values())))
-    figure, axes = plt.subplots(1, len(stages), figsize=(2.8 * len(stages), 0.38 * len(details) + 1.2), sharey=True)
-    for axis, stage in zip(axes, stages, strict=True):
-        places = np.arange(len(details))
-        for shift, key, label in ((-0.2, "gigabytes", "measured, or a line through it"), (0.2, "counted", "counted")):
-            bars = axis.barh(places + shift, [part[stage][key] for part in details.values()], 0.38, label=label)
-            axis.bar_label(bars, fmt="%.2g", fontsize=7)
-        axis.set(xscale="log", xlabel="GB", title=stage, xlim=(0.01, 200))
-    axes[0].set_yticks(places, list(details))
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    figure.suptitle(title)
     return figure

@@ -1,4 +1,4 @@
-"""The prompt box: fields and a button in a notebook, and pictures that appear while they are drawn.
+"""The prompt box: fields and a button in a notebook, and images that appear while they are drawn.
 
 In: a `TextToImage`. Out: a widget; its `draw` is what the button does, with or without a browser that shows it.
 The one module that needs ipywidgets.
@@ -11,15 +11,15 @@ import html
 import ipywidgets as widgets
 import torch
 
-from .images import png
-from .runs import ClipgenError
-from .sample import Look, TextToImage
+from .data.images import png
+from .runtime.runs import ClipgenError
+from .text_to_image import Look, TextToImage
 
-WIDTH = 128  # pixels that a picture is enlarged to on the page, about
+WIDTH = 128  # pixels that an image is enlarged to on the page, about
 
 
 class PromptBox(widgets.VBox):
-    """Prompt, seed and settings of a generator, a button that draws, and the pictures with their CLIP scores.
+    """Prompt, seed and settings of a generator, a button that draws, and the images with their CLIP scores.
 
     Every field starts at the generator's own setting. What is wrong with a call appears as its sentence in the box.
     """
@@ -29,14 +29,14 @@ class PromptBox(widgets.VBox):
         self.images: torch.Tensor | None = None  # (N, 3, H, W) in [-1, 1], those of the last drawing that ended
         settings, codes = generator.settings, generator.transformer.codebook_size
         self.prompt = widgets.Text(prompt, placeholder="what to draw", layout=widgets.Layout(flex="1 1 auto"))
-        self.button = widgets.Button(description="Draw", button_style="primary", tooltip="draw pictures for this prompt")
+        self.button = widgets.Button(description="Draw", button_style="primary", tooltip="draw images for this prompt")
         self.seed = _field(widgets.BoundedIntText, "seed", seed, 2**31 - 1)
         self.guidance = _field(widgets.BoundedFloatText, "guidance", settings.guidance, 20, step=0.25)
         self.temperature = _field(widgets.BoundedFloatText, "temperature", settings.temperature, 10, step=0.05)
         self.top_k = _field(
             widgets.BoundedIntText, "top-k", settings.top_k, codes, tooltip="likeliest tokens kept; 0 keeps all"
         )
-        self.n = _field(widgets.BoundedIntText, "pictures", n, 64, least=1)
+        self.n = _field(widgets.BoundedIntText, "images", n, 64, least=1)
         self.candidates = _field(
             widgets.BoundedIntText, "rerank", settings.candidates, 64, least=1, tooltip="drawn for each one kept"
         )
@@ -45,10 +45,15 @@ class PromptBox(widgets.VBox):
         self.pictures = widgets.GridBox(layout=widgets.Layout(grid_template_columns="repeat(4, max-content)"))
         self.button.on_click(self.draw)
         fields = [self.seed, self.guidance, self.temperature, self.top_k, self.n, self.candidates]
-        super().__init__([
-            widgets.HBox([self.prompt, self.button]), widgets.HBox(fields, layout=widgets.Layout(flex_flow="row wrap")),
-            self.bar, self.message, self.pictures,
-        ])  # fmt: skip
+        super().__init__(
+            [
+                widgets.HBox([self.prompt, self.button]),
+                widgets.HBox(fields, layout=widgets.Layout(flex_flow="row wrap")),
+                self.bar,
+                self.message,
+                self.pictures,
+            ]
+        )
 
     def draw(self, _button: widgets.Button | None = None) -> None:
         """Draw what the fields say; the button's handler."""
@@ -58,7 +63,9 @@ class PromptBox(widgets.VBox):
             self._draw()
         except ClipgenError as error:
             self._say(str(error), wrong=True)
-        except BaseException as error:  # ipywidgets hides what a handler raises; an interrupted kernel is such a case too
+        except (
+            BaseException
+        ) as error:  # ipywidgets hides what a handler raises; an interrupted kernel is such a case too
             self._say(f"{type(error).__name__}: {error}", wrong=True)
             raise
         finally:
@@ -75,7 +82,9 @@ class PromptBox(widgets.VBox):
             self._show(look)
         self.images = look.images
         self.bar.bar_style = "success"
-        for tile, score in zip(self.pictures.children, self.generator.similarity(self.images, prompt).tolist(), strict=True):
+        for tile, score in zip(
+            self.pictures.children, self.generator.similarity(self.images, prompt).tolist(), strict=True
+        ):
             tile.children[1].value = f"CLIP {score:.2f}"
 
     def _show(self, look: Look) -> None:
@@ -91,12 +100,19 @@ class PromptBox(widgets.VBox):
 
 
 def _field(kind: type, label: str, value: float, most: float, least: float = 0, **options: object) -> widgets.Widget:
-    return kind(value=value, min=least, max=most, description=label, style={"description_width": "auto"},
-                layout=widgets.Layout(width="150px"), **options)  # fmt: skip
+    return kind(
+        value=value,
+        min=least,
+        max=most,
+        description=label,
+        style={"description_width": "auto"},
+        layout=widgets.Layout(width="150px"),
+        **options,
+    )
 
 
 def _tile() -> widgets.VBox:
-    """A picture over its score."""
+    """An image over its score."""
     return widgets.VBox(
         [widgets.Image(format="png"), widgets.Label()], layout=widgets.Layout(align_items="center", margin="4px")
     )

@@ -1,8 +1,8 @@
-"""The token store: every picture once through both frozen encoders, kept as flat memory-mapped files.
+"""The token store: every image once through both frozen encoders, kept as flat memory-mapped files.
 
-In: pictures, a frozen VQGAN, a frozen CLIP image encoder. Out: a folder with meta.json and shards 00000/, 00001/, ..., each
-with tokens.u16 (n, L), embeds.f16 (n, D), rows.i32 (n,) (which picture a row came from) and a shard.json that says how it
-was made. Which pictures a shard covers depends on their number alone, so that any number of processes, killed and started
+In: images, a frozen VQGAN, a frozen CLIP image encoder. Out: a folder with meta.json and shards 00000/, 00001/, ..., each
+with tokens.u16 (n, L), embeds.f16 (n, D), rows.i32 (n,) (which image a row came from) and a shard.json that says how it
+was made. Which images a shard covers depends on their number alone, so that any number of processes, killed and started
 again at will, write the same bytes. Stage 2 trains from the store alone. No caption comes near it.
 """
 
@@ -23,16 +23,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import processes
 from .clip_embed import ClipEmbedder
 from .config import VQGANConfig
-from .data import ImageSet, dead_workers_told, picture_batches
-from .images import to_float
-from .runs import (
+from .data.batches import dead_workers_told, picture_batches
+from .data.datasets import ImageSet
+from .data.images import to_float
+from .runtime import distributed
+from .runtime.checkpoints import module_hash
+from .runtime.runs import (
     ClipgenError,
     Stop,
     file_hash,
-    module_hash,
     progress,
     read_json,
     reason,
@@ -46,11 +47,8 @@ from .vqgan import VQGAN
 FILES = {"tokens": ("tokens.u16", np.uint16), "embeds": ("embeds.f16", np.float16), "rows": ("rows.i32", np.int32)}
 MADE_OF = ("vqgan_hash", "clip_hash", "clip", "data", "split", "data_hash", "transform")  # the texts in meta.json
 MOST_SHARDS = 128  # quickly opened, and enough of them for every process of a launch to have its share
-SHARD_ROWS = 2_048  # of pictures that a shard covers, or a multiple of it
+SHARD_ROWS = 2_048  # of images that a shard covers, or a multiple of it
 SAVE_SECONDS = 5.0  # between two states on disk: after every batch a GPU would wait for the disk
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 
 class Parts:
@@ -84,7 +82,9 @@ class Parts:
         found = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
         bounds = bounds.tolist()
         for part, first, end in zip(self.parts, bounds, bounds[1:], strict=False):
-            if first < end:  # checked above: with another mode than "raise" numpy writes to `out` without a copy between
+            if (
+                first < end
+            ):  # checked above: with another mode than "raise" numpy writes to `out` without a copy between
                 part.take(within[first:end], 0, found[first:end], "clip")
         unsorted = np.empty_like(found)
         unsorted[order] = found
@@ -116,10 +116,16 @@ class TokenStore:
         for kind, given in (("VQGAN", vqgan and module_hash(vqgan)), ("CLIP", clip and clip.weights_hash)):
             made_by = shortened(str(meta.get(f"{kind.lower()}_hash")))
             if given is not None and given != made_by:
-                raise ClipgenError(f"{folder} was made by another {kind} (weights {made_by}, not {given}): extract again with this one")  # fmt: skip
+                raise ClipgenError(
+                    f"{folder} was made by another {kind} (weights {made_by}, not {given}): extract again with this one"
+                )
         try:
             _check(meta)
-            shards = {folder / _name(j): n for j, n in enumerate(meta["shards"])} if "shards" in meta else {folder: meta["N"]}
+            shards = (
+                {folder / _name(j): n for j, n in enumerate(meta["shards"])}
+                if "shards" in meta
+                else {folder: meta["N"]}
+            )
             mapped = [_mapped(shard, n, _widths(meta)) for shard, n in shards.items()]
         except (OSError, ValueError, OverflowError) as error:
             raise ClipgenError(f"{folder} is damaged ({reason(error)}): delete it and extract again") from None
@@ -147,7 +153,7 @@ class TokenStore:
         return (sum(parts) / len(self)).float()
 
     def nearest(self, embed: torch.Tensor, k: int) -> np.ndarray:
-        """The k rows whose pictures are nearest in CLIP space to one embedding (D,), nearest first."""
+        """The k rows whose images are nearest in CLIP space to one embedding (D,), nearest first."""
         return nearest(self.embeds(slice(None)), embed[None].cpu().float(), k)[0].numpy()
 
 
@@ -167,7 +173,9 @@ def _check(meta: dict) -> None:
     if not (isinstance(shards, list) and all(map(_is_count, shards)) and sum(shards) == counts[0]):
         raise ValueError("shards in meta.json are not counts with the sum N")
     if not (
-        all(isinstance(meta.get(key), str) for key in MADE_OF) and isinstance(meta.get("flip"), bool) and _is_skipped(meta)
+        all(isinstance(meta.get(key), str) for key in MADE_OF)
+        and isinstance(meta.get("flip"), bool)
+        and _is_skipped(meta)
     ):
         raise ValueError("meta.json lacks what the store was made of")
 
@@ -221,16 +229,13 @@ def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int, exact_below: int 
     return (queries @ bank.T).topk(k, dim=1).indices
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
 def shard_span(n: int, rows: int = SHARD_ROWS) -> int:
-    """How many of n pictures a shard covers: the smallest multiple of `rows` that gives at most MOST_SHARDS shards."""
+    """How many of n images a shard covers: the smallest multiple of `rows` that gives at most MOST_SHARDS shards."""
     return rows * -(-n // (rows * MOST_SHARDS))
 
 
 def pictures_at_once(config: VQGANConfig, device: str | torch.device = "cpu") -> int:
-    """Of an extraction: on a GPU 256 pictures of 64 pixels, 16 of 256, which take the same memory.
+    """Of an extraction: on a GPU 256 images of 64 pixels, 16 of 256, which take the same memory.
 
     On a CPU as many as keep the encoder's widest map within 4 MB, 4 to 64: beyond its caches larger batches are slower.
     """
@@ -251,65 +256,75 @@ def extract(
     show_progress: bool = True,
     shard_rows: int = SHARD_ROWS,
 ) -> TokenStore:
-    """Run both frozen encoders over all pictures, once, and return the opened store.
+    """Run both frozen encoders over all images, once, and return the opened store.
 
-    A finished store of the same pictures and weights is opened as it is. An interrupted extraction goes on where it
-    stopped. With `flip`, mirrored pictures follow as rows of their own. Pictures that cannot be read have no row and
+    A finished store of the same images and weights is opened as it is. An interrupted extraction goes on where it
+    stopped. With `flip`, mirrored images follow as rows of their own. Images that cannot be read have no row and
     are listed in meta.json. Of a launch, process r makes the shards r, r + count, ...; all return the whole store.
 
     Raises:
-        ClipgenError: the folder holds a store made from other pictures or by other weights, the disk is full, or (Stopped)
+        ClipgenError: the folder holds a store made from other images or by other weights, the disk is full, or (Stopped)
             SIGTERM or SIGINT has come.
     """
     folder, partial = Path(folder), Path(folder).with_name(Path(folder).name + ".partial")
     side = vqgan.config.side
     meta = {
-        "N": len(images) * (2 if flip else 1), "L": side * side, "K": vqgan.config.codebook_size, "D": clip.dim,
-        "vqgan_hash": module_hash(vqgan), "clip_hash": clip.weights_hash, "clip": clip.name, "data": images.name,
-        "split": images.split, "data_hash": images.hash, "transform": f"short side {images.size}, centre crop",
+        "N": len(images) * (2 if flip else 1),
+        "L": side * side,
+        "K": vqgan.config.codebook_size,
+        "D": clip.dim,
+        "vqgan_hash": module_hash(vqgan),
+        "clip_hash": clip.weights_hash,
+        "clip": clip.name,
+        "data": images.name,
+        "split": images.split,
+        "data_hash": images.hash,
+        "transform": f"short side {images.size}, centre crop",
         "flip": flip,
-    }  # fmt: skip
-    if processes.shared((folder / "meta.json").is_file()):
+    }
+    if distributed.broadcast((folder / "meta.json").is_file()):
         store = TokenStore.open(folder, vqgan, clip)
         if any(store.meta.get(key) != meta[key] for key in ("data_hash", "flip", "transform")):
-            raise ClipgenError(f"{folder} was made from other pictures: delete it or choose another run name")
+            raise ClipgenError(f"{folder} was made from other images: delete it or choose another run name")
         images.skipped.update(store.meta["skipped"])
         return store
     job = {**meta, "span": shard_span(meta["N"], shard_rows), "batch_size": batch_size}
     starts = range(0, meta["N"], job["span"])
     with room_on_disk(partial, lambda: _lacking(partial, meta)):
-        if processes.is_first():
+        if distributed.is_main():
             if _lacking(partial, meta) > 0:  # told before the work rather than in it
                 raise OSError(errno.ENOSPC, "the store will not fit")
             _tidy(partial, {_name(j) for j in range(len(starts))})
-        processes.wait()
-        mine = range(processes.rank(), len(starts), processes.count())
+        distributed.barrier()
+        mine = range(distributed.rank(), len(starts), distributed.world_size())
         shards = {j: _Shard(partial / _name(j), {**job, "shard": j}) for j in mine}
         parts = {j: range(starts[j], min(starts[j] + job["span"], meta["N"])) for j in mine}
         total, done = sum(map(len, parts.values())), sum(shard.state["read"] for shard in shards.values())
-        show = show_progress and processes.is_first()  # its own share
+        show = show_progress and distributed.is_main()  # its own share
         plan = {j: _batches(parts[j], shards[j].state["read"], len(images), batch_size) for j in mine}
         rows = [range(part.start % len(images), part.start % len(images) + len(part)) for j in mine for part in plan[j]]
         with (
             stoppable() as stop,
             progress(total, f"extracting {images.split}", show, done) as bar,
             dead_workers_told(images, workers),
-            closing(picture_batches(images, rows, workers)) as reading,  # one for all shards: workers that start anew are slow
+            closing(
+                picture_batches(images, rows, workers)
+            ) as reading,  # one for all shards: workers that start anew are slow
         ):
             for j in mine:
                 _fill(shards[j], plan[j], reading, images, vqgan, clip, stop, bar)
             stop.raise_if_asked(lambda: None, f"after the extraction of {images.split}")
-        processes.wait()
-        if processes.is_first():
+        distributed.barrier()
+        if distributed.is_main():
             _finish(partial, folder, meta, len(starts), images)
-        processes.wait()
+        distributed.barrier()
     store = TokenStore.open(folder, vqgan, clip)
     images.skipped.update(store.meta["skipped"])
     return store
 
 
 def _batches(part: range, read: int, n: int, batch_size: int) -> list[range]:
-    """What is left of a part after the first `read` of it; no batch holds pictures and mirrored ones, from n on, at once."""
+    """What is left of a part after the first `read` of it; no batch holds images and mirrored ones, from n on, at once."""
     found, first = [], part.start + read
     while first < part.stop:
         stop = min(first + batch_size, part.stop, n if first < n else part.stop)
@@ -319,10 +334,16 @@ def _batches(part: range, read: int, n: int, batch_size: int) -> list[range]:
 
 
 def _fill(
-    shard: _Shard, batches: list[range], reading: Iterator[tuple[list[int], torch.Tensor]], images: ImageSet, vqgan: VQGAN,
-    clip: ClipEmbedder, stop: Stop, bar,
-) -> None:  # fmt: skip
-    """Make what a shard still lacks; `reading` gives the pictures of its batches, and after them those of the next shard."""
+    shard: _Shard,
+    batches: list[range],
+    reading: Iterator[tuple[list[int], torch.Tensor]],
+    images: ImageSet,
+    vqgan: VQGAN,
+    clip: ClipEmbedder,
+    stop: Stop,
+    bar,
+) -> None:
+    """Make what a shard still lacks; `reading` gives the images of its batches, and after them those of the next shard."""
     known, images.skipped = images.skipped, shard.state["skipped"]  # those of this part alone, whoever makes it
     saved = time.monotonic()
     try:
@@ -346,7 +367,7 @@ def _fill(
 
 
 def _on(device: torch.device, squares: torch.Tensor) -> torch.Tensor:
-    """Pictures on a device; a GPU fetches them while it computes on others."""
+    """Images on a device; a GPU fetches them while it computes on others."""
     return squares.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else squares.to(device)
 
 
@@ -354,7 +375,7 @@ class _Shard:
     """A shard in the making: three files that grow, and shard.json, written after them, which says how far they are good.
 
     Attributes:
-        state: `of` (what is being made), `read` (pictures gone through), `rows` (written), `skipped`, and when all is there
+        state: `of` (what is being made), `read` (images gone through), `rows` (written), `skipped`, and when all is there
             `hash` (of the files' bytes).
     """
 
@@ -367,7 +388,9 @@ class _Shard:
             found = read_json(folder / "shard.json")
             if found.get("of") == of and self._is_there(found):
                 self.state = found
-        self.pending: list[dict[str, torch.Tensor]] = []  # batches that are not on disk; what a GPU gives may be on its way
+        self.pending: list[
+            dict[str, torch.Tensor]
+        ] = []  # batches that are not on disk; what a GPU gives may be on its way
         self.gpu: torch.device | None = None
 
     def _is_there(self, state: dict) -> bool:
@@ -427,7 +450,7 @@ def _finish(partial: Path, folder: Path, meta: dict, shards: int, images: ImageS
     for shard in made:
         skipped |= shard["skipped"]
     if not any(counts):
-        raise ClipgenError(f"none of the {len(images)} pictures of {images.root} could be read: check the data")
+        raise ClipgenError(f"none of the {len(images)} images of {images.root} could be read: check the data")
     write_json(partial / "meta.json", {**meta, "N": sum(counts), "shards": counts, "skipped": skipped})
     partial.rename(folder)
 

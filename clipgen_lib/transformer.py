@@ -1,7 +1,7 @@
 """The conditional transformer: p(tokens | embedding), one token after the other.
 
 In: embeddings (B, D) of unit norm, tokens (B, T) int64. Out: logits (B, T, K), position i predicts token i.
-Axes: B batch, L tokens of a picture, T <= L of them, K codebook size, D CLIP dimension, E width, N condition tokens.
+Axes: B batch, L tokens of an image, T <= L of them, K codebook size, D CLIP dimension, E width, N condition tokens.
 
 One concrete sequence, N = 1: the transformer reads [c, t0, t1, ..., t(L-2)] and predicts [t0, t1, ..., t(L-1)], so
 token t(L-1) is predicted and never read. The unconditional case is the zero vector in place of an embedding.
@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import attend
 from .config import Config, TransformerConfig, from_dict
-from .runs import ClipgenError, built_strictly, read_json, read_weights
+from .runtime.checkpoints import built_strictly, read_weights
+from .runtime.kernels import _Likelihood, attend
+from .runtime.runs import ClipgenError, read_json
 
 
 @dataclass(frozen=True)
@@ -115,39 +116,8 @@ class Head(nn.Linear):
         return _Likelihood.apply(x.flatten(0, -2), weight, bias, targets.flatten())
 
 
-class _Likelihood(torch.autograd.Function):
-    """F.cross_entropy(F.linear(x, weight, bias), targets), a part of the rows at a time.
-
-    Over a codebook of 16,384 the float logits of a batch and their gradient outweigh every other tensor of a step, and writing
-    and reading them takes as long as the blocks do. Here a part of them lives in the cache, and what is kept for the backward
-    pass is their gradient in the dtype of the weights: a quarter of the memory.
-    """
-
-    part = 2**21  # logits at a time on a CPU: 8 MB
-    part_on_gpu = 2**27
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, targets):
-        rows = max(1, (_Likelihood.part_on_gpu if x.is_cuda else _Likelihood.part) // len(weight))
-        likelihoods, slopes = [], x.new_empty(len(x), len(weight))
-        for part, target, slope in zip(x.split(rows), targets.split(rows), slopes.split(rows), strict=True):
-            found, chosen = F.linear(part, weight, bias).float().log_softmax(-1), target[:, None]
-            likelihoods.append(found.gather(1, chosen).sum())
-            found.exp_().scatter_add_(1, chosen, found.new_full(chosen.shape, -1.0))
-            slope.copy_(found)
-        ctx.save_for_backward(x, weight, slopes)
-        return -sum(likelihoods) / len(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight, slopes = ctx.saved_tensors
-        scale = gradient / len(x)
-        bias_gradient = x.new_ones(1, len(x)) @ slopes  # `sum` would copy them all to add them up in float32
-        return (slopes @ weight).mul_(scale), slopes.T @ (x * scale).to(x.dtype), bias_gradient[0].mul_(scale), None
-
-
 class ImageTransformer(nn.Module):
-    """Decoder-only transformer over picture tokens given a CLIP embedding.
+    """Decoder-only transformer over image tokens given a CLIP embedding.
 
     `image_mean` and `text_mean` (D,) are what `centre` takes off embeddings before they come in; zero, the usual case,
     where the training did not.
@@ -189,7 +159,11 @@ class ImageTransformer(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, embeds: torch.Tensor, tokens: torch.Tensor, cache: KVCache | None = None, logits_of: torch.Tensor | None = None
+        self,
+        embeds: torch.Tensor,
+        tokens: torch.Tensor,
+        cache: KVCache | None = None,
+        logits_of: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits of each token given the embedding and the tokens before it; in a training their likelihood.
 
@@ -205,7 +179,9 @@ class ImageTransformer(nn.Module):
         """
         first = self.config.condition_tokens
         if tokens.shape[1] > self.n_tokens:
-            raise ClipgenError(f"{tokens.shape[1]} tokens given to a transformer of {self.n_tokens}: use the VQGAN it was trained with")  # fmt: skip
+            raise ClipgenError(
+                f"{tokens.shape[1]} tokens given to a transformer of {self.n_tokens}: use the VQGAN it was trained with"
+            )
         held = cache.length if cache is not None else 0
         x = self.token_embedding(tokens[:, max(held - first, 0) : -1])  # (B, new tokens, E)
         condition = None
@@ -232,7 +208,11 @@ class ImageTransformer(nn.Module):
         return self.condition(embeds).view(len(embeds), -1, self.config.width)
 
     def describe(self) -> dict:
-        return asdict(self.config) | {"codebook_size": self.codebook_size, "n_tokens": self.n_tokens, "clip_dim": self.clip_dim}
+        return asdict(self.config) | {
+            "codebook_size": self.codebook_size,
+            "n_tokens": self.n_tokens,
+            "clip_dim": self.clip_dim,
+        }
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTransformer:
@@ -248,101 +228,3 @@ class ImageTransformer(nn.Module):
         own = {f.name for f in fields(TransformerSizes)}
         config = from_dict(TransformerConfig, {k: v for k, v in sizes.items() if k not in own})
         return cls(config, **asdict(from_dict(TransformerSizes, {k: v for k, v in sizes.items() if k in own})))
-
-
-class PackedLinear:
-    """A linear layer for few rows at a time, without gradients: y = x W^T + b.
-
-    On a CPU the weights are a copy in the layout of oneDNN's kernels, which read 4 to 64 rows' worth of them up to three
-    times as fast as plain ones; elsewhere, and in a dtype that oneDNN does not know here, they are the layer's own.
-    """
-
-    rows = 16  # that the layout is chosen for; with fewer than 4 oneDNN takes one that is slower at every number of rows
-
-    def __init__(self, layer: nn.Linear):
-        self.weight, self.bias = layer.weight.detach(), layer.bias.detach()
-        self.is_packed = packs(self.weight)
-        if self.is_packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, E) to (B, F)."""
-        if not self.is_packed:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """GELU, by the error function, of the layer's output."""
-        if not self.is_packed:
-            return F.gelu(F.linear(x, self.weight, self.bias))
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
-
-    def add(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
-        """The layer's output on top of `to` (B, F)."""
-        if not self.is_packed:
-            return to + F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, to, self.weight, self.bias, "add")
-
-
-def packs(weight: torch.Tensor) -> bool:
-    """Whether oneDNN has kernels for such a weight on this machine."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class DecodingBlock:
-    """A block for one position at a time, its weights packed."""
-
-    def __init__(self, block: Block):
-        self.norm1, self.norm2, self.heads = block.norm1, block.norm2, block.heads
-        self.qkv, self.proj, self.fc1, self.fc2 = map(PackedLinear, (block.qkv, block.proj, block.fc1, block.fc2))
-
-    def __call__(self, x: torch.Tensor, cache: KVCache, layer: int, change: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-        """x: (B, E). change: shift, scale and gate (B, E) of both halves, of adaptive layer norm only."""
-        if change is None:
-            x = self.proj.add(self._attend(self.norm1(x), cache, layer), x)
-            return self.fc2.add(self.fc1.gelu(self.norm2(x)), x)
-        shift1, scale1, gate1, shift2, scale2, gate2 = change
-        x = x + gate1 * self.proj(self._attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer))
-        return x + gate2 * self.fc2(self.fc1.gelu(self.norm2(x) * (1 + scale2) + shift2))
-
-    def _attend(self, x: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
-        qkv = self.qkv(x).view(len(x), 1, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, 1, E / heads)
-        k, v = cache.extend(layer, qkv[1:])
-        return attend(qkv[0].to(k.dtype), k, v).to(x.dtype).view(len(x), -1)
-
-
-class Decoder:
-    """The transformer one position after the other, for sampling: what `forward` gives, up to rounding, without gradients.
-
-    Its weights are those of the moment it is made. `start` a batch, then `step` from token to token.
-    """
-
-    def __init__(self, transformer: ImageTransformer):
-        self.transformer = transformer
-        self.blocks = [DecodingBlock(block) for block in transformer.blocks]
-        self.head = PackedLinear(transformer.head)
-
-    def start(self, embeds: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of the first token behind the known ones.
-
-        Args:
-            embeds: (B, D), as in the transformer's forward.
-            known: (B, T) int64, T < L.
-        """
-        model = self.transformer
-        self.cache, self.changes = KVCache(model, len(embeds)), [None] * len(self.blocks)
-        if model.adaptive:  # the same at every position
-            condition = F.silu(model._condition(embeds)[:, 0])
-            self.changes = [block.modulation(condition).chunk(6, dim=-1) for block in model.blocks]
-        return model(embeds, F.pad(known, (0, 1)), self.cache)[:, -1]
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Read the next token of each row, (B,) int64; logits (B, K) float of the one after it."""
-        model = self.transformer
-        x = F.embedding(tokens, model.token_embedding.weight) + model.positions[0, self.cache.length]
-        for layer, (block, change) in enumerate(zip(self.blocks, self.changes, strict=True)):
-            x = block(x, self.cache, layer, change)
-        self.cache.length += 1
-        return self.head(model.norm(x)).float()

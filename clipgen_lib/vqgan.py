@@ -1,12 +1,12 @@
-"""VQGAN: pictures to discrete tokens and back.
+"""VQGAN: images to discrete tokens and back.
 
-In: pictures (B, 3, H, W) float in [-1, 1]. Out: tokens (B, h, w) int64 below K, and pictures again.
+In: images (B, 3, H, W) float in [-1, 1]. Out: tokens (B, h, w) int64 below K, and images again.
 Axes: B batch, H W pixels, h w token grid, K codebook size, C code dimension, Z channels before and after the code.
 
 The encoder and decoder are those of taming-transformers (Esser et al. 2021, arXiv 2012.09841): residual blocks with
 GroupNorm (epsilon 1e-6) and swish, one attention block in the middle and at the coarsest level, stride-2
 convolutions padded on the right and below. `patch` folds pixels into channels first (1: not at all, as there).
-`local` leaves out attention and group statistics, by which a token would depend on the whole picture, and gives the
+`local` leaves out attention and group statistics, by which a token would depend on the whole image, and gives the
 encoder kernels no wider than their stride: a token then depends on its own square of pixels alone.
 """
 
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import processes
-from .attention import attend
 from .config import VQGANConfig, from_dict
-from .runs import ClipgenError, built_strictly, read_json, read_weights
+from .runtime import distributed
+from .runtime.checkpoints import built_strictly, read_weights
+from .runtime.kernels import attend
+from .runtime.runs import ClipgenError, read_json
 
 EPSILON = 1e-6  # added to the variance in every norm
 
@@ -58,7 +59,10 @@ class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, local: bool, kernel: int = 3):
         super().__init__()
         self.norm1, self.conv1 = _norm(channels_in, local), nn.Conv2d(channels_in, channels_out, kernel, padding="same")
-        self.norm2, self.conv2 = _norm(channels_out, local), nn.Conv2d(channels_out, channels_out, kernel, padding="same")
+        self.norm2, self.conv2 = (
+            _norm(channels_out, local),
+            nn.Conv2d(channels_out, channels_out, kernel, padding="same"),
+        )
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         _zero(self.conv2)
 
@@ -108,7 +112,7 @@ class Level(nn.Module):
 
     def __init__(
         self, widths: list[int], local: bool, kernel: int, coarsest: bool = False, resample: nn.Module | None = None
-    ):  # fmt: skip
+    ):
         super().__init__()
         pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResBlock(a, b, local, kernel) for a, b in pairs)
@@ -126,7 +130,9 @@ class Level(nn.Module):
 class Middle(nn.Sequential):
     def __init__(self, channels: int, local: bool, kernel: int = 3):
         between = nn.Identity() if local else AttentionBlock(channels)
-        super().__init__(ResBlock(channels, channels, local, kernel), between, ResBlock(channels, channels, local, kernel))
+        super().__init__(
+            ResBlock(channels, channels, local, kernel), between, ResBlock(channels, channels, local, kernel)
+        )
 
 
 class Encoder(nn.Module):
@@ -140,7 +146,11 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, kernel, padding="same")
         self.down = nn.ModuleList(
             Level(
-                [before] + [width] * config.res_blocks, local, kernel, i == last, Downsample(width, local) if i < last else None
+                [before] + [width] * config.res_blocks,
+                local,
+                kernel,
+                i == last,
+                Downsample(width, local) if i < last else None,
             )
             for i, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False))
         )
@@ -165,7 +175,13 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = Middle(widths[0], config.local)
         self.up = nn.ModuleList(
-            Level([before] + [width] * (config.res_blocks + 1), config.local, 3, i == 0, Upsample(width) if i < last else None)
+            Level(
+                [before] + [width] * (config.res_blocks + 1),
+                config.local,
+                3,
+                i == 0,
+                Upsample(width) if i < last else None,
+            )
             for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.norm_out = _norm(widths[-1], config.local)
@@ -237,7 +253,9 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: torch.Tensor) -> Quantized:
         if self.training and self.projection is not None:
-            raise ClipgenError("a Gumbel quantiser draws but cannot be trained here: choose codebook_update 'gradient' or 'ema', or call .eval() on the VQGAN")  # fmt: skip
+            raise ClipgenError(
+                "a Gumbel quantiser draws but cannot be trained here: choose codebook_update 'gradient' or 'ema', or call .eval() on the VQGAN"
+            )
         z = z.float().permute(0, 2, 3, 1)  # (B, h, w, C)
         z = F.normalize(z, dim=-1) if self.l2_norm else z
         with torch.no_grad():
@@ -265,9 +283,9 @@ class VectorQuantizer(nn.Module):
         flat, tokens = vectors.reshape(-1, vectors.shape[-1]), tokens.flatten()
         state = [self.codebook, self.idle] + ([self.counts, self.sums] if self.ema else [])
         before = [x.clone() for x in state]
-        used = processes.total(token_counts(tokens, len(self.codebook)).float())
+        used = distributed.all_reduce_sum(token_counts(tokens, len(self.codebook)).float())
         if self.ema:
-            sums = processes.total(torch.zeros_like(self.codebook).index_add_(0, tokens, flat))
+            sums = distributed.all_reduce_sum(torch.zeros_like(self.codebook).index_add_(0, tokens, flat))
             self.counts.mul_(self.decay).add_(used, alpha=1 - self.decay)
             self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
             means = self.sums / self.counts.clamp_min(1e-3)[:, None]
@@ -286,10 +304,12 @@ class VectorQuantizer(nn.Module):
 
     def _pick(self, flat: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         """K of the vectors (N, C) that all processes hold, the same on each of them."""
-        chosen = torch.randint(len(flat) * processes.count(), (len(self.codebook),), generator=draw).to(flat.device)
-        chosen = chosen - len(flat) * processes.rank()
+        chosen = torch.randint(len(flat) * distributed.world_size(), (len(self.codebook),), generator=draw).to(
+            flat.device
+        )
+        chosen = chosen - len(flat) * distributed.rank()
         own = (chosen >= 0) & (chosen < len(flat))
-        return processes.total(torch.where(own[:, None], flat[chosen.clamp(0, len(flat) - 1)], 0.0))
+        return distributed.all_reduce_sum(torch.where(own[:, None], flat[chosen.clamp(0, len(flat) - 1)], 0.0))
 
 
 class VQGAN(nn.Module):
@@ -322,15 +342,17 @@ class VQGAN(nn.Module):
         """
         factor = self.config.factor
         if images.shape[-2] % factor or images.shape[-1] % factor:
-            raise ClipgenError(f"pictures of {images.shape[-2]}x{images.shape[-1]} pixels do not divide by {factor}: resize them to multiples of {factor}")  # fmt: skip
+            raise ClipgenError(
+                f"images of {images.shape[-2]}x{images.shape[-1]} pixels do not divide by {factor}: resize them to multiples of {factor}"
+            )
         return self.quantizer(self.quant_conv(self.encoder(images))).tokens
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, h, w) int64 -> pictures (B, 3, H, W), clamped to [-1, 1]."""
+        """Tokens (B, h, w) int64 -> images (B, 3, H, W), clamped to [-1, 1]."""
         return self.decode_codes(self.quantizer.lookup(tokens)).clamp(-1, 1)
 
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (B, C, h, w), perhaps soft, -> pictures, not clamped; differentiable in the codes."""
+        """Codes (B, C, h, w), perhaps soft, -> images, not clamped; differentiable in the codes."""
         return self.decoder(self.post_quant_conv(codes))
 
     @property

@@ -1,12 +1,14 @@
-"""One run from pixels to numbers: what the notebooks and the command line call, step by step.
+"""The two trainings, each a flat loop over steps on one Accelerator.
 
-In: preset, run name, data, seed, device. Out: the run's folder under results/. Each step reads what the step before it
-wrote, so that any of them can be run alone, again, or in another process.
+Stage 1: images in, a VQGAN out. Stage 2: a token store in, a transformer out. Batches, rates, noise and dropout are
+functions of seed and step, and the rest of the state is in the checkpoint, so that a resumed run is the uninterrupted
+one. Several processes share each batch and come to the same weights as one, up to the order of sums. A step without a finite
+loss and gradient changes no weight and is counted. Neither stage sees a caption: previews of text prompts come in as embeddings.
 """
 
 from __future__ import annotations
 
-import os  # os.path is false, or as it was, where Path raises: of a NUL, too long a name, the home of nobody
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +22,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from . import evaluate, processes, shapes, train
-from .captions import choose_captions, split_prompts
-from .classifier import Classifier, accuracy, train_classifier
+from . import evaluate, train_transformer, train_vqgan
 from .clip_embed import ClipEmbedder, photo_notice
 from .config import Preset, SampleConfig, load_preset
-from .data import ImageSet, open_images, ordered_batches
-from .images import grid, to_float
-from .losses import PatchDiscriminator, adversarial_loss
-from .runs import (
+from .data.batches import ordered_batches
+from .data.datasets import ImageSet, open_images
+from .data.images import grid, to_float
+from .metrics import captions, oracle
+from .metrics.captions import choose_captions, split_prompts
+from .metrics.classifier import Classifier, accuracy, train_classifier
+from .runtime import distributed
+from .runtime.checkpoints import load_checkpoint, save_weights
+from .runtime.runs import (
     RESULTS,
     ROOT,
     ClipgenError,
@@ -41,32 +46,63 @@ from .runs import (
     write_atomic,
     write_json,
 )
-from .sample import TextToImage, load_run
 from .store import TokenStore, extract, pictures_at_once
+from .text_to_image import TextToImage, load_run
+from .train_vqgan import PatchDiscriminator, adversarial_loss
+from .training import checkpoints
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
+
+def take_best(run: Run, stage: str) -> dict:
+    """Put the EMA of the best checkpoint in the place of a stage's last weights; returns its `step` and `score`.
+
+    Args:
+        stage: `vqgan`, whose score is the squared error of held-out reconstructions, or `transformer`, whose score is the
+            held-out likelihood in nats a token.
+
+    Raises:
+        ClipgenError: the stage is not trained, or none of its checkpoints has a score.
+    """
+    module = {"vqgan": VQGAN, "transformer": ImageTransformer}[stage].load(run.path / stage)
+    if not (paths := checkpoints(run, stage, best_first=True)):
+        raise ClipgenError(
+            f"{run.path / 'checkpoints'} holds no checkpoint of the {stage} with a score: train it first"
+        )
+    state, meta = load_checkpoint(paths[0])
+    module.load_state_dict(state["ema"]["module"])
+    before = read_json(run.path / stage / "config.json")
+    save_weights(run.path / stage, module, **{key: value for key, value in before.items() if key == "trained_with"})
+    return {"step": meta["step"], "score": meta["score"]}
+
+
 PREVIEW_PROMPTS = (
-    "a large red circle", "a small blue star", "a large green heart", "a small yellow cross",
-    "a pink ring left of a blue square", "a purple triangle above an orange diamond",
-)  # fmt: skip
+    "a large red circle",
+    "a small blue star",
+    "a large green heart",
+    "a small yellow cross",
+    "a pink ring left of a blue square",
+    "a purple triangle above an orange diamond",
+)
+
+
 FEWEST_HELD_OUT = 4  # two halves of two: fewer have no covariance
 
 
 class OwnPrompts(NamedTuple):
     """Prompts of a user's own, and where they come from."""
 
-    prompts: list[str] | torch.Tensor  # texts, or CLIP embeddings (P, D) of pictures
+    prompts: list[str] | torch.Tensor  # texts, or CLIP embeddings (P, D) of images
     titles: list[str]
     source: str
     pictures: torch.Tensor | None = None  # (P, 3, H, W) in [-1, 1], those of the embeddings
 
 
 class Sheet(NamedTuple):
-    """Pictures for a figure."""
+    """Images for a figure."""
 
     images: torch.Tensor  # (N, 3, H, W) in [-1, 1], row by row
-    titles: list[str]  # of each picture
+    titles: list[str]  # of each image
     columns: int
     source: str
 
@@ -110,8 +146,10 @@ class Workbench:
         if path.exists():
             differing = differences(_begun_with(path), config)
             if differing:
-                raise ClipgenError(f"run {run!r} was begun with another {shortened(', '.join(differing[:3]))}: choose another run name or delete {path.parent}")  # fmt: skip
-        elif processes.is_first():
+                raise ClipgenError(
+                    f"run {run!r} was begun with another {shortened(', '.join(differing[:3]))}: choose another run name or delete {path.parent}"
+                )
+        elif distributed.is_main():
             write_json(path, config)
         bench = cls(opened, chosen, data, seed, pick_device(device))
         if not opened.summary().get("versions"):
@@ -120,9 +158,11 @@ class Workbench:
 
     @classmethod
     def reopen(cls, run: str, device: str = "auto", data: str = "") -> Workbench:
-        """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its pictures lie now."""
+        """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its images lie now."""
         if not (RESULTS / run / "config.json").is_file():
-            raise ClipgenError(f"there is no run {run!r} under {RESULTS.name}/: begin it with 'clipgen run --run {run}'")
+            raise ClipgenError(
+                f"there is no run {run!r} under {RESULTS.name}/: begin it with 'clipgen run --run {run}'"
+            )
         config = _begun_with(RESULTS / run / "config.json")
         clip = config["preset"]["clip"]
         name = "/".join(part for part in (clip["name"], clip["pretrained"]) if part)
@@ -143,7 +183,7 @@ class Workbench:
 
     @property
     def notice(self) -> str:
-        """What a reader should know of this run's CLIP and pictures; empty where they go together, as far as can be told."""
+        """What a reader should know of this run's CLIP and images; empty where they go together, as far as can be told."""
         return photo_notice(self.preset.clip.name, self.data)
 
     @cached_property
@@ -171,27 +211,29 @@ class Workbench:
     def bank_and_offset(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What some sampling needs beside the weights, each None where it does not.
 
-        Embeddings of the training pictures (N, D), where texts are looked up among them; mean picture minus mean text
+        Embeddings of the training images (N, D), where texts are looked up among them; mean image minus mean text
         (D,), where texts are shifted by it.
         """
         bank = self.store().embeds(slice(None)) if sample.neighbours else None
         return bank, self.store().mean_embed() - self.text_mean() if sample.shift else None
 
     def text_mean(self) -> torch.Tensor:
-        """Mean embedding (D,) of up to 10,000 captions of training pictures, for a training that centres or a shift.
+        """Mean embedding (D,) of up to 10,000 captions of training images, for a training that centres or a shift.
 
-        Whose caption is whose is not looked at: this is unpaired text, the one thing that is not a picture in a training.
+        Whose caption is whose is not looked at: this is unpaired text, the one thing that is not an image in a training.
         """
         texts = [texts[0] for texts in self.images().captions if texts]
         if not texts:
-            raise ClipgenError(f"{self.images().root} has no captions to take the mean of: put name.txt beside name.jpg, or do without shift and centre")  # fmt: skip
+            raise ClipgenError(
+                f"{self.images().root} has no captions to take the mean of: put name.txt beside name.jpg, or do without shift and centre"
+            )
         if len(texts) > 10_000:
             texts = [texts[i] for i in np.random.default_rng([self.seed, 41]).choice(len(texts), 10_000, replace=False)]
         return torch.cat([self.clip.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)]).mean(0)
 
     @torch.inference_mode()
     def text_image_pairs(self, n: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of up to n pictures of the val split and of the first caption of each, both (n, D) on the CPU."""
+        """Embeddings of up to n images of the val split and of the first caption of each, both (n, D) on the CPU."""
         images = self.images("val")
         rows = [row for row, texts in enumerate(images.captions) if texts][:n]
         pictures, texts = [], []
@@ -212,9 +254,13 @@ class Workbench:
         config = replace(self.preset.vqgan_train, **({"steps": steps} if steps else {}))
         images, held_out = self.images(), self.images("val")
         if len(held_out) < FEWEST_HELD_OUT:
-            raise ClipgenError(f"{held_out.root} holds {len(images)} pictures to train on and {len(held_out)} to test on: give at least {FEWEST_HELD_OUT} of each")  # fmt: skip
+            raise ClipgenError(
+                f"{held_out.root} holds {len(images)} images to train on and {len(held_out)} to test on: give at least {FEWEST_HELD_OUT} of each"
+            )
         with self._timed("vqgan"):
-            vqgan = train.train_vqgan(self.run, images, held_out, self.preset.vqgan, config, self.clip, self.seed, self.device)
+            vqgan = train_vqgan.train_vqgan(
+                self.run, images, held_out, self.preset.vqgan, config, self.clip, self.seed, self.device
+            )
         data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(held_out)}
         scores = evaluate.evaluate_vqgan(vqgan.to(self.device), held_out)
         self._record(data=data, vqgan=scores)
@@ -226,8 +272,15 @@ class Workbench:
         with self._timed("extract"):
             for split, flip in (("val", False), ("train", settings.flip)):
                 images = self.images(split)
-                store = extract(images, vqgan, self.clip, self.run.path / "store" / split, flip,
-                                pictures_at_once(vqgan.config, self.device), settings.workers)  # fmt: skip
+                store = extract(
+                    images,
+                    vqgan,
+                    self.clip,
+                    self.run.path / "store" / split,
+                    flip,
+                    pictures_at_once(vqgan.config, self.device),
+                    settings.workers,
+                )
                 if images.skipped:
                     self._record(skipped=images.skipped)
         return store
@@ -236,51 +289,71 @@ class Workbench:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint."""
         config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
         vqgan, store, held_out = self.vqgan(), self.store(), self.store("val")
-        texts, embeds, extras = self.preview_prompts(), held_out.embeds(slice(0, 6)), self.bank_and_offset(self.preset.sample)
+        texts, embeds, extras = (
+            self.preview_prompts(),
+            held_out.embeds(slice(0, 6)),
+            self.bank_and_offset(self.preset.sample),
+        )
 
         def preview(transformer, step):
-            generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample, *extras)
+            generator = TextToImage.from_parts(
+                vqgan, transformer, self.clip, self.clip_source, self.preset.sample, *extras
+            )
             pictures = torch.cat([generator.draw_each(p, list(range(len(p))), candidates=1) for p in (texts, embeds)])
             Image.fromarray(grid(pictures, columns=len(pictures))).save(self.run.file("previews", f"{step:06d}.png"))
 
         with self._timed("transformer"):
-            transformer = train.train_transformer(self.run, store, held_out, self.preset.transformer, config, vqgan, self.clip,
-                                                  self.seed, self.device, True, self.text_mean() if config.centre else None, preview)  # fmt: skip
-        scores = train.held_out_losses(transformer.to(self.device), held_out, vqgan, self.clip)
+            transformer = train_transformer.train_transformer(
+                self.run,
+                store,
+                held_out,
+                self.preset.transformer,
+                config,
+                vqgan,
+                self.clip,
+                self.seed,
+                self.device,
+                True,
+                self.text_mean() if config.centre else None,
+                preview,
+            )
+        scores = train_transformer.held_out_losses(transformer.to(self.device), held_out, vqgan, self.clip)
         clip_size = sum(p.numel() for p in self.clip.parameters())
         self._record(transformer=scores, parameters={"clip": clip_size})
 
     def train_classifier(self) -> dict[str, float]:
-        """The judge of classes, on real pictures of the train split; returns its accuracy on those of the val split."""
+        """The judge of classes, on real images of the train split; returns its accuracy on those of the val split."""
         images, held_out = self.images(), self.images("val")
         if held_out.classes is None:
-            raise ClipgenError(f"the val split of {held_out.root} has no classes to try a classifier on: sort its pictures into a folder for each class")  # fmt: skip
+            raise ClipgenError(
+                f"the val split of {held_out.root} has no classes to try a classifier on: sort its images into a folder for each class"
+            )
         with self._timed("classifier"):
             classifier = train_classifier(self.run, images, self.preset.classifier, self.seed, self.device)
         self._record(classifier=accuracy(classifier, held_out))
         return self.run.summary()["classifier"]
 
     def preview_prompts(self, n: int = 6) -> list[str]:
-        """Prompts for pictures on the way: fixed ones for shapes, else captions of the val split."""
+        """Prompts for images on the way: fixed ones for shapes, else captions of the val split."""
         if self.has_oracle:
             return list(PREVIEW_PROMPTS[:n])
         images = self.images("val")
-        chosen = evaluate.choose_captions(images, n, self.seed) if images.has_captions else []
+        chosen = captions.choose_captions(images, n, self.seed) if images.has_captions else []
         return [text for _, text in chosen] or ["a photo"] * n
 
     def outside_prompts(self, n: int = 6) -> list[str]:
-        """Prompts for what no training picture shows: held-out pairs of the Shapes world, else three that no photo shows."""
+        """Prompts for what no training image shows: held-out pairs of the Shapes world, else three that no photo shows."""
         if self.has_oracle:
-            return [prompt.text for prompt in shapes.prompts("held_out", n, self.seed)]
+            return [prompt.text for prompt in oracle.prompts("held_out", n, self.seed)]
         return ["a flying penguin", "a dog with a cigar", "a lemon with face and hair"]
 
     def own_prompts(self, text: str = "", n: int = 8) -> OwnPrompts:
-        """What to draw for a user: prompts in a text, else captions that lie beside the pictures, else pictures themselves.
+        """What to draw for a user: prompts in a text, else captions that lie beside the images, else images themselves.
 
         Args:
             text: prompts with `|` between them; all of them are taken.
-            n: captions at most, no wording twice, of held-out pictures (of training pictures where those have none). Without
-                any caption half as many held-out pictures, whose embeddings take the place of a text's.
+            n: captions at most, no wording twice, of held-out images (of training images where those have none). Without
+                any caption half as many held-out images, whose embeddings take the place of a text's.
 
         Raises:
             ClipgenError: a text without a prompt in it.
@@ -296,12 +369,12 @@ class Workbench:
         rows, batch = next(ordered_batches(images, range(min(max(n // 2, 1), len(images))), n))
         pictures = to_float(batch)
         embeds = torch.cat([self.clip.images(part.to(self.device)) for part in pictures.split(16)])
-        source = "no captions here and no PROMPTS given: variations of held-out pictures, from their embeddings"
+        source = "no captions here and no PROMPTS given: variations of held-out images, from their embeddings"
         return OwnPrompts(embeds, [images.names[row].rpartition("/")[2] for row in rows], source, pictures)
 
     @torch.inference_mode()
     def draw_prompts(self, text: str = "", n: int = 8, each: int = 4, guidance: float = 0.0) -> Sheet:
-        """Some pictures for each of `own_prompts`, picture j with seed + j; variations behind the picture that they vary.
+        """Some images for each of `own_prompts`, image j with seed + j; variations behind the image that they vary.
 
         What was asked for goes into summary.json under `prompts`. `guidance` above 0 replaces the preset's.
         """
@@ -315,41 +388,54 @@ class Workbench:
         return Sheet(images.flatten(0, 1), sum(titles, []), 2 * images.shape[1], own.source)
 
     def class_rows(self, real: int = 4, drawn: int = 6, most: int = 20) -> dict[str, torch.Tensor]:
-        """Where folders are classes: held-out pictures of each class, then pictures drawn for its text, seeds in order.
+        """Where folders are classes: held-out images of each class, then images drawn for its text, seeds in order.
 
         Returns:
-            Class name -> (real + drawn, 3, H, W) in [-1, 1], for the first `most` classes that have so many pictures; empty
+            Class name -> (real + drawn, 3, H, W) in [-1, 1], for the first `most` classes that have so many images; empty
             where there are no classes.
         """
         images, rows = self.images("val"), {}
         for row, name in enumerate(images.classes or []):
             rows.setdefault(name, []).append(row)
-        rows = {name: chosen[:real] for name, chosen in rows.items() if len(chosen) >= real and images.captions[chosen[0]]}
+        rows = {
+            name: chosen[:real] for name, chosen in rows.items() if len(chosen) >= real and images.captions[chosen[0]]
+        }
         names = list(rows)[:most]
         if not names:
             return {}
         texts = [images.captions[rows[name][0]][0] for name in names]
         batches = ordered_batches(images, [row for name in names for row in rows[name]], real)
-        shown = [torch.cat([to_float(batch), pictures.cpu()])
-                 for (_, batch), pictures in zip(batches, self.generator()(texts, n=drawn, seed=self.seed), strict=True)]  # fmt: skip
+        shown = [
+            torch.cat([to_float(batch), pictures.cpu()])
+            for (_, batch), pictures in zip(batches, self.generator()(texts, n=drawn, seed=self.seed), strict=True)
+        ]
         return {name: pictures for name, pictures in zip(names, shown, strict=True) if len(pictures) == real + drawn}
 
     def evaluate(self, guidance: float = 0.0) -> dict:
         """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown.
 
-        The caption list goes beside it into captions.txt: which picture's caption each drawing had.
+        The caption list goes beside it into captions.txt: which image's caption each drawing had.
         """
         generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
         with self._timed("evaluate", resumable=False):
             numbers, shown = evaluate.evaluate_generator(
-                generator, self.images("val"), self.judge, self.preset.evaluate, self.seed, classifier=self.classifier(),
-                resume=self.run.path / "checkpoints", **settings)  # fmt: skip
+                generator,
+                self.images("val"),
+                self.judge,
+                self.preset.evaluate,
+                self.seed,
+                classifier=self.classifier(),
+                resume=self.run.path / "checkpoints",
+                **settings,
+            )
             oracle = None
             if self.has_oracle:
                 n = self.preset.evaluate.n_oracle
-                oracle = evaluate.evaluate_oracle(generator, n, self.seed, resume=self.run.path / "checkpoints", **settings)
+                oracle = evaluate.evaluate_oracle(
+                    generator, n, self.seed, resume=self.run.path / "checkpoints", **settings
+                )
         sample = {**asdict(self.preset.sample), **settings}
-        if not processes.is_first():
+        if not distributed.is_main():
             return shown
         start, texts = time.perf_counter(), shown["prompts"][:16]
         generator.draw_each(texts, list(range(len(texts))), **settings)
@@ -369,7 +455,7 @@ class Workbench:
         """Write the generator to a folder in float16, and on shapes ask the oracle of what was written.
 
         Args:
-            n: prompts of each kind. candidates: pictures for each one kept in the second column; the first keeps every one.
+            n: prompts of each kind. candidates: images for each one kept in the second column; the first keeps every one.
 
         Returns:
             What summary.json says under `export`: `bytes` of weights, and `oracle` by the number of candidates.
@@ -379,7 +465,9 @@ class Workbench:
         found: dict = {"bytes": (folder / "model.safetensors").stat().st_size}
         if self.has_oracle:
             found["oracle"] = {
-                str(count): evaluate.evaluate_oracle(written, n, self.seed, modalities=("text",), candidates=count)["text"]
+                str(count): evaluate.evaluate_oracle(written, n, self.seed, modalities=("text",), candidates=count)[
+                    "text"
+                ]
                 for count in sorted({1, candidates})
             }
         self._record(export=found)
@@ -387,7 +475,7 @@ class Workbench:
 
     def _record(self, **entries: object) -> None:
         """Put entries into summary.json; in a launch the first process does."""
-        if processes.is_first():
+        if distributed.is_main():
             self.run.add_to_summary(**entries)
 
     @contextmanager
@@ -419,7 +507,9 @@ def _begun_with(path: Path) -> dict:
         preset = {k: {**v, **preset[k]} if isinstance(v, dict) else preset[k] for k, v in defaults.items()}
         is_whole = isinstance(preset["clip"]["name"], str) and isinstance(preset["clip"]["pretrained"], str | None)
     if not is_whole:
-        raise ClipgenError(f"{path} lacks the preset, data or seed that the run was begun with: restore the original file, or delete {path.parent}")  # fmt: skip
+        raise ClipgenError(
+            f"{path} lacks the preset, data or seed that the run was begun with: restore the original file, or delete {path.parent}"
+        )
     return {**config, "preset": preset}
 
 
@@ -432,7 +522,7 @@ def _portable(data: str) -> str:
     try:
         return data if data == "shapes" else Path(os.path.expanduser(data)).resolve().name
     except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
-        raise ClipgenError(f"data {shortened(data)!r} is no path: give the folder of your pictures") from None
+        raise ClipgenError(f"data {shortened(data)!r} is no path: give the folder of your images") from None
 
 
 def clip_fields(clip: str) -> dict[str, str | None]:
@@ -449,12 +539,14 @@ def clip_fields(clip: str) -> dict[str, str | None]:
     if weights and os.path.isfile(ROOT / weights):
         return {"name": name, "pretrained": str(ROOT / weights)}
     if "/" in weights:
-        raise ClipgenError(f"CLIP {shortened(clip)!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai")  # fmt: skip
+        raise ClipgenError(
+            f"CLIP {shortened(clip)!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai"
+        )
     return {"name": name, "pretrained": weights or None}
 
 
 def count_and_step(preset: Preset, clip_dim: int, optimise: bool = True) -> dict[str, float]:
-    """Build both stages of a preset and take one optimiser step of each on one random picture, on the CPU.
+    """Build both stages of a preset and take one optimiser step of each on one random image, on the CPU.
 
     Shows that a large preset is sound before a cluster is asked for it.
 
@@ -472,7 +564,10 @@ def count_and_step(preset: Preset, clip_dim: int, optimise: bool = True) -> dict
         with torch.autocast("cpu", torch.bfloat16):
             fake, quantized = vqgan(images)
             loss = (
-                F.l1_loss(fake, images) + quantized.codebook_loss + quantized.commitment_loss + adversarial_loss(critic(fake))
+                F.l1_loss(fake, images)
+                + quantized.codebook_loss
+                + quantized.commitment_loss
+                + adversarial_loss(critic(fake))
             )
         found["vqgan_loss"] = _one_step(loss, vqgan)
     tokens = vqgan.encode(images).flatten(1)

@@ -11,8 +11,8 @@ os.environ["CLIPGEN_PROGRESS"] = "0"
 
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ShapesConfig, load_preset
-from clipgen_lib.data import open_images
-from clipgen_lib.shapes import make_world
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.shapes import make_world
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipgen_lib.baselines import VQGANCLIP, FusionGAN, FusionGenerator, Retrieval, Supervised, train_fusion_gan
 from clipgen_lib.config import FusionGANConfig, SampleConfig, TransformerConfig, VQGANCLIPConfig
-from clipgen_lib.images import crop, to_float
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.data.images import crop, to_float
+from clipgen_lib.runtime.runs import ClipgenError
 from clipgen_lib.store import extract
+from clipgen_lib.study.baselines import VQGANCLIP, FusionGAN, FusionGenerator, Retrieval, Supervised, train_fusion_gan
 from clipgen_lib.transformer import ImageTransformer
 
 TEXTS = ["a red circle", "a blue star", "a large green heart"]

@@ -1,4 +1,4 @@
-"""The quickstart in a real browser: JupyterLab and a headless Chromium, from an opened notebook to a new picture.
+"""The quickstart in a real browser: JupyterLab and a headless Chromium, from an opened notebook to a new image.
 
 Needs playwright (extra `test`) and a Chromium that the system has; it is skipped, and says so, where either is not.
 CLIPGEN_BROWSER names the browser's file; CLIPGEN_SCREENSHOT a PNG file to write the page to.
@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipgen_lib.runs import write_json
-from clipgen_lib.sample import PRETRAINED
+from clipgen_lib.runtime.runs import write_json
+from clipgen_lib.text_to_image import PRETRAINED
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "00_quickstart.ipynb"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -56,17 +56,33 @@ def lab(tmp_path):
             cell.outputs, cell.execution_count = [], None
     (root / "notebooks").mkdir(parents=True)
     nbformat.write(notebook, root / "notebooks" / NOTEBOOK.name)
-    write_json(tmp_path / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings", {"windowingMode": "none"})
+    write_json(
+        tmp_path / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings", {"windowingMode": "none"}
+    )
     news = {"fetchNews": "false", "checkForUpdates": False}
     write_json(tmp_path / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings", news)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-               f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=quickstart",
-               f"--ServerApp.root_dir={root}"]  # fmt: skip
-    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-               "JUPYTERLAB_SETTINGS_DIR": "settings", "CLIPGEN_RESULTS": "lab/results"}  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=quickstart",
+        f"--ServerApp.root_dir={root}",
+    ]
+    folders = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "CLIPGEN_RESULTS": "lab/results",
+    }
     environment = os.environ | {key: str(tmp_path / folder) for key, folder in folders.items()}
     with open(tmp_path / "server.log", "w") as log:
         server = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
@@ -93,7 +109,7 @@ BYTES = "async image => Array.from(new Uint8Array(await (await fetch(image.src))
 
 
 def picture(page):
-    """The pixels of the box's first picture, as the browser has them."""
+    """The pixels of the box's first image, as the browser has them."""
     return np.asarray(Image.open(io.BytesIO(bytes(page.locator(FIRST_PICTURE).first.evaluate(BYTES)))).convert("RGB"))
 
 
@@ -118,12 +134,14 @@ def test_a_prompt_typed_in_a_browser_gives_a_new_picture(page, lab):
     )
     field.fill(PROMPT)
     button.click()
-    page.wait_for_function("([s, old]) => document.querySelector(s).src !== old", arg=[FIRST_PICTURE, source], timeout=MINUTE)
+    page.wait_for_function(
+        "([s, old]) => document.querySelector(s).src !== old", arg=[FIRST_PICTURE, source], timeout=MINUTE
+    )
     page.locator("button:not([disabled])", has_text="Draw").wait_for(timeout=MINUTE)
     page.get_by_text(re.compile(r"^CLIP -?0\.\d\d$")).nth(7).wait_for(timeout=MINUTE)
     after = picture(page)
     assert after.shape == before.shape and np.abs(after.astype(int) - before).mean() > 1 and after.std() > 5
-    assert page.evaluate("new Set(window.seen).size") > 3, "pictures appear while they are drawn"
+    assert page.evaluate("new Set(window.seen).size") > 3, "images appear while they are drawn"
     if target := os.environ.get("CLIPGEN_SCREENSHOT"):
         page.screenshot(path=target)
 

@@ -3,17 +3,18 @@ import pytest
 import torch
 from PIL import Image
 
-from clipgen_lib.classifier import Classifier, accuracy, train_classifier
 from clipgen_lib.config import ClassifierConfig
-from clipgen_lib.data import augmented_rows, open_images
-from clipgen_lib.runs import ClipgenError, open_run
+from clipgen_lib.data.batches import augmented_rows
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.metrics.classifier import Classifier, accuracy, train_classifier
+from clipgen_lib.runtime.runs import ClipgenError, open_run
 
 SMALL = ClassifierConfig(width=8, steps=12, batch_size=8, lr=3e-3, warmup=2, bfloat16=False, log_every=4, save_every=6)
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Dark and bright noise, eight pictures each in train and val."""
+    """Dark and bright noise, eight images each in train and val."""
     for split in ("train", "val"):
         for name, level in (("dark", 40), ("bright", 215)):
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -32,7 +33,7 @@ def test_it_learns_saves_and_resumes_to_the_same_weights(folders, tmp_path):
     assert torch.equal(loaded(images), whole(images)) and loaded.read(images) == whole.read(images)
     run = open_run("parts", tmp_path)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("clipgen_lib.classifier.augmented_rows", _stop_at(8))
+        patch.setattr("clipgen_lib.metrics.classifier.augmented_rows", _stop_at(8))
         train_classifier(run, train, SMALL, show_progress=False)
     again = train_classifier(run, train, SMALL, show_progress=False)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
@@ -53,7 +54,7 @@ def test_pictures_without_classes_are_one_sentence(images, tmp_path):
 
 
 def test_an_unreadable_picture_leaves_with_its_label(folders):
-    (folders / "train" / "dark" / "3.png").write_bytes(b"no picture")
+    (folders / "train" / "dark" / "3.png").write_bytes(b"no image")
     images = open_images(folders, "train", 32)
     bad = next(row for row, path in enumerate(images.paths) if path.name == "3.png" and path.parent.name == "dark")
     rows, pictures = augmented_rows(images, np.arange(16), 0, 0, flip=True)

@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipgen_lib import shapes
 from clipgen_lib.cli import _default_run, _parameters_of, _parse
+from clipgen_lib.data import shapes
 
 ROOT = Path(__file__).parents[1]
 
 
 def clipgen(*arguments, results, timeout=400):
     environment = {**os.environ, "CLIPGEN_RESULTS": str(results), "CLIPGEN_PROGRESS": "1"}
-    return subprocess.run([sys.executable, "-m", "clipgen_lib", *map(str, arguments)], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=timeout)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "clipgen_lib", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +41,33 @@ def smoke(tmp_path_factory):
 def test_all_notebooks_run_and_measure(smoke):
     results, done = smoke
     summary = json.loads((results / "whole" / "summary.json").read_text())
-    assert {"run", "preset", "seed", "versions", "data", "parameters", "vqgan", "transformer", "evaluation", "oracle",
-            "seconds"} <= summary.keys()  # fmt: skip
+    assert {
+        "run",
+        "preset",
+        "seed",
+        "versions",
+        "data",
+        "parameters",
+        "vqgan",
+        "transformer",
+        "evaluation",
+        "oracle",
+        "seconds",
+    } <= summary.keys()
     assert summary["seed"] == 1 and summary["data"]["n_train"] == 256 and summary["evaluation"]["n"] == 64
     assert {"vqgan", "extract", "transformer", "evaluate", "per_image", "total"} <= summary["seconds"].keys()
     assert summary["oracle"]["text"]["two"].keys() == {"n", "both", "relation"}
     assert {"vqgan", "transformer", "clip"} == summary["parameters"].keys()
     figures = {p.stem for p in (results / "whole" / "figures").glob("*.png")}
-    assert {"reconstructions", "vqgan_curves", "codebook", "token_grid", "neighbours", "previews", "contact_sheet"} <= figures
+    assert {
+        "reconstructions",
+        "vqgan_curves",
+        "codebook",
+        "token_grid",
+        "neighbours",
+        "previews",
+        "contact_sheet",
+    } <= figures
     assert "FID-k, generator" in done.stdout and "figures" in done.stdout
     assert "training VQGAN" in done.stderr and "training transformer" in done.stderr  # bars reach the terminal
 
@@ -53,7 +78,9 @@ def test_executed_copies_are_whole_and_clean(smoke):
         notebook = nbformat.reads(text, as_version=4)
         code = [c for c in notebook.cells if c.cell_type == "code"]
         assert all(c.execution_count for c in code) and "image/png" in text
-        assert not any("it/s" in str(o.get("text")) for c in code for o in c.outputs)  # in a picture's base64 it may well be
+        assert not any(
+            "it/s" in str(o.get("text")) for c in code for o in c.outputs
+        )  # in an image's base64 it may well be
         assert str(smoke[0]) not in text and str(ROOT) not in text
 
 
@@ -65,7 +92,9 @@ def test_generate_from_the_run(smoke, tmp_path):
 
 
 def test_stages_go_on_from_what_is_there(smoke):
-    done = clipgen("evaluate", "--preset", "smoke", "--run", "whole", "--seed", "1", "--guidance", "1.5", results=smoke[0])
+    done = clipgen(
+        "evaluate", "--preset", "smoke", "--run", "whole", "--seed", "1", "--guidance", "1.5", results=smoke[0]
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((smoke[0] / "whole" / "summary.json").read_text())["sample"]["guidance"] == 1.5
 
@@ -77,7 +106,7 @@ def test_stages_go_on_from_what_is_there(smoke):
         (("run", "--preset", "smoke", "-p", "STEPS"), "not KEY=VALUE"),
         (("run", "--preset", "smoke", "-p", "PROMPTS= | "), "without a prompt"),
         (("run", "--preset", "smoke", "--notebook", "09"), "0 notebooks match '09'"),
-        (("run", "--preset", "smoke", "--run", "x", "-p", "DATA=/nowhere/at/all"), "is not a folder of pictures"),
+        (("run", "--preset", "smoke", "--run", "x", "-p", "DATA=/nowhere/at/all"), "is not a folder of images"),
         (("generate", "a prompt", "--run", "none"), "there is no run 'none'"),
         (("extract", "--preset", "smoke", "--run", "fresh"), "is missing"),
         (("train-vqgan", "--preset", "smoke", "--run", "whole", "--seed", "2"), "begun with another seed"),
@@ -92,7 +121,7 @@ def test_mistakes_are_one_sentence(smoke, arguments, sentence):
 def test_a_run_of_other_data_has_a_name_of_its_own():
     assert _default_run("laptop", "shapes") == "laptop"
     assert _default_run("laptop", "/my/Holiday photos (2)") == "laptop-Holiday-photos-2"
-    assert _default_run("laptop", "/") == "laptop-pictures"
+    assert _default_run("laptop", "/") == "laptop-images"
 
 
 def test_texts_stay_texts():
@@ -108,8 +137,22 @@ def test_doctor_answers_for_this_machine(tmp_path):
 
 
 def test_real_photos_by_the_same_command(shared, tmp_path):
-    done = clipgen("run", "--preset", "smoke", "--run", "photos", "-p", f"DATA={shared / 'coco-mini'}",
-                   "-p", "VQGAN_STEPS=6", "-p", "TRANSFORMER_STEPS=6", "-p", "PROMPTS=a dog|7", results=tmp_path)  # fmt: skip
+    done = clipgen(
+        "run",
+        "--preset",
+        "smoke",
+        "--run",
+        "photos",
+        "-p",
+        f"DATA={shared / 'coco-mini'}",
+        "-p",
+        "VQGAN_STEPS=6",
+        "-p",
+        "TRANSFORMER_STEPS=6",
+        "-p",
+        "PROMPTS=a dog|7",
+        results=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "photos" / "summary.json").read_text())
     assert summary["prompts"]["asked"] == ["a dog", "7"] and (tmp_path / "photos" / "figures" / "prompts.png").is_file()
@@ -145,7 +188,7 @@ def test_cost_is_told_and_kept(tmp_path):
     done = clipgen("cost", "laptop", "--images", "1000", "--gpus", "2", "-o", out, results=tmp_path)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(out.read_text())
-    assert found["gpus"] == 2 and found["images"] == 1000 and "laptop, 1,000 pictures" in done.stdout
+    assert found["gpus"] == 2 and found["images"] == 1000 and "laptop, 1,000 images" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -154,7 +197,7 @@ def test_cost_is_told_and_kept(tmp_path):
         (("cost", "laptop", "--gpus", "0"), "0 is not in the range"),
         (("cost", "laptop", "--share", "0"), "0.0 is not in the range"),
         (("export", "--run", "absent", "-n", "0"), "0 is not in the range"),
-        (("generate", "a red circle", "-o", "out.foo"), "cannot be written as a picture"),
+        (("generate", "a red circle", "-o", "out.foo"), "cannot be written as an image"),
     ],
 )
 def test_numbers_and_names_that_cannot_be_are_told_first(arguments, sentence, tmp_path):

@@ -10,27 +10,38 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from clipgen_lib import shapes
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ClipTrainConfig
-from clipgen_lib.data import open_images
-from clipgen_lib.images import from_arrays, to_float
-from clipgen_lib.runs import DATA, ClipgenError, load_checkpoint, open_run
-from clipgen_lib.train_clip import ImagePairs, ScenePairs, caption_accuracy, contrastive_loss, pool_scene, retrieval, train_clip
+from clipgen_lib.data import shapes
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.images import from_arrays, to_float
+from clipgen_lib.runtime.checkpoints import load_checkpoint
+from clipgen_lib.runtime.runs import DATA, ClipgenError, open_run
+from clipgen_lib.study.train_clip import (
+    ImagePairs,
+    ScenePairs,
+    caption_accuracy,
+    contrastive_loss,
+    pool_scene,
+    retrieval,
+    train_clip,
+)
 
 EMBEDDED = DATA / "shapes_clip"
 
 
 def test_unit_norm_and_shape(clip):
     images, texts = clip.images(torch.rand(3, 3, 64, 64) * 2 - 1), clip.texts(["a red circle", "a star"])
-    assert images.shape == (3, clip.dim) and texts.shape == (2, clip.dim) and images.dtype == texts.dtype == torch.float32
+    assert (
+        images.shape == (3, clip.dim) and texts.shape == (2, clip.dim) and images.dtype == texts.dtype == torch.float32
+    )
     for embeds in (images, texts):
         assert torch.allclose(embeds.norm(dim=1), torch.ones(len(embeds)), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (150, 100), (40, 90), (301, 203)])
 def test_preprocessing_is_that_of_open_clip(clip, size):
-    """Against the model's own transform, which works on 8-bit PIL pictures: equal up to its rounding."""
+    """Against the model's own transform, which works on 8-bit PIL images: equal up to its rounding."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
         size, Image.BICUBIC
     )
@@ -103,7 +114,9 @@ def test_local_checkpoint_file_of_a_known_architecture(tmp_path):
     open_clip.add_model_config(tmp_path)
     embedder = ClipEmbedder.load("tiny-shapes", str(EMBEDDED / "open_clip_model.safetensors"))
     images = torch.rand(2, 3, 64, 64)
-    weights = {k: v for k, v in ClipEmbedder.load("shapes").model.state_dict().items() if k == "visual.attnpool.q_proj.weight"}
+    weights = {
+        k: v for k, v in ClipEmbedder.load("shapes").model.state_dict().items() if k == "visual.attnpool.q_proj.weight"
+    }
     assert all(torch.equal(embedder.model.state_dict()[k], v) for k, v in weights.items())
     assert embedder.images(images).shape == (2, 256) and embedder.name.startswith("tiny-shapes/")
 
@@ -127,7 +140,7 @@ SMALL = ClipTrainConfig(scenes=64, steps=2, batch_size=16, warmup=1, log_every=1
 
 
 def test_a_clip_loss_that_is_not_finite_changes_no_weight(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipgen_lib.train_clip.contrastive_loss", lambda images, *_: images.sum() * float("nan"))
+    monkeypatch.setattr("clipgen_lib.study.train_clip.contrastive_loss", lambda images, *_: images.sum() * float("nan"))
     with pytest.raises(ClipgenError, match="not finite at 2 steps in a row before step 2"):
         train_clip(open_run("r", tmp_path), ScenePairs(SMALL, 0), SMALL, seed=0, show_progress=False)
     state, _ = load_checkpoint(tmp_path / "r" / "checkpoints" / "clip-00000001.safetensors")
@@ -140,13 +153,15 @@ def test_contrastive_loss_is_that_of_open_clip():
     scale = torch.tensor(20.0)
     ours = contrastive_loss(images, texts, scale, torch.eye(6))
     torch.testing.assert_close(ours, open_clip.ClipLoss()(images, texts, scale))
-    # two pictures of one wording share their probability, so that the best that can be reached is its entropy
+    # two images of one wording share their probability, so that the best that can be reached is its entropy
     same, perfect = torch.block_diag(torch.ones(2, 2), torch.eye(4)), torch.block_diag(torch.ones(2, 1), torch.eye(4))
-    assert contrastive_loss(perfect, perfect, torch.tensor(50.0), same).item() == pytest.approx(2 * math.log(2) / 6, abs=1e-5)
+    assert contrastive_loss(perfect, perfect, torch.tensor(50.0), same).item() == pytest.approx(
+        2 * math.log(2) / 6, abs=1e-5
+    )
 
 
 def test_clip_learns_from_pictures_with_class_names(tmp_path):
-    """Two classes that any network can tell: after a few steps the words fit the pictures."""
+    """Two classes that any network can tell: after a few steps the words fit the images."""
     for split in ("train", "val"):
         for name, colour in (("night", 20), ("day", 235)):
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -158,7 +173,9 @@ def test_clip_learns_from_pictures_with_class_names(tmp_path):
     pairs = ImagePairs(train, config, 0)
     images, texts, together = pairs.batch(3)
     assert (
-        images.shape == (16, 3, 64, 64) and together.sum() == 128 and set(texts) == {"a photo of a day", "a photo of a night"}
+        images.shape == (16, 3, 64, 64)
+        and together.sum() == 128
+        and set(texts) == {"a photo of a day", "a photo of a night"}
     )
     renamed = ImagePairs(train, config, 0)
     train._captions = [("one",) for _ in train.captions]

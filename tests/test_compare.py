@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clipgen_lib import baselines, compare
-from clipgen_lib.compare import Row, Table
 from clipgen_lib.config import load_preset
-from clipgen_lib.runs import ClipgenError, open_run, read_json, save_weights, write_json
+from clipgen_lib.runtime.checkpoints import save_weights
+from clipgen_lib.runtime.runs import ClipgenError, open_run, read_json, write_json
+from clipgen_lib.study import baselines, compare
+from clipgen_lib.study.compare import Row, Table
 from clipgen_lib.vqgan import VQGAN
 from clipgen_lib.workbench import Workbench
 
@@ -27,14 +28,20 @@ def bench(world, preset, vqgan, tmp_path):
     return bench
 
 
-ABLATION = Table("ablation", (
-    Row("plain", "nothing", seeds=(0, 1)),
-    Row("guided", "sampling alone", sample={"guidance": 2.0}),
-    Row("near", "projection", sample={"neighbours": 2}),
-    Row("shifted", "texts moved", sample={"shift": True}, text="unpaired"),
-    Row("centred", "means off", train={"centre": True}, text="unpaired"),
-    Row("twin", "captions", text="paired"),
-), 8, 4, ("caps", "fid_0"))  # fmt: skip
+ABLATION = Table(
+    "ablation",
+    (
+        Row("plain", "nothing", seeds=(0, 1)),
+        Row("guided", "sampling alone", sample={"guidance": 2.0}),
+        Row("near", "projection", sample={"neighbours": 2}),
+        Row("shifted", "texts moved", sample={"shift": True}, text="unpaired"),
+        Row("centred", "means off", train={"centre": True}, text="unpaired"),
+        Row("twin", "captions", text="paired"),
+    ),
+    8,
+    4,
+    ("caps", "fid_0"),
+)
 
 
 def test_rows_are_trained_once_evaluated_and_kept(bench, tmp_path, monkeypatch):
@@ -75,7 +82,9 @@ def test_every_system_runs_in_the_same_harness(bench, tmp_path):
     table = compare.run_table(bench, compare.TABLES["systems"], tmp_path, steps=2)
     assert [entry["name"] for entry in table] == [row.name for row in compare.SYSTEMS]
     for entry in table:
-        assert entry["fid_0"]["mean"] > 0 and -1 <= entry["caps"]["mean"] <= 1 and entry["seconds_per_image"]["mean"] > 0
+        assert (
+            entry["fid_0"]["mean"] > 0 and -1 <= entry["caps"]["mean"] <= 1 and entry["seconds_per_image"]["mean"] > 0
+        )
         assert ("seconds_train" in entry) == (entry["name"] not in ("retrieval", "VQGAN-CLIP"))
 
 
@@ -132,15 +141,18 @@ def test_a_training_without_its_weights_is_made_again(bench, tmp_path):
 
 
 def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
-    """Class folders, with a classifier of the real pictures beside the run."""
+    """Class folders, with a classifier of the real images beside the run."""
     data = tmp_path / "classes"
     for split, n in (("train", 24), ("val", 8)):
         for i, name in enumerate(("red", "blue")):
             (data / split / name).mkdir(parents=True)
             for path in sorted((world / f"{split}").glob("*.png"))[i::2][: n // 2]:
                 shutil.copy(path, data / split / name)
-    small = replace(preset, evaluate=replace(preset.evaluate, n=8, batch_size=8, blur=(0, 1)),
-                    classifier=replace(preset.classifier, width=8, steps=3, batch_size=8, warmup=1))  # fmt: skip
+    small = replace(
+        preset,
+        evaluate=replace(preset.evaluate, n=8, batch_size=8, blur=(0, 1)),
+        classifier=replace(preset.classifier, width=8, steps=3, batch_size=8, warmup=1),
+    )
     bench = Workbench(open_run("base", tmp_path), small, str(data), 0, "cpu")
     torch.manual_seed(0)
     save_weights(bench.run.path / "vqgan", VQGAN(preset.vqgan).eval())

@@ -6,7 +6,7 @@ import pytest
 
 import clipgen_lib
 from clipgen_lib.config import PRESETS, Preset, TransformerConfig, VQGANConfig, from_dict, load_preset
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.runtime.runs import ClipgenError
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 from clipgen_lib.workbench import count_and_step
@@ -62,7 +62,9 @@ def test_every_field_is_read_outside_the_config():
 def test_presets_survive_json(name):
     preset = load_preset(name)
     for part in (preset.vqgan, preset.transformer, preset.sample):
-        assert from_dict(type(part), {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(part).items()}) == part
+        assert (
+            from_dict(type(part), {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(part).items()}) == part
+        )
 
 
 def count(module):

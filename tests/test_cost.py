@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipgen_lib.cli import main
 from clipgen_lib.config import load_preset
 from clipgen_lib.cost import COCO, count, data_set_of, lines_of, measured_decoding, measured_share, need, project
-from clipgen_lib.images import to_float
+from clipgen_lib.data.images import to_float
 from clipgen_lib.sample import generate
 
 
@@ -29,7 +29,9 @@ def test_operations_of_the_transformer_are_those_of_its_matrices(laptop):
 
 def test_operations_are_those_of_real_networks(laptop, clip, vqgan, transformer, monkeypatch):
     """What is counted on networks without content is what real ones do."""
-    monkeypatch.setattr("clipgen_lib.transformer.packs", lambda weight: False)  # packed layers are unknown to torch's counter
+    monkeypatch.setattr(
+        "clipgen_lib.runtime.kernels.packs", lambda weight: False
+    )  # packed layers are unknown to torch's counter
     small = replace(laptop, vqgan=vqgan.config, transformer=transformer.config)
     images = to_float(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with FlopCounterMode(display=False) as counter:
@@ -39,7 +41,9 @@ def test_operations_are_those_of_real_networks(laptop, clip, vqgan, transformer,
     with FlopCounterMode(display=False) as counter:
         tokens = generate(transformer, embeds, [0], replace(small.sample, guidance=2.0))
         vqgan.decode(tokens.view(1, 8, 8))
-    assert counter.get_total_flops() == pytest.approx(count(small)["sample"], rel=0.1)  # a cache skips half of attention
+    assert counter.get_total_flops() == pytest.approx(
+        count(small)["sample"], rel=0.1
+    )  # a cache skips half of attention
 
 
 def test_counts_follow_the_presets_fields(laptop):
@@ -58,7 +62,9 @@ def test_the_embedding_loss_is_counted_on_its_share_of_the_batch(laptop, vqgan, 
 
     plain = counted(embedding_weight=0.0)
     one, two = (counted(embedding_weight=1.0, embedding_share=share) - plain for share in (1 / 32, 2 / 32))
-    assert two == pytest.approx(2 * one) and counted(embedding_weight=1.0, embedding_share=0.0) - plain == one  # at least a row
+    assert (
+        two == pytest.approx(2 * one) and counted(embedding_weight=1.0, embedding_share=0.0) - plain == one
+    )  # at least a row
     codes = torch.zeros(1, vqgan.config.code_dim, 8, 8, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         clip.images(vqgan.decode_codes(codes)).sum().backward()
@@ -83,8 +89,8 @@ def test_projection_by_hand(laptop):
     assert found["pictures_per_second"]["extract"] == pytest.approx(0.5e12 / operations["extract"])
     assert found["cores"]["vqgan"] == pytest.approx(3_500 * 8 / (3600 * found["hours"]["vqgan"]) / 100)
     lines = lines_of([found])
-    assert "laptop, 1,000 pictures, 50% of 1 TFLOP/s" in lines and "(assumed, not measured)" in lines
-    assert "at 100 JPEGs/s a core (measured)" in lines and "pictures beside it" in lines
+    assert "laptop, 1,000 images, 50% of 1 TFLOP/s" in lines and "(assumed, not measured)" in lines
+    assert "at 100 JPEGs/s a core (measured)" in lines and "images beside it" in lines
 
 
 def test_one_gpu_waits_for_nobody_and_nodes_wait_longest(laptop):
@@ -104,7 +110,7 @@ def test_batches_that_do_not_divide_are_told_and_paid(laptop):
     worked = uneven["hours"]["vqgan"] - uneven["communication"]["vqgan"]
     assert worked == pytest.approx(250_000 * 2 * count(coco)["vqgan"] / 4e14 / 3600)
     assert project(coco, COCO.images, 1e15, 128)["batch"]["vqgan"] == 1  # the smallest there is
-    assert whole["picture_gigabytes"] == 18 and "18 GB of pictures (cocodataset.org" in lines_of([whole])
+    assert whole["picture_gigabytes"] == 18 and "18 GB of images (cocodataset.org" in lines_of([whole])
     assert whole["ram_gigabytes"] == pytest.approx(need(coco, 64).ram / 8)  # of a node
 
 
@@ -112,7 +118,9 @@ def test_a_measured_share_takes_the_place_of_the_assumed_one(laptop, tmp_path):
     assert measured_share(tmp_path / "gpu.json", "laptop", 1e12) is None and measured_decoding(tmp_path, 64) == 0
     stages = {stage: {"operations_per_second": n * 1e11} for n, stage in enumerate(count(laptop), start=1)}
     jpeg = {"size": 64, "pictures_per_second": {"median": 120.0}}
-    (tmp_path / "cpu.json").write_text(json.dumps({"laptop": {"jpeg": {"size": 64, "pictures_per_second": {"median": 80.0}}}}))
+    (tmp_path / "cpu.json").write_text(
+        json.dumps({"laptop": {"jpeg": {"size": 64, "pictures_per_second": {"median": 80.0}}}})
+    )
     assert measured_decoding(tmp_path, 64) == 80 and measured_decoding(tmp_path, 256) == 0
     (tmp_path / "gpu.json").write_text(json.dumps({"laptop": {"stages": stages, "jpeg": jpeg}}))
     share = measured_share(tmp_path / "gpu.json", "laptop", 1e12)
@@ -124,7 +132,7 @@ def test_a_measured_share_takes_the_place_of_the_assumed_one(laptop, tmp_path):
 
 
 def test_the_command_counts_on_the_preset_s_own_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipgen_lib.runs.RESULTS", tmp_path)
+    monkeypatch.setattr("clipgen_lib.runtime.runs.RESULTS", tmp_path)
     done = CliRunner().invoke(main, ["cost", "laptop", "--gpus", "1", "-o", str(tmp_path / "x.json")])
     found = json.loads((tmp_path / "x.json").read_text())[0]
     assert done.exit_code == 0 and (found["images"], found["share"], found["decoded"]) == (COCO.images, 0.4, 0)

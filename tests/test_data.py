@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipgen_lib.data import open_images, ordered_batches, picture_batches, spare_workers, training_batches
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.data.batches import ordered_batches, picture_batches, spare_workers, training_batches
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.runtime.runs import ClipgenError
 
 
 def save(path, colour="red", size=(20, 16)):
@@ -19,7 +20,9 @@ def coco_root(root, files, images=None, annotations=None, split="val2017"):
     images = [{"id": i, "file_name": name} for i, name in enumerate(files)] if images is None else images
     annotations = annotations if annotations is not None else [{"image_id": 0, "id": 1, "caption": " a red field\n"}]
     (root / "annotations").mkdir(exist_ok=True, parents=True)
-    (root / "annotations" / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (root / "annotations" / f"captions_{split}.json").write_text(
+        json.dumps({"images": images, "annotations": annotations})
+    )
     return root
 
 
@@ -51,14 +54,19 @@ def test_coco_years_and_missing_pictures(tmp_path):
 def test_coco_captions_without_pictures(tmp_path):
     root = coco_root(tmp_path, ["a.png"], annotations=[{"image_id": 7, "id": 1, "caption": "lost"}])
     assert open_images(root, "val").skipped == {"image_id 7": "captions without an entry among the images"}
-    with pytest.raises(ClipgenError, match="none of the 1 pictures"):
+    with pytest.raises(ClipgenError, match="none of the 1 images"):
         open_images(coco_root(tmp_path / "x", [], images=[{"id": 0, "file_name": "gone.png"}]), "val")
 
 
 def test_coco_broken_annotations(tmp_path):
     root = coco_root(tmp_path, ["a.png"])
     path = root / "annotations" / "captions_val2017.json"
-    for text in ('{"images": [', "[]", '{"images": [{"id": 0}], "annotations": []}', '{"images": 3, "annotations": []}'):
+    for text in (
+        '{"images": [',
+        "[]",
+        '{"images": [{"id": 0}], "annotations": []}',
+        '{"images": 3, "annotations": []}',
+    ):
         path.write_text(text)
         with pytest.raises(ClipgenError, match="captions_val2017.json"):
             open_images(root, "val")
@@ -67,7 +75,9 @@ def test_coco_broken_annotations(tmp_path):
 def test_coco_file_names_stay_inside(tmp_path):
     save(tmp_path / "outside.png")
     root = coco_root(
-        tmp_path / "coco", ["a.png"], images=[{"id": 0, "file_name": "a.png"}, {"id": 1, "file_name": "../../outside.png"}]
+        tmp_path / "coco",
+        ["a.png"],
+        images=[{"id": 0, "file_name": "a.png"}, {"id": 1, "file_name": "../../outside.png"}],
     )
     images = open_images(root, "val")
     assert len(images) == 1 and "outside the image folder" in images.skipped["../../outside.png"]
@@ -75,7 +85,9 @@ def test_coco_file_names_stay_inside(tmp_path):
 
 def test_coco_names_and_ids_that_nothing_can_have(tmp_path):
     names = ["a.png", "a\0b", "\ud800", "x" * 10_000, str(tmp_path / "coco" / "val2017" / "a.png")]
-    root = coco_root(tmp_path / "coco", ["a.png"], images=[{"id": i, "file_name": name} for i, name in enumerate(names)])
+    root = coco_root(
+        tmp_path / "coco", ["a.png"], images=[{"id": i, "file_name": name} for i, name in enumerate(names)]
+    )
     images = open_images(root, "val")
     assert len(images) == 1 and len(images.skipped) == 4 and max(map(len, images.skipped)) <= 200
     assert [why.rpartition(" ")[2] for why in images.skipped.values()] == ["name", "name", "name", "folder"]
@@ -109,7 +121,7 @@ def test_class_folders_give_prompts(tmp_path):
 
 
 def test_no_pictures_and_no_captions(tmp_path):
-    with pytest.raises(ClipgenError, match="holds no pictures"):
+    with pytest.raises(ClipgenError, match="holds no images"):
         open_images(tmp_path)
     with pytest.raises(ClipgenError, match="is not a folder"):
         open_images(tmp_path / "nowhere")
@@ -143,7 +155,7 @@ def test_damaged_files_are_counted_and_replaced(tmp_path):
     assert rows == [0, 1, 3] and len(batch) == 3
     for i in range(4):
         (tmp_path / "train" / f"{i}.png").write_text("x")
-    with pytest.raises(ClipgenError, match="none of 4 pictures"):
+    with pytest.raises(ClipgenError, match="none of 4 images"):
         next(training_batches(open_images(tmp_path, "train", 16), 4, seed=0, start=0, stop=1))
 
 
@@ -212,17 +224,17 @@ def test_spare_cores_decode(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
     for threads, processes, found in ((7, 1, (5, 8)), (16, 1, (0, 8)), (2, 4, (1, 2)), (1, 20, (0, 0))):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        monkeypatch.setattr("clipgen_lib.processes.count", lambda n=processes: n)
+        monkeypatch.setattr("clipgen_lib.runtime.distributed.world_size", lambda n=processes: n)
         assert (spare_workers(cpu), spare_workers(cuda)) == found
 
 
 def test_workers_stack_what_one_process_reads(tmp_path):
-    """Batches of several sizes by one loader, one of them without a picture, with an unreadable file in another."""
+    """Batches of several sizes by one loader, one of them without an image, with an unreadable file in another."""
     for i in range(7):
         save(tmp_path / "train" / f"{i}.png", (9 * i, 0, 0), (20 + i, 16))
     (tmp_path / "val").mkdir()
-    (tmp_path / "train" / "4.png").write_bytes(b"no picture")
-    (tmp_path / "train" / "6.png").write_bytes(b"no picture")
+    (tmp_path / "train" / "4.png").write_bytes(b"no image")
+    (tmp_path / "train" / "6.png").write_bytes(b"no image")
     batches, found = [range(0, 3), [5, 4], [6], [1, 0]], []
     for workers in (0, 2):
         images = open_images(tmp_path, "train", 16)

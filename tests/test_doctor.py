@@ -46,12 +46,20 @@ def test_missing_files_are_named_with_their_cure(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "DATA", tmp_path)
     files = weights_here()
     absent = {file.name for file in files if file.path is None}
-    assert {"data/shapes_clip", "vgg16-397923af.pth", "alexnet-owt-7be5be79.pth", "inception_v3_google-0cc3c7bd.pth"} <= absent
+    assert {
+        "data/shapes_clip",
+        "vgg16-397923af.pth",
+        "alexnet-owt-7be5be79.pth",
+        "inception_v3_google-0cc3c7bd.pth",
+    } <= absent
     coco = next(v for v in verdicts(CLUSTER, files) if v.preset == "coco")
     assert coco.fits and "vgg16-397923af.pth" in coco.missing and "first needs" in coco.reason
     page = report(CLUSTER, files, [])
     assert str(tmp_path / "hub" / "checkpoints") in page and "restore data/shapes_clip" in page
-    assert lacks(LAPTOP, files, []) == "the laptop preset lacks data/shapes_clip: restore data/shapes_clip from the repository"
+    assert (
+        lacks(LAPTOP, files, [])
+        == "the laptop preset lacks data/shapes_clip: restore data/shapes_clip from the repository"
+    )
     assert "largest that can begin now" not in page  # every preset lacks its CLIP
 
 
@@ -86,7 +94,7 @@ def test_need_follows_its_arithmetic():
     assert need(laptop).disk == pytest.approx((bytes_each * (trained + 1_329_536) + 16 * 1_329_536) / 1e9, rel=0.05)
     one, half = need(load_preset("coco")), need(load_preset("coco"), 2)
     assert one.pictures == 32 and half.pictures == 16
-    kept = one.device - half.device  # of 16 pictures, under bfloat16 autocast of CUDA with float32 norms
+    kept = one.device - half.device  # of 16 images, under bfloat16 autocast of CUDA with float32 norms
     assert kept == pytest.approx(1.1 * 16 * 1.547, rel=0.02)
     accumulated = replace(laptop, vqgan_train=replace(laptop.vqgan_train, accumulate=2, batch_size=32))
     assert need(accumulated).device == pytest.approx(need(laptop).device)
@@ -96,7 +104,9 @@ def test_kept_counts_each_tensor_once():
     x, weight = torch.randn(10, 4), torch.nn.Parameter(torch.randn(4, 4))
 
     def loss():
-        y = (x @ weight).exp()  # keeps x for the product and its own result for the exponential; the weight is a parameter
+        y = (
+            x @ weight
+        ).exp()  # keeps x for the product and its own result for the exponential; the weight is a parameter
         return (y * y).sum()  # y again
 
     assert cost._kept(loss) == 2 * 10 * 4 * 4

@@ -10,10 +10,12 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from clipgen_lib import cli, evaluate, passes, plots, shapes
-from clipgen_lib.captions import caption_facts, caption_list, choose_captions, read_captions
+from clipgen_lib import cli, evaluate, plots
 from clipgen_lib.config import SampleConfig
-from clipgen_lib.data import open_images, ordered_batches
+from clipgen_lib.data import shapes
+from clipgen_lib.data.batches import ordered_batches
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.images import from_arrays, to_float
 from clipgen_lib.evaluate import (
     codec,
     damage_scores,
@@ -21,15 +23,16 @@ from clipgen_lib.evaluate import (
     evaluate_generator,
     evaluate_oracle,
     evaluate_vqgan,
-    folder_table,
-    frechet_distance,
     open_folder,
-    table,
 )
-from clipgen_lib.images import from_arrays, to_float
-from clipgen_lib.protocols import FeatureNetwork, MissingWeights, feature_network
-from clipgen_lib.runs import ClipgenError
-from clipgen_lib.sample import TextToImage
+from clipgen_lib.metrics import passes
+from clipgen_lib.metrics.captions import caption_facts, caption_list, choose_captions, read_captions
+from clipgen_lib.metrics.distances import frechet_distance
+from clipgen_lib.metrics.features import FeatureNetwork, feature_network
+from clipgen_lib.metrics.report import folder_table, table
+from clipgen_lib.runtime.checkpoints import MissingWeights
+from clipgen_lib.runtime.runs import ClipgenError
+from clipgen_lib.text_to_image import TextToImage
 
 
 class StandIn(torch.nn.Module):
@@ -64,7 +67,9 @@ def test_captions_are_chosen_by_seed(world):
 
 @pytest.fixture
 def generator(vqgan, transformer, clip):
-    return TextToImage.from_parts(vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, SampleConfig(guidance=2.0))
+    return TextToImage.from_parts(
+        vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, SampleConfig(guidance=2.0)
+    )
 
 
 def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
@@ -75,15 +80,19 @@ def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
     assert numbers["fid"]["0"] > numbers["floor"]["0"] > 0 and numbers["rfid"]["0"] > 0
     assert (
         numbers["caps_ceiling"] > numbers["caps_floor"] and numbers["r_precision_real"] > 0.3
-    )  # two captions of one picture compete
+    )  # two captions of one image compete
     assert "also the conditioning CLIP" in numbers["judge"] and "12" in str(numbers["n_reference"])
     assert (
         len(numbers["warnings"]) == 3
-        and "24 pictures for 256" in numbers["warnings"][0]
+        and "24 images for 256" in numbers["warnings"][0]
         and numbers["reference"] == "world/val"
     )
     assert len(shown["prompts"]) == len(shown["images"]) == 24
-    assert numbers["kid"]["mean"] > 0 and 0 <= numbers["manifold"]["precision"] <= 1 and list(numbers["fid_over_n"]) == ["24"]
+    assert (
+        numbers["kid"]["mean"] > 0
+        and 0 <= numbers["manifold"]["precision"] <= 1
+        and list(numbers["fid_over_n"]) == ["24"]
+    )
     assert numbers["clip_score"] == pytest.approx(100 * numbers["caps"]) and numbers["judged"] == 24
     card = numbers["card"]
     assert card["protocol"] == "clip" and card["weights_hash"] == clip.weights_hash and card["k"] == [0, 1]
@@ -92,13 +101,15 @@ def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
     summary = {"run": "x", "evaluation": numbers}
     assert "KID" in table(summary) and json.loads(json.dumps(summary)) == summary
     guided, _ = evaluate_generator(generator, images, clip, config, folder=tmp_path, guidance=5.0)
-    assert guided["caps"] != numbers["caps"] and guided["rfid"] == numbers["rfid"] and guided["floor"] == numbers["floor"]
+    assert (
+        guided["caps"] != numbers["caps"] and guided["rfid"] == numbers["rfid"] and guided["floor"] == numbers["floor"]
+    )
 
 
 def test_the_real_pictures_are_seen_once(generator, world, clip, preset, tmp_path, monkeypatch):
     images, config = open_images(world, "val"), replace(preset.evaluate, n=12, blur=(0,))
     first, _ = evaluate_generator(generator, images, clip, config, folder=tmp_path)
-    monkeypatch.setattr(passes, "ordered_batches", lambda *a: pytest.fail("the pictures were read again"))
+    monkeypatch.setattr(passes, "ordered_batches", lambda *a: pytest.fail("the images were read again"))
     again, _ = evaluate_generator(generator, open_images(world, "val"), clip, config, folder=tmp_path)
     assert again == first
 
@@ -125,7 +136,9 @@ def test_an_interrupted_drawing_goes_on(generator, world, clip, preset, tmp_path
 
 def test_missing_weights_leave_the_rest(generator, world, clip, preset, tmp_path):
     config = replace(preset.evaluate, n=12, protocol="dmgan")
-    numbers, _ = evaluate_generator(generator, open_images(world, "val"), clip, config, networks=stand_ins, folder=tmp_path)
+    numbers, _ = evaluate_generator(
+        generator, open_images(world, "val"), clip, config, networks=stand_ins, folder=tmp_path
+    )
     assert numbers["fid"] == numbers["rfid"] == numbers["floor"] == {} and "card" not in numbers
     assert "'dmgan' needs weights" in numbers["missing"][0] and -1 < numbers["caps"] < 1
     assert "missing: protocol 'dmgan'" in table({"run": "x", "evaluation": numbers})
@@ -142,7 +155,9 @@ class Perfect(torch.nn.Module):
     def draw_each(self, prompts, seeds, **settings):
         one = shapes.prompts("one", 20, 0)
         known = {p.text: p for kind in ("one", "two", "held_out") for p in shapes.prompts(kind, 20, 0)}
-        asked = [one[seed] for seed in seeds] if isinstance(prompts, torch.Tensor) else [known[text] for text in prompts]
+        asked = (
+            [one[seed] for seed in seeds] if isinstance(prompts, torch.Tensor) else [known[text] for text in prompts]
+        )
         return from_arrays(np.stack([shapes.render(p.scene) for p in asked]))
 
 
@@ -195,18 +210,25 @@ def test_reconstructions_by_hand(vqgan, world, tmp_path, monkeypatch):
 
 @pytest.fixture
 def pictures(world, tmp_path):
-    """Two folders of 20 pictures each, and a caption file of the first."""
+    """Two folders of 20 images each, and a caption file of the first."""
     images = open_images(world, "train")
     for row, path in enumerate(images.paths):
         folder = tmp_path / ("a" if row < 20 else "b")
         folder.mkdir(exist_ok=True)
         shutil.copy(path, folder / path.name)
-    (tmp_path / "captions.txt").write_text(caption_list((p.name, c[0]) for p, c in zip(images.paths, images.captions, strict=True)))  # fmt: skip
+    (tmp_path / "captions.txt").write_text(
+        caption_list((p.name, c[0]) for p, c in zip(images.paths, images.captions, strict=True))
+    )
     return tmp_path
 
 
 def score(pictures, clip, reference="b", **arguments):
-    arguments = {"protocols": ("inception", "clip", "dmgan"), "networks": stand_ins, "folder": pictures / "kept", **arguments}
+    arguments = {
+        "protocols": ("inception", "clip", "dmgan"),
+        "networks": stand_ins,
+        "folder": pictures / "kept",
+        **arguments,
+    }
     return evaluate_folder(pictures / "a", pictures / reference, clip, show_progress=False, **arguments)
 
 
@@ -214,28 +236,45 @@ def test_any_folder_under_every_protocol_that_is_there(pictures, clip):
     result = score(pictures, clip, captions=pictures / "captions.txt")
     assert list(result["protocols"]) == ["inception", "clip"] and list(result["missing"]) == ["dmgan"]
     for name, scores in result["protocols"].items():
-        assert set(scores["fid"]) == set(scores["floor"]) == {"0", "1", "2", "4", "8"} and scores["card"]["protocol"] == name
+        assert (
+            set(scores["fid"]) == set(scores["floor"]) == {"0", "1", "2", "4", "8"}
+            and scores["card"]["protocol"] == name
+        )
         assert {"kid", "manifold", "fid_over_n", "warnings"} <= scores.keys()
-        assert scores["card"]["scored"] == {"name": "a", "n": 20, "codec": "PNG"} and scores["card"]["captions"]["n"] == 20
+        assert (
+            scores["card"]["scored"] == {"name": "a", "n": 20, "codec": "PNG"} and scores["card"]["captions"]["n"] == 20
+        )
     assert result["protocols"]["inception"]["inception_score"]["mean"] >= 1 and result["captions"]["caps"] > 0.5
     assert "inception_score" not in result["protocols"]["clip"] and result["n"] == 20 and result["resolution"] == 64
     text = folder_table(result)
-    for word in ("weights_hash", "blur", "versions", "R-precision", "CLIPScore", "missing: protocol 'dmgan'", "FID-0 over N"):
+    for word in (
+        "weights_hash",
+        "blur",
+        "versions",
+        "R-precision",
+        "CLIPScore",
+        "missing: protocol 'dmgan'",
+        "FID-0 over N",
+    ):
         assert word in text
     assert score(pictures, clip, captions=pictures / "captions.txt") == result  # from what was kept
     zero = score(pictures, clip, reference="a", protocols=("clip",))["protocols"]["clip"]
-    assert abs(zero["fid"]["0"]) < 1e-3 * result["protocols"]["clip"]["fid"]["0"] and zero["manifold"]["precision"] == 1.0
+    assert (
+        abs(zero["fid"]["0"]) < 1e-3 * result["protocols"]["clip"]["fid"]["0"] and zero["manifold"]["precision"] == 1.0
+    )
 
 
 def test_a_coco_root_as_reference_has_ceiling_and_floor(pictures, world, clip):
-    result = evaluate_folder(pictures / "a", world, clip, ("clip",), pictures / "captions.txt", show_progress=False, folder=pictures / "kept")  # fmt: skip
+    result = evaluate_folder(
+        pictures / "a", world, clip, ("clip",), pictures / "captions.txt", show_progress=False, folder=pictures / "kept"
+    )
     captions, card = result["captions"], result["protocols"]["clip"]["card"]
     assert captions["caps_ceiling"] > captions["caps_floor"] and "real with own captions" in folder_table(result)
     assert card["reference"]["split"] == "val" and card["reference"]["n"] == 12
 
 
 def test_shards_as_reference(pictures, clip):
-    """The pictures of a folder in tars: those named as of the split, all where none is; the numbers are the folder's."""
+    """The images of a folder in tars: those named as of the split, all where none is; the numbers are the folder's."""
     files = sorted((pictures / "b").iterdir())
     for name, part in (("val-0.tar", files[::2]), ("val-1.tar", files[1::2]), ("train-0.tar", files[:4])):
         (pictures / "tars").mkdir(exist_ok=True)
@@ -252,7 +291,7 @@ def test_shards_as_reference(pictures, clip):
     alone = score(pictures, clip, reference="tars/train-0.tar")["protocols"]["clip"]["card"]["reference"]
     assert alone == {"name": "train-0.tar", "split": "all", "n": 4, "codec": "PNG"}
     shutil.copy(files[0], pictures / "tars")
-    with pytest.raises(ClipgenError, match="both pictures"):
+    with pytest.raises(ClipgenError, match="both images"):
         score(pictures, clip, reference="tars")
 
 
@@ -272,7 +311,7 @@ def test_mistakes_with_folders_are_one_sentence(pictures, clip, tmp_path):
         (tmp_path / name).mkdir()
         for i in range(n):
             Image.new("RGB", (64, 64)).save(tmp_path / name / f"{i}.png")
-        with pytest.raises(ClipgenError, match=f"holds {n} pictures, too few"):
+        with pytest.raises(ClipgenError, match=f"holds {n} images, too few"):
             score(tmp_path, clip, reference=name)
     Image.new("RGB", (80, 60)).save(tmp_path / "a" / "large.png")
     with pytest.raises(ClipgenError, match=r"2 different sizes \(64x64, 80x60, ...\): say by --size"):
@@ -303,8 +342,10 @@ def test_captions_in_chinese_and_of_300_words(pictures, clip):
     result = score(pictures, clip, captions=pictures / "odd.txt", protocols=("clip",))
     assert result["captions"]["judged"] == 3 and np.isfinite(result["captions"]["caps"])
     assert result["captions"]["truncated_captions"] == 1
-    assert any("17 of 20 pictures have no caption" in w for w in result["warnings"])
-    assert any(f"1 captions are longer than CLIP's {clip.tokenizer.context_length} tokens" in w for w in result["warnings"])
+    assert any("17 of 20 images have no caption" in w for w in result["warnings"])
+    assert any(
+        f"1 captions are longer than CLIP's {clip.tokenizer.context_length} tokens" in w for w in result["warnings"]
+    )
 
 
 def test_caption_files(pictures, world, tmp_path):
@@ -315,16 +356,18 @@ def test_caption_files(pictures, world, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"x/1.png": "one", "2.jpg": "two  words"}))
     assert read_captions(tmp_path / "c.json") == {"x/1": "one", "2": "two words"}
     for name, content, sentence in (
-        ("d.json", '{"1.png": 3}', "neither COCO's captions"), ("e.json", '{"images": [], "annotations": [{}]}', "neither COCO's"),
-        ("f.txt", "a.png no tab\n", "line 1 of"), ("g.txt", "", "holds no captions"),
-    ):  # fmt: skip
+        ("d.json", '{"1.png": 3}', "neither COCO's captions"),
+        ("e.json", '{"images": [], "annotations": [{}]}', "neither COCO's"),
+        ("f.txt", "a.png no tab\n", "line 1 of"),
+        ("g.txt", "", "holds no captions"),
+    ):
         (tmp_path / name).write_text(content)
         with pytest.raises(ClipgenError, match=sentence):
             read_captions(tmp_path / name)
     with pytest.raises(ClipgenError, match="cannot be read"):
         read_captions(tmp_path / "absent.txt")
     (tmp_path / "h.txt").write_text("elsewhere.png\ta text\n")
-    with pytest.raises(ClipgenError, match="names none of the 20 pictures"):
+    with pytest.raises(ClipgenError, match="names none of the 20 images"):
         evaluate.texts_of(open_folder(pictures / "a"), tmp_path / "h.txt")
 
 
@@ -336,7 +379,14 @@ def test_codecs(tmp_path):
 def test_the_command(pictures, world):
     run = lambda *arguments: CliRunner().invoke(cli.main, ["evaluate", *map(str, arguments)])
     done = run(
-        "--images", pictures / "a", "--reference", world, "--captions", pictures / "captions.txt", "-o", pictures / "r.json"
+        "--images",
+        pictures / "a",
+        "--reference",
+        world,
+        "--captions",
+        pictures / "captions.txt",
+        "-o",
+        pictures / "r.json",
     )
     assert done.exit_code == 0, done.output
     assert "missing: protocol 'inception' needs pt_inception" in done.output and "protocol clip" in done.output
@@ -346,7 +396,9 @@ def test_the_command(pictures, world):
     assert "name it by --images" in run("--protocol", "clip").output
     wrong = run("--images", pictures / "a", "--reference", pictures / "b", "--protocol", "vgg")
     assert wrong.exit_code == 1 and "choose from inception" in wrong.output
-    done = CliRunner().invoke(cli.main, ["captions", "--data", str(world), "-n", "500", "-o", str(pictures / "list.txt")])
+    done = CliRunner().invoke(
+        cli.main, ["captions", "--data", str(world), "-n", "500", "-o", str(pictures / "list.txt")]
+    )
     assert done.exit_code == 0 and "12 captions of world/val" in done.output
     assert len(read_captions(pictures / "list.txt")) == 12
 
@@ -357,7 +409,7 @@ def test_the_command(pictures, world):
 def check_order(found):
     """Real against real < JPEG < blur < noise, for every metric that knows this order.
 
-    Precision and density do not: a picture made softer may well stay inside, or lie deeper in, the real manifold.
+    Precision and density do not: an image made softer may well stay inside, or lie deeper in, the real manifold.
     """
     for metric, sign in (("fid", 1), ("kid", 1), ("recall", -1), ("coverage", -1), ("psnr", -1), ("ssim", -1)):
         values = [sign * scores[metric] for scores in found.values()]
@@ -399,6 +451,8 @@ def test_bare_names_are_used_only_where_they_say_which(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "drawn" / "bee" / "1.png")
     folder = open_folder(tmp_path / "drawn")
     (tmp_path / "list.txt").write_text("goldfish/0.png\ta goldfish\n1.png\ta bee\n")
-    found = {folder.paths[row].relative_to(folder.root).as_posix(): text for row, text in
-             evaluate.texts_of(folder, tmp_path / "list.txt").items()}  # fmt: skip
+    found = {
+        folder.paths[row].relative_to(folder.root).as_posix(): text
+        for row, text in evaluate.texts_of(folder, tmp_path / "list.txt").items()
+    }
     assert found == {"goldfish/0.png": "a goldfish", "bee/1.png": "a bee"}

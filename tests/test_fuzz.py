@@ -25,28 +25,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from clipgen_lib.baselines import FusionGenerator
-from clipgen_lib.captions import read_captions, split_prompts, texts_of
-from clipgen_lib.classifier import Classifier
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ClassifierConfig, FusionGANConfig, Preset, from_dict, load_preset
-from clipgen_lib.data import open_images
-from clipgen_lib.images import MAX_ASPECT, load_image
-from clipgen_lib.passes import StatisticsFile
-from clipgen_lib.runs import (
-    DATA,
-    ClipgenError,
-    Run,
-    load_checkpoint,
-    load_strictly,
-    read_json,
-    read_weights,
-    save_checkpoint,
-    save_weights,
-)
-from clipgen_lib.sample import TextToImage
-from clipgen_lib.shapes import make_world
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.images import MAX_ASPECT, load_image
+from clipgen_lib.data.shapes import make_world
+from clipgen_lib.metrics.captions import read_captions, split_prompts, texts_of
+from clipgen_lib.metrics.classifier import Classifier
+from clipgen_lib.metrics.passes import StatisticsFile
+from clipgen_lib.runtime.checkpoints import load_checkpoint, load_strictly, read_weights, save_checkpoint, save_weights
+from clipgen_lib.runtime.runs import DATA, ClipgenError, Run, read_json
 from clipgen_lib.store import FILES, TokenStore, extract
+from clipgen_lib.study.baselines import FusionGenerator
+from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 from clipgen_lib.workbench import Workbench
@@ -72,11 +63,43 @@ def outcome(call, folder, *named):
 # ---------------------------------------------------------------------------------------------- strategies
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
-    st.sampled_from([0, -1, 10**400, 2**63, 1e308, math.nan, -math.inf, "", "..", "../x.png", "/etc/passwd", "a\0b", "a\nb",
-                     "x" * 10_000, "\ud800", "1" * 5_000, "builtins.eval", "hf-hub:a/b", [], {}, [[[]]], {"a": None}]),
-)  # fmt: skip
-ODD = st.recursive(ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=4)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(
+        [
+            0,
+            -1,
+            10**400,
+            2**63,
+            1e308,
+            math.nan,
+            -math.inf,
+            "",
+            "..",
+            "../x.png",
+            "/etc/passwd",
+            "a\0b",
+            "a\nb",
+            "x" * 10_000,
+            "\ud800",
+            "1" * 5_000,
+            "builtins.eval",
+            "hf-hub:a/b",
+            [],
+            {},
+            [[[]]],
+            {"a": None},
+        ]
+    ),
+)
+ODD = st.recursive(
+    ODD,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
 
 
 def mutated(draw, valid):
@@ -123,7 +146,9 @@ def damaged(draw, whole: bytes) -> bytes:
         content[at : at + draw(st.integers(0, 20))] = draw(st.binary(max_size=20))
     for _ in range(draw(st.integers(1, 6)) if kind == "changed" else 0):
         # headers are short and at the beginning: look there more often
-        content[draw(st.integers(0, min(len(whole), 120) - 1) | st.integers(0, len(whole) - 1))] = draw(st.integers(0, 255))
+        content[draw(st.integers(0, min(len(whole), 120) - 1) | st.integers(0, len(whole) - 1))] = draw(
+            st.integers(0, 255)
+        )
     return bytes(content)
 
 
@@ -167,7 +192,8 @@ def json_file(data, folder):
         b"",
     ]
     path = write(
-        folder / "x.json", data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else damaged(data.draw, content)
+        folder / "x.json",
+        data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else damaged(data.draw, content),
     )
     assert isinstance(outcome(lambda: read_json(path), folder, str(path)), (dict, type(None)))
 
@@ -196,7 +222,9 @@ def checkpoint_of_hostile_json(data, folder):
         "5",
         "",
     ]
-    state = data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else json.dumps(mutated(data.draw, skeleton))
+    state = (
+        data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else json.dumps(mutated(data.draw, skeleton))
+    )
     meta = data.draw(st.sampled_from(["{}", "{}", "{}", "[]", "", "{" * 100_000]))
     path = write(folder / "c.safetensors", save({"000000": torch.ones(2)}, {"state": state, "meta": meta}))
     found = outcome(lambda: load_checkpoint(path), folder, str(path))
@@ -278,7 +306,9 @@ def whole(name: str) -> Path:
     if name == "vqgan":
         save_weights(folder, VQGAN(replace(smoke.vqgan, channels=8, z_channels=16, codebook_size=32, code_dim=8)))
     if name == "transformer":
-        save_weights(folder, ImageTransformer(replace(smoke.transformer, layers=1, width=32), 32, smoke.vqgan.side**2, 256))
+        save_weights(
+            folder, ImageTransformer(replace(smoke.transformer, layers=1, width=32), 32, smoke.vqgan.side**2, 256)
+        )
     if name == "gan":
         save_weights(folder, FusionGenerator(FusionGANConfig(channels=4), 16, 256))
     if name == "generator":
@@ -305,7 +335,7 @@ def extracted(folder: Path) -> TokenStore:
 def in_results(results: Path, call):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("clipgen_lib.workbench.RESULTS", results)
-        patch.setattr("clipgen_lib.runs.RESULTS", results)
+        patch.setattr("clipgen_lib.runtime.runs.RESULTS", results)
         return call()
 
 
@@ -354,8 +384,12 @@ def unfinished_store(data, folder):
 
 
 def model_folder(data, folder):
-    loads = {"vqgan": VQGAN.load, "transformer": ImageTransformer.load, "gan": FusionGenerator.load,
-             "generator": lambda place: TextToImage.from_pretrained(place).clip}  # fmt: skip
+    loads = {
+        "vqgan": VQGAN.load,
+        "transformer": ImageTransformer.load,
+        "gan": FusionGenerator.load,
+        "generator": lambda place: TextToImage.from_pretrained(place).clip,
+    }
     name = data.draw(st.sampled_from(sorted(loads)))
     place = with_one_file_mutated(data, name, folder)
     outcome(lambda: loads[name](place), folder, str(folder), "Config", "Sizes", "CLIP", "image_size", "codebook_update")
@@ -377,8 +411,26 @@ def coco_root(data, folder):
     if data.draw(st.booleans()):
         first, second = content["images"][:2]
         inside = str(folder / "coco" / "train" / first["file_name"])
-        first["file_name"] = data.draw(st.sampled_from(["../val/000000000000.png", "/etc/passwd", "a\0b", "a\nb", "x" * 10_000, "\ud800", "", ".", "x/" * 3_000, second["file_name"], inside]))  # fmt: skip
-        second["id"] = data.draw(st.sampled_from([0, -1, 2**63, 10**400, math.inf, math.nan, 0.5, "1", "x", "9" * 5_000, True]))
+        first["file_name"] = data.draw(
+            st.sampled_from(
+                [
+                    "../val/000000000000.png",
+                    "/etc/passwd",
+                    "a\0b",
+                    "a\nb",
+                    "x" * 10_000,
+                    "\ud800",
+                    "",
+                    ".",
+                    "x/" * 3_000,
+                    second["file_name"],
+                    inside,
+                ]
+            )
+        )
+        second["id"] = data.draw(
+            st.sampled_from([0, -1, 2**63, 10**400, math.inf, math.nan, 0.5, "1", "x", "9" * 5_000, True])
+        )
     write(path, mutated(data.draw, content))
     images = outcome(lambda: open_images(folder / "coco", "train", 64), folder, str(folder))
     if images is not None:
@@ -407,14 +459,17 @@ def caption_list(data, folder):
 
 
 def caption_json(data, folder):
-    coco = {"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b/c.png"}],
-            "annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "caption": "a dog"}]}  # fmt: skip
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b/c.png"}],
+        "annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "caption": "a dog"}],
+    }
     path = write(
-        folder / "captions.json", mutated(data.draw, data.draw(st.sampled_from([coco, {"a.png": "a cat", "c": "a dog"}])))
+        folder / "captions.json",
+        mutated(data.draw, data.draw(st.sampled_from([coco, {"a.png": "a cat", "c": "a dog"}]))),
     )
     found = outcome(lambda: read_captions(path), folder, str(path))
     assert found is None or all(isinstance(text, str) for text in found.values())
-    pictures = small_folder(folder / "pictures", ["a.png"])
+    pictures = small_folder(folder / "images", ["a.png"])
     rows = outcome(lambda: texts_of(open_images(pictures, "train", 8), path), folder, str(path))
     assert rows is None or (set(rows) <= {0} and all(rows.values()))
 
@@ -426,7 +481,9 @@ def shapes_mark(data, folder):
     before = path.read_bytes()
     try:
         make_world(folder / "world", 1, 1, show_progress=False)
-        assert json.loads(path.read_text()) == recipe and (before == path.read_bytes() or (folder / "world" / "train").is_dir())
+        assert json.loads(path.read_text()) == recipe and (
+            before == path.read_bytes() or (folder / "world" / "train").is_dir()
+        )
     except ClipgenError as error:
         assert str(path) in str(error) and path.read_bytes() == before
 
@@ -448,19 +505,22 @@ def small_folder(folder: Path, names: list[str]) -> Path:
 def captions_beside_pictures(data, folder):
     small_folder(folder / "set", ["a.png", "b.png"])
     content = data.draw(
-        st.binary(max_size=60) | st.sampled_from([b"\0" * 100, b"x" * 1_000_000, b"\xff\xfe\n\n", "\u2028\x85".encode()])
+        st.binary(max_size=60)
+        | st.sampled_from([b"\0" * 100, b"x" * 1_000_000, b"\xff\xfe\n\n", "\u2028\x85".encode()])
     )
     write(folder / "set" / "train" / "a.txt", content)
     images = outcome(lambda: open_images(folder / "set", "train", 8), folder, str(folder))
     assert len(images) == 2 and images[0].shape == (3, 8, 8)
-    assert all(text.strip() == text and text for texts in (images.captions if images.has_captions else ()) for text in texts)
+    assert all(
+        text.strip() == text and text for texts in (images.captions if images.has_captions else ()) for text in texts
+    )
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
 
 def _files() -> list[bytes]:
-    """Small whole pictures of every format and of modes that are rare, one of them animated, two of them turned by EXIF."""
+    """Small whole images of every format and of modes that are rare, one of them animated, two of them turned by EXIF."""
     values = np.arange(12 * 9 * 3, dtype=np.uint8).reshape(9, 12, 3)
     rgb, exif = Image.fromarray(values), Image.Exif()
     exif[0x0112] = 6
@@ -468,7 +528,14 @@ def _files() -> list[bytes]:
     ways += [(rgb, kind, {"exif": exif}) for kind in ("JPEG", "WEBP", "PNG")]
     ways += [
         (rgb.convert(mode), kind, {})
-        for mode, kind in (("LA", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("RGBA", "WEBP"), ("1", "PNG"), ("L", "PPM"))
+        for mode, kind in (
+            ("LA", "PNG"),
+            ("CMYK", "JPEG"),
+            ("CMYK", "TIFF"),
+            ("RGBA", "WEBP"),
+            ("1", "PNG"),
+            ("L", "PPM"),
+        )
     ]
     ways += [(rgb.convert("P"), "PNG", {"transparency": 3}), (rgb.convert("P"), "GIF", {"transparency": 3})]
     ways += [
@@ -527,7 +594,9 @@ def _bombs() -> dict[str, tuple[bytes, bool]]:
     """Name -> (small file that asks for much, whether it may be read nevertheless)."""
     much = zlib.compress(bytes(300_000_000), 1)
     gif = bytearray(_frames("GIF", 1))
-    gif[gif.index(b",") + 5 : gif.index(b",") + 9] = b"\xff\xff\xff\xff"  # a frame of 65,535 pixels a side on a small screen
+    gif[gif.index(b",") + 5 : gif.index(b",") + 9] = (
+        b"\xff\xff\xff\xff"  # a frame of 65,535 pixels a side on a small screen
+    )
     bmp = bytearray(PICTURES[4])
     bmp[18:26] = struct.pack("<ii", 2**30, -(2**30))
     return {
@@ -582,15 +651,35 @@ def test_bombs_take_no_memory(tmp_path):
 
 
 QUICK = {
-    config_from_json: 200, preset_with_overrides: 200, json_file: 100, checkpoint: 150, checkpoint_of_hostile_json: 100,
-    safetensors_header: 150, classifier_folder: 12, caption_list: 100, caption_json: 100, shapes_mark: 40, prompts: 80,
-    captions_beside_pictures: 50, picture: 600, metrics: 100, clip_folder: 25, clip_merges: 10, token_store: 80,
-    unfinished_store: 20, model_folder: 60, run_folder: 60, coco_root: 60, statistics_file: 60,
-}  # fmt: skip
+    config_from_json: 200,
+    preset_with_overrides: 200,
+    json_file: 100,
+    checkpoint: 150,
+    checkpoint_of_hostile_json: 100,
+    safetensors_header: 150,
+    classifier_folder: 12,
+    caption_list: 100,
+    caption_json: 100,
+    shapes_mark: 40,
+    prompts: 80,
+    captions_beside_pictures: 50,
+    picture: 600,
+    metrics: 100,
+    clip_folder: 25,
+    clip_merges: 10,
+    token_store: 80,
+    unfinished_store: 20,
+    model_folder: 60,
+    run_folder: 60,
+    coco_root: 60,
+    statistics_file: 60,
+}
 
 
 def attempt(check, examples: int) -> None:
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(st.data())
     def one(data):
         with tempfile.TemporaryDirectory() as folder:

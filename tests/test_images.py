@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from clipgen_lib.images import blur, crop, from_arrays, gif, grid, load_image, png, to_arrays, to_float, to_uint8
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.data.images import blur, crop, from_arrays, gif, grid, load_image, png, to_arrays, to_float, to_uint8
+from clipgen_lib.runtime.runs import ClipgenError
 
 
 def ramp_picture(width=40, height=30):
@@ -57,7 +57,7 @@ def test_bad_files_are_one_sentence(tmp_path):
     whole = tmp_path / "whole.jpg"
     ramp_picture(200, 200).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ("cut.jpg", "text.jpg", "empty.jpg", "missing.jpg"):
         with pytest.raises(ClipgenError, match=name) as error:
@@ -66,7 +66,7 @@ def test_bad_files_are_one_sentence(tmp_path):
 
 
 def test_huge_headers_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipgen_lib.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("clipgen_lib.data.images.MAX_PIXELS", 100)
     ramp_picture().save(tmp_path / "x.png")
     with pytest.raises(ClipgenError, match="megapixels"):
         load_image(tmp_path / "x.png", 32)
@@ -86,7 +86,7 @@ def test_blur_is_the_gaussian_of_scipy():
         wanted = gaussian_filter(images.numpy(), (0, 0, sigma, sigma), truncate=4, mode="mirror")
         assert np.allclose(blur(images, sigma).numpy(), wanted, atol=1e-5)
     assert blur(images, 0) is images
-    assert blur(images, 16).shape == images.shape  # a kernel larger than the picture
+    assert blur(images, 16).shape == images.shape  # a kernel larger than the image
 
 
 def test_crop_and_grid():

@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from clipgen_lib import clip_embed, interop
+from clipgen_lib import clip_embed
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import TransformerConfig, VQGANConfig, load_preset
-from clipgen_lib.runs import ClipgenError, save_weights
-from clipgen_lib.sample import TextToImage
+from clipgen_lib.runtime.checkpoints import save_weights
+from clipgen_lib.runtime.runs import ClipgenError
+from clipgen_lib.study import released as interop
+from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 
@@ -43,7 +45,9 @@ def steps(style, channels, mult, blocks, z, dim):
 
     def name(side, level, kind, i, flat):
         if style == "hfai":
-            return f"{side}.{'down' if side == 'encoder' else 'up'}.{flat}" + (".conv" if kind in ("down", "up") else "")
+            return f"{side}.{'down' if side == 'encoder' else 'up'}.{flat}" + (
+                ".conv" if kind in ("down", "up") else ""
+            )
         inner = {"res": f"block.{i}", "attn": f"attn.{i}", "down": "downsample.conv", "up": "upsample.conv"}[kind]
         if style == "llamagen":
             return f"{side}.conv_blocks.{level if side == 'encoder' else last - level}.{inner.replace('block', 'res')}"
@@ -65,7 +69,10 @@ def steps(style, channels, mult, blocks, z, dim):
             yield kind, f"{side}.mid.{part}", widths[-1], widths[-1]
 
     hfai = style == "hfai"
-    out = {side: [f"{side}.final.{i}" for i in (0, 2)] if hfai else [f"{side}.norm_out", f"{side}.conv_out"] for side in ("encoder", "decoder")}  # fmt: skip
+    out = {
+        side: [f"{side}.final.{i}" for i in (0, 2)] if hfai else [f"{side}.norm_out", f"{side}.conv_out"]
+        for side in ("encoder", "decoder")
+    }
     encoder = [
         ("conv3", "encoder.conv_in", 3, channels),
         *levels("encoder", range(last + 1), blocks, "down", channels),
@@ -95,7 +102,9 @@ def shapes_of(style, kind, name, a, b):
         fused = {f"{name}.attn.in_proj_weight": (3 * a, a), f"{name}.attn.in_proj_bias": (3 * a,)}
         return layer(".norm", a) | fused | layer(".attn.out_proj", a, a)
     if kind == "attn":
-        return layer(".norm", a) | {k: v for part in ("q", "k", "v", "proj_out") for k, v in layer(f".{part}", a, a, 1, 1).items()}  # fmt: skip
+        return layer(".norm", a) | {
+            k: v for part in ("q", "k", "v", "proj_out") for k, v in layer(f".{part}", a, a, 1, 1).items()
+        }
     if kind == "res":
         norm1, conv1, norm2, conv2, shortcut = (f".{part}" for part in RES[style])
         found = layer(norm1, a) | layer(conv1, b, a, 3, 3) | layer(norm2, b) | layer(conv2, b, b, 3, 3)
@@ -108,19 +117,38 @@ def vqgan_shapes(style, codes, channels=128, mult=(1, 1, 2, 2, 4), blocks=2, z=2
     for step in itertools.chain(*steps(style, channels, mult, blocks, z, dim)):
         found |= shapes_of(style, *step)
     if gumbel:
-        return found | {"quantize.proj.weight": (codes, dim, 1, 1), "quantize.proj.bias": (codes,), "quantize.embed.weight": (codes, dim)}  # fmt: skip
+        return found | {
+            "quantize.proj.weight": (codes, dim, 1, 1),
+            "quantize.proj.bias": (codes,),
+            "quantize.embed.weight": (codes, dim),
+        }
     if style == "llamagen":
         found["quantize.codebook_used"] = (65_536,)
     return found | {"quantizer.embedding.weight" if style == "hfai" else "quantize.embedding.weight": (codes, dim)}
 
 
 def gpt_shapes(codes=16_384, layers=24, width=1_024, length=256, dim=512):
-    found = {"pos_emb": (1, length, width), "tok_emb.weight": (codes, width), "norm.weight": (width,), "norm.bias": (width,),
-             "cond_proj.weight": (width, dim), "cond_proj.bias": (width,), "head.weight": (codes, width), "head.bias": (codes,)}  # fmt: skip
+    found = {
+        "pos_emb": (1, length, width),
+        "tok_emb.weight": (codes, width),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "cond_proj.weight": (width, dim),
+        "cond_proj.bias": (width,),
+        "head.weight": (codes, width),
+        "head.bias": (codes,),
+    }
     for i in range(layers):
         found[f"blocks.{i}.mask"] = (length, length)
-        found |= {f"blocks.{i}.encoder.self_attn.in_proj_weight": (3 * width, width), f"blocks.{i}.encoder.self_attn.in_proj_bias": (3 * width,)}  # fmt: skip
-        for part, a, b in (("self_attn.out_proj", width, width), ("linear1", 4 * width, width), ("linear2", width, 4 * width)):
+        found |= {
+            f"blocks.{i}.encoder.self_attn.in_proj_weight": (3 * width, width),
+            f"blocks.{i}.encoder.self_attn.in_proj_bias": (3 * width,),
+        }
+        for part, a, b in (
+            ("self_attn.out_proj", width, width),
+            ("linear1", 4 * width, width),
+            ("linear2", width, 4 * width),
+        ):
             found |= {f"blocks.{i}.encoder.{part}.weight": (a, b), f"blocks.{i}.encoder.{part}.bias": (a,)}
         for part in ("norm1", "norm2"):
             found |= {f"blocks.{i}.encoder.{part}.weight": (width,), f"blocks.{i}.encoder.{part}.bias": (width,)}
@@ -157,7 +185,9 @@ class Reference:
             q, k, v = (weight @ flat + bias[:, None]).split(width, dim=1)
             out = (self.t[f"{name}.attn.out_proj.weight"], self.t[f"{name}.attn.out_proj.bias"])
         else:
-            q, k, v = (self.t[f"{name}.{p}.weight"][..., 0, 0] @ flat + self.t[f"{name}.{p}.bias"][:, None] for p in "qkv")
+            q, k, v = (
+                self.t[f"{name}.{p}.weight"][..., 0, 0] @ flat + self.t[f"{name}.{p}.bias"][:, None] for p in "qkv"
+            )
             out = (self.t[f"{name}.proj_out.weight"][..., 0, 0], self.t[f"{name}.proj_out.bias"])
         share = torch.einsum("bci,bcj->bij", q, k).div(width**0.5).softmax(2)
         return x + (out[0] @ torch.einsum("bij,bcj->bci", share, v) + out[1][:, None]).view_as(x)
@@ -209,7 +239,9 @@ def gpt_reference(t, embeds, tokens, heads):
     for i in range(sum(name.endswith(".mask") for name in t)):
         block = f"blocks.{i}.encoder"
         h = norm(x, f"{block}.norm1") @ t[f"{block}.self_attn.in_proj_weight"].T + t[f"{block}.self_attn.in_proj_bias"]
-        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in h.chunk(3, -1))  # (B, heads, L, E / heads)
+        q, k, v = (
+            part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in h.chunk(3, -1)
+        )  # (B, heads, L, E / heads)
         share = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(ahead, -torch.inf).softmax(-1)
         x = x + linear((share @ v).transpose(1, 2).flatten(2), f"{block}.self_attn.out_proj")
         h = linear(norm(x, f"{block}.norm2"), f"{block}.linear1")
@@ -238,7 +270,12 @@ MASKS = 24 * 256 * 256
 RELEASED = {  # name in the manifests, published shapes, tensors that are not parameters of the generator, all parameters
     "taming-f16-1024": ("taming_f16_1024", vqgan_shapes("taming", 1_024), 0, 72_141_699),
     "taming-f16-16384": ("taming_f16_16384", vqgan_shapes("taming", 16_384), 0, 76_073_859),
-    "taming-gumbel-f8": ("taming_gumbel_f8", vqgan_shapes("taming", 8_192, mult=(1, 1, 2, 4), gumbel=True), 0, 68_995_971),
+    "taming-gumbel-f8": (
+        "taming_gumbel_f8",
+        vqgan_shapes("taming", 8_192, mult=(1, 1, 2, 4), gumbel=True),
+        0,
+        68_995_971,
+    ),
     "hfai-vqgan-coco": ("hfai_vqgan_coco", vqgan_shapes("hfai", 16_384), DISCRIMINATOR, 78_841_287),
     "hfai-gpt-coco": ("hfai_gpt_coco", gpt_shapes(), MASKS, 338_242_560),
     "llamagen-f16": ("llamagen_vq_f16", vqgan_shapes("llamagen", 16_384, dim=8), 65_536, 71_948_939),
@@ -307,7 +344,14 @@ def test_the_coco_preset_is_the_size_of_the_released_models():
 
 SMALL = {"channels": 32, "mult": (1, 2, 4), "blocks": 1, "z": 12, "dim": 6}
 SMALL_CONFIG = VQGANConfig(
-    image_size=32, channels=32, channel_mult=(1, 2, 4), res_blocks=1, z_channels=12, codebook_size=40, code_dim=6, l2_norm=False
+    image_size=32,
+    channels=32,
+    channel_mult=(1, 2, 4),
+    res_blocks=1,
+    z_channels=12,
+    codebook_size=40,
+    code_dim=6,
+    l2_norm=False,
 )
 FAMILIES = {
     "taming": ("taming", interop.TAMING, SMALL_CONFIG),
@@ -348,7 +392,10 @@ def test_the_transformer_computes_the_published_formulas():
     config = TransformerConfig(layers=2, width=32, heads=4)
     module = interop.build(partial(ImageTransformer, config, 40, 16, 8), interop.HFAI_GPT, tensors)
     draw = torch.Generator().manual_seed(1)
-    embeds, tokens = F.normalize(torch.randn(3, 8, generator=draw), dim=1), torch.randint(0, 40, (3, 16), generator=draw)
+    embeds, tokens = (
+        F.normalize(torch.randn(3, 8, generator=draw), dim=1),
+        torch.randint(0, 40, (3, 16), generator=draw),
+    )
     wanted = gpt_reference(tensors, embeds, tokens, heads=4)
     assert wanted.std() > 0.1 and (module(embeds, tokens) - wanted).abs().max() < 1e-4
 
@@ -362,10 +409,15 @@ def read_small(path):
 def test_hfai_vqgan_as_the_original_computes_it(released):
     sizes, tensors, io = read_small(released / "hfai_vqgan_small.safetensors")
     config = VQGANConfig(
-        image_size=sizes["resolution"], channels=sizes["ch"], channel_mult=tuple(sizes["ch_mult"]), l2_norm=False,
-        res_blocks=sizes["num_res_blocks"], z_channels=sizes["z_channels"], codebook_size=sizes["codebook_size"],
+        image_size=sizes["resolution"],
+        channels=sizes["ch"],
+        channel_mult=tuple(sizes["ch_mult"]),
+        l2_norm=False,
+        res_blocks=sizes["num_res_blocks"],
+        z_channels=sizes["z_channels"],
+        codebook_size=sizes["codebook_size"],
         code_dim=sizes["code_dim"],
-    )  # fmt: skip
+    )
     module = interop.build(partial(VQGAN, config), interop.HFAI_VQGAN, tensors)
     assert max(differences(module, **io)) < 1e-4
 
@@ -410,7 +462,8 @@ def test_broken_and_foreign_files_are_one_sentence(tmp_path, small_release, capf
     torch.save({"model": small_release[0], "epoch": 3}, path)
     whole = path.read_bytes()
     assert torch.equal(
-        interop.load_released("hfai-vqgan-coco", path).quantizer.codebook, small_release[0]["quantizer.embedding.weight"]
+        interop.load_released("hfai-vqgan-coco", path).quantizer.codebook,
+        small_release[0]["quantizer.embedding.weight"],
     )
     for damaged in (b"", whole[:5], whole[: len(whole) // 2], whole[:-3], b"<!DOCTYPE html><html>not found</html>"):
         path.write_bytes(damaged)
@@ -494,22 +547,30 @@ def test_which_clip_it_takes(generator, clip, tmp_path, monkeypatch):
     file.write_bytes(b"")
     another = TextToImage.from_released("hfai-coco", tmp_path)
     assert another.clip_source == openai | {"pretrained": str(file)} and clip.asked["pretrained"] == str(file)
-    monkeypatch.setattr(clip, "weights_hash", "40d365715913c9da")  # OpenAI's own file: others may download it by its name
-    assert TextToImage.from_released("hfai-coco", tmp_path).clip_source == openai and clip.asked["pretrained"] == str(file)
+    monkeypatch.setattr(
+        clip, "weights_hash", "40d365715913c9da"
+    )  # OpenAI's own file: others may download it by its name
+    assert TextToImage.from_released("hfai-coco", tmp_path).clip_source == openai and clip.asked["pretrained"] == str(
+        file
+    )
 
 
 def test_a_generator_that_cannot_be_put_together(generator, tmp_path):
     with pytest.raises(ClipgenError, match="unknown generator 'coco': choose one of hfai-coco"):
         TextToImage.from_released("coco", tmp_path)
     (tmp_path / "gpt_coco.pt").unlink()
-    with pytest.raises(ClipgenError, match="gpt_coco.pt of hfai-gpt-coco is missing: get it from github.com/HFAiLab/clip-gen"):
+    with pytest.raises(
+        ClipgenError, match="gpt_coco.pt of hfai-gpt-coco is missing: get it from github.com/HFAiLab/clip-gen"
+    ):
         TextToImage.from_released("hfai-coco", tmp_path)
 
 
 def test_saved_and_loaded_is_bit_equal(generator, tmp_path):
     generator.save_pretrained(tmp_path / "model")
     again = TextToImage.from_pretrained(str(tmp_path / "model"))
-    assert all(torch.equal(a, b) for a, b in zip(generator.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(generator.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     assert torch.equal(again("a red circle", seed=3), generator("a red circle", seed=3))
     other = {"name": "ViT-B-32-quickgelu", "pretrained": "elsewhere/ViT-B-32.pt"}
     assert TextToImage.from_pretrained(str(tmp_path / "model"), clip=other).clip_source == other
@@ -532,14 +593,18 @@ def test_pushed_to_a_hub_is_what_was_saved(generator, tmp_path, monkeypatch):
     generator.push_to_hub("someone/generator")
     generator.save_pretrained(tmp_path / "model")
     assert pushed.keys() >= {"config.json", "model.safetensors", "README.md"}
-    assert all(pushed[name] == (tmp_path / "model" / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    assert all(
+        pushed[name] == (tmp_path / "model" / name).read_bytes() for name in ("config.json", "model.safetensors")
+    )
     assert str(tmp_path).encode() not in pushed["config.json"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_vqgan_can_be_saved_as_ours(name, tmp_path):
     style, family, config = FAMILIES[name]
-    module = interop.build(partial(VQGAN, config), family, filled(vqgan_shapes(style, 40, gumbel=name == "gumbel", **SMALL)))
+    module = interop.build(
+        partial(VQGAN, config), family, filled(vqgan_shapes(style, 40, gumbel=name == "gumbel", **SMALL))
+    )
     save_weights(tmp_path / "vqgan", module)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(VQGAN.load(tmp_path / "vqgan")(images)[0], module(images)[0])

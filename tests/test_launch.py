@@ -10,8 +10,10 @@ import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
-from clipgen_lib import loop, processes, train
-from clipgen_lib.runs import ClipgenError, open_run
+from clipgen_lib import train_transformer as train
+from clipgen_lib import training as loop
+from clipgen_lib.runtime import distributed as processes
+from clipgen_lib.runtime.runs import ClipgenError, open_run
 from clipgen_lib.store import extract
 
 
@@ -20,7 +22,9 @@ def stages(images, preset, vqgan, clip, tmp_path):
     """Both trainings as functions of a run's name; float32, everything that is random or reduced between processes switched on."""
     few = {"steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "precision": "no"}
     codes = replace(preset.vqgan, l2_norm=False, codebook_update="ema", restart_after=2)
-    first = replace(preset.vqgan_train, **few, flip=True, random_crop=True, adversarial_ramp=(0.0, 0.1), adversarial_weight=1.0)
+    first = replace(
+        preset.vqgan_train, **few, flip=True, random_crop=True, adversarial_ramp=(0.0, 0.1), adversarial_weight=1.0
+    )
     second = replace(preset.transformer_train, **few, embedding_share=0.25, noise_cos=0.5, accumulate=2)
     store = extract(images, vqgan, clip, tmp_path / "store")
 
@@ -42,7 +46,9 @@ def test_two_processes_have_the_losses_of_one(stages, stage, tmp_path):
     assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"stage"}:  # a vector halfway between two codes may fall to either, after sums in another order
+        for key in a.keys() - {
+            "stage"
+        }:  # a vector halfway between two codes may fall to either, after sums in another order
             close = 0.1 if key in ("perplexity", "codebook_usage") else 5e-3
             assert a[key] == pytest.approx(b[key], rel=1e-5 if a["step"] < 3 else close, abs=1e-4), (a["step"], key)
     assert open_run("two", tmp_path).metrics(f"{stage}_held_out")[-1]["step"] == 6
@@ -58,7 +64,10 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(stages, tm
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, *norms)
 
-    with monkeypatch.context() as patch, pytest.raises(ClipgenError, match="one of 2 processes failed: .*(SIGKILL|has ended)"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ClipgenError, match="one of 2 processes failed: .*(SIGKILL|has ended)"),
+    ):
         patch.setattr(loop.Log, "valid", valid)
         processes.launch(stages["transformer"], "parts", processes=2)
     folder = tmp_path / "parts" / "checkpoints"

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from clipgen_lib.losses import (
+from clipgen_lib.runtime.runs import ClipgenError
+from clipgen_lib.train_vqgan import (
     PatchDiscriminator,
     adaptive_weight,
     adversarial_loss,
@@ -10,7 +11,6 @@ from clipgen_lib.losses import (
     perceptual_loss,
     ramp,
 )
-from clipgen_lib.runs import ClipgenError
 
 
 def test_hinge_by_hand():

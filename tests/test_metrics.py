@@ -7,24 +7,23 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from clipgen_lib.data import open_images, ordered_batches
-from clipgen_lib.images import to_float, to_uint8
-from clipgen_lib.metrics import (
+from clipgen_lib.data.batches import ordered_batches
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.images import to_float, to_uint8
+from clipgen_lib.metrics.captions import caption_scores, clip_score, r_precision
+from clipgen_lib.metrics.distances import (
     ClassSums,
     FeatureSample,
     GaussianStatistics,
-    caption_scores,
-    clip_score,
     distance_speed,
     frechet_distance,
     frechet_over_n,
     kernel_distance,
     manifold_scores,
-    r_precision,
     reconstruction_scores,
 )
-from clipgen_lib.passes import CaptionFit
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.metrics.passes import CaptionFit
+from clipgen_lib.runtime.runs import ClipgenError
 
 
 def gaussian(dim, seed):
@@ -112,8 +111,12 @@ def test_streamed_statistics_are_those_of_numpy():
     for i, half in enumerate(halves):
         half.add(features[i::2])
     mean, covariance = statistics.moments()
-    assert np.allclose(mean, features.double().numpy().mean(0)) and np.allclose(covariance, np.cov(features.double().numpy().T))
-    assert all(np.allclose(a, b) for a, b in zip(GaussianStatistics.union(halves).moments(), (mean, covariance), strict=True))
+    assert np.allclose(mean, features.double().numpy().mean(0)) and np.allclose(
+        covariance, np.cov(features.double().numpy().T)
+    )
+    assert all(
+        np.allclose(a, b) for a, b in zip(GaussianStatistics.union(halves).moments(), (mean, covariance), strict=True)
+    )
     with pytest.raises(ClipgenError, match="NaN"):
         statistics.add(torch.full((1, 7), float("nan")))
     with pytest.raises(ClipgenError, match="at least 2"):
@@ -172,7 +175,9 @@ def test_kernel_distance_is_that_of_torchmetrics():
 
 def test_kernel_distance_is_unbiased():
     values = [kernel_distance(normal(100, 4, 2 * i), normal(100, 4, 2 * i + 1), subsets=1)["mean"] for i in range(200)]
-    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(200) and min(values) < 0  # the same Gaussian: 0 on average
+    assert (
+        abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(200) and min(values) < 0
+    )  # the same Gaussian: 0 on average
 
 
 @pytest.mark.parametrize("splits", [1, 5])
@@ -193,7 +198,11 @@ def test_inception_score_closed_forms():
     sure, unsure = ClassSums(2), ClassSums(2)
     sure.add(100 * torch.eye(8).repeat(4, 1))
     unsure.add(torch.zeros(32, 8))
-    assert sure.score() == {"mean": pytest.approx(4.0), "std": pytest.approx(0.0), "splits": 2}  # half of 8 classes in a part
+    assert sure.score() == {
+        "mean": pytest.approx(4.0),
+        "std": pytest.approx(0.0),
+        "splits": 2,
+    }  # half of 8 classes in a part
     assert unsure.score()["mean"] == pytest.approx(1.0)
 
 
@@ -232,7 +241,9 @@ def test_manifold_scores_by_hand(shift):
 def test_manifold_of_a_set_and_itself():
     x = normal(200, 6)
     found = manifold_scores(x, x)
-    assert found["precision"] == found["recall"] == found["coverage"] == 1.0 and found["density"] == pytest.approx(1.0, abs=0.3)
+    assert found["precision"] == found["recall"] == found["coverage"] == 1.0 and found["density"] == pytest.approx(
+        1.0, abs=0.3
+    )
     collapsed = manifold_scores(x, x[:10].repeat(20, 1) + 1e-3 * normal(200, 6, 1))
     assert collapsed["precision"] == 1.0 and collapsed["coverage"] < 0.5 and collapsed["recall"] < 0.2
 
@@ -252,7 +263,7 @@ def test_psnr_and_ssim_by_hand():
 
 
 def test_captions_of_one_picture_are_not_each_others_rivals():
-    """Five captions to a picture, a perfect encoder: every picture finds one of its own."""
+    """Five captions to an image, a perfect encoder: every image finds one of its own."""
     pictures = torch.nn.functional.normalize(torch.randn(20, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     embeds, owners = pictures.repeat(5, 1), list(range(20)) * 5
     texts = [f"caption {i}" for i in range(100)]

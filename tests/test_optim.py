@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from clipgen_lib.config import TransformerConfig, VQGANConfig
-from clipgen_lib.optim import build_optimizer
-from clipgen_lib.runs import ClipgenError
+from clipgen_lib.runtime.runs import ClipgenError
+from clipgen_lib.training import build_optimizer
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 
@@ -22,7 +22,9 @@ def test_every_trained_parameter_once_and_decay_where_it_belongs(kind):
         listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
         assert sorted(listed) == sorted(id(p) for p in module.parameters() if p.requires_grad)
         spared = names_in(module, optimizer, lambda group: group["weight_decay"] == 0)
-        assert all(p.ndim < 2 or "codebook" in n or "positions" in n for n, p in module.named_parameters() if n in spared)
+        assert all(
+            p.ndim < 2 or "codebook" in n or "positions" in n for n, p in module.named_parameters() if n in spared
+        )
         assert all(n in spared for n, p in module.named_parameters() if p.ndim < 2)
 
 

@@ -7,12 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from clipgen_lib import passes
-from clipgen_lib.data import open_images
+from clipgen_lib.data.datasets import open_images
 from clipgen_lib.evaluate import open_folder
-from clipgen_lib.passes import CaptionFit, Change, Embeddings, FirstPictures, SetStatistics, StatisticsFile, measure
-from clipgen_lib.protocols import FeatureNetwork
-from clipgen_lib.runs import ClipgenError, Stopped
+from clipgen_lib.metrics import passes
+from clipgen_lib.metrics.features import FeatureNetwork
+from clipgen_lib.metrics.passes import (
+    CaptionFit,
+    Change,
+    Embeddings,
+    FirstPictures,
+    SetStatistics,
+    StatisticsFile,
+    measure,
+)
+from clipgen_lib.runtime.runs import ClipgenError, Stopped
 
 SAME = Change("none", lambda x: x)
 
@@ -75,7 +83,9 @@ def test_a_signal_saves_first(world, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().forward(x)
 
-    with pytest.raises(Stopped, match="stopped by SIGTERM after 4 of 7 batches .features.: what was done is kept") as stopped:
+    with pytest.raises(
+        Stopped, match="stopped by SIGTERM after 4 of 7 batches .features.: what was done is kept"
+    ) as stopped:
         measure(images, {"s": statistics(Signalled())}, SAME, 6, "features", False, tmp_path / "parted")
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     again = statistics(module := StandIn())
@@ -90,7 +100,7 @@ def test_seen_before_is_read_and_the_same(world, tmp_path):
     second = statistics(module)
     measure(images, {"s": second}, SAME, 7, "", False, tmp_path)
     assert module.calls == 0 and same_state(first.state(), second.state())
-    other = statistics(module, radii=(0,))  # other facts, another change, other pictures: made anew
+    other = statistics(module, radii=(0,))  # other facts, another change, other images: made anew
     measure(images, {"s": other}, SAME, 12, "", False, tmp_path)
     assert module.calls == 1
     measure(images, {"s": statistics(module)}, Change("darker", lambda x: x / 2 - 0.5), 12, "", False, tmp_path)

@@ -17,12 +17,16 @@ import torch
 from click.testing import CliRunner
 from test_passes import SAME, StandIn, same_state, statistics
 
-from clipgen_lib import cli, evaluate, passes, processes, runs, workbench
+from clipgen_lib import cli, evaluate, workbench
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import load_preset
-from clipgen_lib.data import open_images
-from clipgen_lib.passes import measure
-from clipgen_lib.runs import load_checkpoint, module_hash, open_run, save_weights
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.metrics import passes
+from clipgen_lib.metrics.passes import measure
+from clipgen_lib.runtime import distributed as processes
+from clipgen_lib.runtime import runs
+from clipgen_lib.runtime.checkpoints import load_checkpoint, module_hash, save_weights
+from clipgen_lib.runtime.runs import open_run
 from clipgen_lib.store import extract
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
@@ -33,9 +37,21 @@ ROOT = Path(__file__).parents[1]
 def launched(*arguments, processes=2, timeout=300, **environment):
     """A script, or `-m` and a module, with its arguments, in that many processes of one launch."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CLIPGEN_PROGRESS": "0", **environment}
-    return subprocess.run([sys.executable, *map(str, [*torchrun, *arguments])], env=environment, cwd=ROOT,
-                          capture_output=True, text=True, timeout=timeout)  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CLIPGEN_PROGRESS": "0",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, [*torchrun, *arguments])],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture
@@ -49,8 +65,8 @@ def one_thread():
 
 @pytest.fixture
 def pictures(world, tmp_path):
-    """A folder of 12 pictures to train on and 40 to test on, in two batches, with captions; one of each cannot be read."""
-    root = tmp_path / "pictures"
+    """A folder of 12 images to train on and 40 to test on, in two batches, with captions; one of each cannot be read."""
+    root = tmp_path / "images"
     for split, of in (("train", "val"), ("val", "train")):
         (root / split).mkdir(parents=True)
         images = open_images(world, of)
@@ -62,7 +78,9 @@ def pictures(world, tmp_path):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def a_vqgan():
@@ -87,9 +105,33 @@ def commands(data, picture):
     options = ["--run", "run", "--preset", "smoke", "--data", str(data), "--device", "cpu"]
     yield ["extract", *options]
     yield ["evaluate", *options]
-    yield ["generate", "a red circle", "--run", "run", "-n", "5", "--device", "cpu", "--candidates", "2", "-o", str(picture)]
-    yield ["evaluate", "--images", f"{data}/train", "--reference", f"{data}/val", "--protocol", "clip",
-           "--device", "cpu", "-o", str(Path(picture).with_suffix(".json"))]  # fmt: skip
+    yield [
+        "generate",
+        "a red circle",
+        "--run",
+        "run",
+        "-n",
+        "5",
+        "--device",
+        "cpu",
+        "--candidates",
+        "2",
+        "-o",
+        str(picture),
+    ]
+    yield [
+        "evaluate",
+        "--images",
+        f"{data}/train",
+        "--reference",
+        f"{data}/val",
+        "--protocol",
+        "clip",
+        "--device",
+        "cpu",
+        "-o",
+        str(Path(picture).with_suffix(".json")),
+    ]
 
 
 def test_every_command_does_in_two_processes_what_it_does_in_one(pictures, tmp_path, monkeypatch, one_thread):
@@ -110,7 +152,9 @@ def test_every_command_does_in_two_processes_what_it_does_in_one(pictures, tmp_p
         result = CliRunner().invoke(cli.main, command, catch_exceptions=False)
         assert result.exit_code == 0, result.output
         said += result.stdout
-    assert done.stdout.replace(f"{tmp_path}/two", f"{tmp_path}/one") == said  # the first process speaks, the other is silent
+    assert (
+        done.stdout.replace(f"{tmp_path}/two", f"{tmp_path}/one") == said
+    )  # the first process speaks, the other is silent
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     summaries = [json.loads(files.pop("run/summary.json")) for files in (one, two)]
     assert all(summary.pop("seconds") for summary in summaries)
@@ -127,12 +171,7 @@ def test_every_command_does_in_two_processes_what_it_does_in_one(pictures, tmp_p
     assert [name for name in one if one[name] != two[name] and not name.startswith("kept/")] == []
     for path in (tmp_path / "one" / "kept").iterdir():  # the order of entries in their headers differs by chance
         assert same_state(load_checkpoint(path), load_checkpoint(tmp_path / "two" / "kept" / path.name)), path.name
-    assert {
-        "out.png",
-        "run/captions.txt",
-        "run/store/train/00000/tokens.u16",
-        "shards/00009/embeds.f16",
-    } < one.keys()
+    assert {"out.png", "run/captions.txt", "run/store/train/00000/tokens.u16", "shards/00009/embeds.f16"} < one.keys()
 
 
 def leaves(node, name=""):
@@ -144,12 +183,12 @@ def leaves(node, name=""):
 
 
 def a_store(data, folder):
-    """Of 40 pictures and their mirror images in 10 shards."""
+    """Of 40 images and their mirror images in 10 shards."""
     return extract(open_images(data, "val"), a_vqgan(), ClipEmbedder.load("shapes"), folder, True, 4, shard_rows=8)
 
 
 def a_pass(data, folder, module):
-    """Statistics of 40 pictures in 7 batches, two calls of the network each."""
+    """Statistics of 40 images in 7 batches, two calls of the network each."""
     measure(open_images(data, "val"), {"pass": statistics(module)}, SAME, 6, "", False, Path(folder) / "kept")
 
 
@@ -170,9 +209,14 @@ def test_a_launch_of_which_one_is_killed_ends_and_any_number_goes_on(pictures, t
 def test_a_launch_that_is_told_to_end_saves_and_goes_on(pictures, tmp_path, number, one_thread):
     whole = a_store(pictures, tmp_path / "whole")
     done = launched(__file__, "signalled", pictures, tmp_path / "store", int(number))
-    assert done.returncode != 0 and f"stopped by {number.name} in the extraction of val: what was done is kept" in done.stderr
+    assert (
+        done.returncode != 0
+        and f"stopped by {number.name} in the extraction of val: what was done is kept" in done.stderr
+    )
     partial = tmp_path / "store.partial"
-    assert any(0 < json.loads(path.read_text())["read"] < 8 for path in partial.glob("*/shard.json"))  # saved within a shard
+    assert any(
+        0 < json.loads(path.read_text())["read"] < 8 for path in partial.glob("*/shard.json")
+    )  # saved within a shard
     done = launched(__file__, "signalled", pictures, tmp_path / "store", 0)
     assert done.returncode == 0 and contents(tmp_path / "store") == contents(whole.folder)
 
@@ -218,7 +262,7 @@ def job_signalled(data, folder, number):
     def signals(*arguments):
         calls.append(1)
         if len(calls) == 5 and int(number):
-            if processes.is_first():
+            if processes.is_main():
                 os.kill(os.getppid(), int(number))
             time.sleep(2)  # until it has come back to this process
         return encode(*arguments)

@@ -48,7 +48,9 @@ def test_the_notebooks_are_those_of_the_command():
 def test_notebook_form(path):
     notebook = nbformat.read(path, as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
-    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "run once, top to bottom, in a fresh kernel"
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), (
+        "run once, top to bottom, in a fresh kernel"
+    )
     assert not any(o.output_type == "error" for c in code for o in c.outputs)
     assert "widgets" not in notebook.metadata and path.stat().st_size < 500_000
     assert code[1].metadata.tags == ["parameters"]
@@ -57,7 +59,9 @@ def test_notebook_form(path):
     assert re.match(r"# .+\n\n> \*\*In:\*\*", notebook.cells[0].source)
     assert sum(len(c.source.splitlines()) for c in code) <= 120
     text = "\n".join(c.source for c in code)
-    assert not re.search(r"^\s*(class |!|%)|import \*|cuda|\.backward\(", text.replace("# auto, cpu, cuda, cuda:1", ""), re.M)
+    assert not re.search(
+        r"^\s*(class |!|%)|import \*|cuda|\.backward\(", text.replace("# auto, cpu, cuda, cuda:1", ""), re.M
+    )
     assert text.count("assert ") >= 2 and not re.search(r"[\"'](/|[A-Z]:\\)", text)
     assert not any(o.get("name") == "stderr" for c in code for o in c.outputs), "warnings or bars among the outputs"
 
@@ -70,7 +74,7 @@ def test_pictures_of_reference_runs_exist(path):
 
 def test_tables_of_runs_come_from_results():
     """The result tables are what the command prints for the committed runs."""
-    from clipgen_lib.evaluate import table
+    from clipgen_lib.metrics.report import table
 
     pages = {"reference": "README.md", "laptop": "results/README.md", "tiny-imagenet-20": "results/README.md"}
     for run, page in pages.items():
@@ -100,13 +104,16 @@ def test_speed_comes_from_results():
     for name, run in (("before", "laptop"), ("after", "laptop-fast")):
         summary = json.loads((ROOT / "results" / run / "summary.json").read_text())
         seconds, oracle = summary["seconds"], summary["oracle"]["text"]
-        assert f"{name:7} {seconds['total']:.0f} s: tokenizer {seconds['vqgan']:.0f}, store {seconds['extract']:.0f}, " in page
+        assert (
+            f"{name:7} {seconds['total']:.0f} s: tokenizer {seconds['vqgan']:.0f}, store {seconds['extract']:.0f}, "
+            in page
+        )
         assert f"shape {oracle['one']['shape']:.1%}; two: both {oracle['two']['both']:.1%}" in page
 
 
 def test_comparison_tables_come_from_results():
     """The blocks are lines of the tables that the committed rows make; of the ablation some."""
-    from clipgen_lib.compare import TABLES, entries, lines_of
+    from clipgen_lib.study.compare import TABLES, entries, lines_of
 
     blocks = re.findall(r"```\n( +\w.*?)\n```", (ROOT / "results" / "README.md").read_text(), re.DOTALL)
     for name in ("ablation", "systems", "photos"):

@@ -11,9 +11,9 @@ from PIL import Image
 
 from clipgen_lib.cli import tidied
 from clipgen_lib.config import SampleConfig
-from clipgen_lib.images import to_arrays
+from clipgen_lib.data.images import to_arrays
 from clipgen_lib.prompt_box import PromptBox
-from clipgen_lib.sample import TextToImage
+from clipgen_lib.text_to_image import TextToImage
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def generator(vqgan, transformer, clip):
 
 
 def shown(box):
-    """The pictures in the box as (N, H, W, 3) uint8."""
+    """The images in the box as (N, H, W, 3) uint8."""
     tiles = [np.asarray(Image.open(io.BytesIO(tile.children[0].value))) for tile in box.pictures.children]
     return np.stack(tiles)
 
@@ -86,7 +86,11 @@ def test_a_saved_notebook_has_neither_widgets_nor_animations():
     cell.outputs.append(nbformat.v4.new_output("stream", text="said"))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("x"), cell], metadata={"widgets": {}})
     saved = tidied(notebook)
-    assert [o.get("data") for o in saved.cells[1].outputs] == [kinds[0], kinds[3], None] and "widgets" not in saved.metadata
+    assert [o.get("data") for o in saved.cells[1].outputs] == [
+        kinds[0],
+        kinds[3],
+        None,
+    ] and "widgets" not in saved.metadata
 
 
 def test_sampling_does_without_widgets():

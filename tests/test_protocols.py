@@ -6,13 +6,14 @@ import torchvision
 from PIL import Image
 from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
 
-from clipgen_lib import protocols
+from clipgen_lib.data.images import from_arrays, to_float
 from clipgen_lib.evaluate import open_folder
-from clipgen_lib.images import from_arrays, to_float
-from clipgen_lib.metrics import frechet_distance
-from clipgen_lib.passes import Change, SetStatistics, measure
-from clipgen_lib.protocols import FeatureNetwork, MissingWeights, feature_network, lpips_network, prepare
-from clipgen_lib.runs import ClipgenError, file_hash
+from clipgen_lib.metrics import features as protocols
+from clipgen_lib.metrics.distances import frechet_distance
+from clipgen_lib.metrics.features import FeatureNetwork, feature_network, lpips_network, prepare
+from clipgen_lib.metrics.passes import Change, SetStatistics, measure
+from clipgen_lib.runtime.checkpoints import MissingWeights
+from clipgen_lib.runtime.runs import ClipgenError, file_hash
 
 
 class StandIn(torch.nn.Module):
@@ -91,9 +92,13 @@ def test_the_same_pictures_by_pytorch_fid(tmp_path):
 
 @pytest.mark.parametrize(
     "protocol, file",
-    [("inception", "pt_inception-2015-12-05-6726825d.pth"), ("clean", "pt_inception-2015-12-05-6726825d.pth"),
-     ("torchmetrics", "pt_inception-2015-12-05-6726825d.pth"), ("dmgan", "inception_v3_google-0cc3c7bd.pth")],
-)  # fmt: skip
+    [
+        ("inception", "pt_inception-2015-12-05-6726825d.pth"),
+        ("clean", "pt_inception-2015-12-05-6726825d.pth"),
+        ("torchmetrics", "pt_inception-2015-12-05-6726825d.pth"),
+        ("dmgan", "inception_v3_google-0cc3c7bd.pth"),
+    ],
+)
 def test_missing_weights_are_one_sentence(clip, tmp_path, monkeypatch, protocol, file):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(MissingWeights) as error:
@@ -131,7 +136,9 @@ def random_inceptions(tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize("protocol, classes", [("inception", 1008), ("clean", 1008), ("torchmetrics", 1008), ("dmgan", 0)])
+@pytest.mark.parametrize(
+    "protocol, classes", [("inception", 1008), ("clean", 1008), ("torchmetrics", 1008), ("dmgan", 0)]
+)
 def test_networks_load_from_their_files(clip, random_inceptions, monkeypatch, protocol, classes):
     if protocol == "torchmetrics":
         pytest.importorskip("torch_fidelity", reason="protocol torchmetrics needs the package torch-fidelity")

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from clipgen_lib.runs import ClipgenError, fresh_folder, load_checkpoint, open_run, save_checkpoint, write_atomic
+from clipgen_lib.runtime.checkpoints import load_checkpoint, save_checkpoint
+from clipgen_lib.runtime.runs import ClipgenError, fresh_folder, open_run, write_atomic
 
 
 def test_checkpoints_keep_structure_and_bits(tmp_path):
@@ -9,7 +10,9 @@ def test_checkpoints_keep_structure_and_bits(tmp_path):
     save_checkpoint(tmp_path / "c", state, {"seed": 1})
     found, meta = load_checkpoint(tmp_path / "c")
     assert meta == {"seed": 1} and torch.equal(found["a"][3]["x"], state["a"][3]["x"])
-    assert found["b"][:4] == [1, 2.5, None, "s"] and torch.equal(found["b"][4], torch.arange(3)) and found["flag"] is True
+    assert (
+        found["b"][:4] == [1, 2.5, None, "s"] and torch.equal(found["b"][4], torch.arange(3)) and found["flag"] is True
+    )
 
 
 def test_damaged_checkpoints_are_one_sentence(tmp_path):

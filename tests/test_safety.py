@@ -19,20 +19,28 @@ from papermill.translators import PythonTranslator
 from PIL import Image
 
 import clipgen_lib
-from clipgen_lib import clip_embed, protocols
-from clipgen_lib.baselines import FusionGenerator
-from clipgen_lib.classifier import Classifier
+from clipgen_lib import clip_embed
 from clipgen_lib.cli import _parse
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ClassifierConfig, VQGANTrainConfig, load_preset
-from clipgen_lib.images import load_image
-from clipgen_lib.interop import RELEASES, load_released
-from clipgen_lib.losses import perceptual_loss
-from clipgen_lib.optim import build_optimizer
-from clipgen_lib.passes import StatisticsFile
-from clipgen_lib.protocols import Weights, weights_alone, weights_file
-from clipgen_lib.runs import DATA, ClipgenError, load_checkpoint, read_weights, save_weights
-from clipgen_lib.sample import TextToImage
+from clipgen_lib.data.images import load_image
+from clipgen_lib.metrics import features as protocols
+from clipgen_lib.metrics.classifier import Classifier
+from clipgen_lib.metrics.passes import StatisticsFile
+from clipgen_lib.runtime.checkpoints import (
+    Weights,
+    load_checkpoint,
+    read_weights,
+    save_weights,
+    weights_alone,
+    weights_file,
+)
+from clipgen_lib.runtime.runs import DATA, ClipgenError
+from clipgen_lib.study.baselines import FusionGenerator
+from clipgen_lib.study.released import RELEASES, load_released
+from clipgen_lib.text_to_image import TextToImage
+from clipgen_lib.train_vqgan import perceptual_loss
+from clipgen_lib.training import build_optimizer
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 
@@ -74,7 +82,10 @@ def armed(request, tmp_path):
         return path
 
     arm(tmp_path / "control")
-    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):  # a plain pickle is no file of torch's, once it is read
+    with (
+        warnings.catch_warnings(),
+        contextlib.suppress(RuntimeError),
+    ):  # a plain pickle is no file of torch's, once it is read
         warnings.simplefilter("ignore")
         torch.load(tmp_path / "control", weights_only=False)
     assert fired.exists()
@@ -123,7 +134,9 @@ def test_torchscript_archive_that_is_not_openais(tiny_clip, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(Code()).save(tmp_path / "ViT-B-32.pt")
-    assert "holds code" in refused(lambda: ClipEmbedder.load(tiny_clip, str(tmp_path / "ViT-B-32.pt")), tmp_path / "none")
+    assert "holds code" in refused(
+        lambda: ClipEmbedder.load(tiny_clip, str(tmp_path / "ViT-B-32.pt")), tmp_path / "none"
+    )
     published = clip_embed._published_archives()
     assert "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af" in published  # ViT-B/32
     assert all(len(digest) == 64 and int(digest, 16) for digest in published)
@@ -138,8 +151,13 @@ def test_folders_with_code_for_weights(armed, tmp_path):
     save_weights(tmp_path / "transformer", ImageTransformer(smoke.transformer, 32, 4, 16))
     save_weights(tmp_path / "gan", FusionGenerator(smoke.fusion_gan, 16, 16))
     shutil.copytree(DATA / "shapes_generator", tmp_path / "generator")
-    loads = {"classifier": Classifier.load, "vqgan": VQGAN.load, "transformer": ImageTransformer.load, "gan": FusionGenerator.load,
-             "generator": TextToImage.from_pretrained}  # fmt: skip
+    loads = {
+        "classifier": Classifier.load,
+        "vqgan": VQGAN.load,
+        "transformer": ImageTransformer.load,
+        "gan": FusionGenerator.load,
+        "generator": TextToImage.from_pretrained,
+    }
     for name, load in loads.items():
         folder = tmp_path / name
         arm(folder / "model.safetensors")
@@ -190,13 +208,20 @@ def test_a_picture_is_given_to_no_other_program(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
     Image.new("RGB", (20, 20)).save(tmp_path / "x.eps", "EPS")
     shutil.copy(tmp_path / "x.eps", tmp_path / "x.png")
-    assert "not a picture" in refused(lambda: load_image(tmp_path / "x.png", 8), tmp_path / "none")
+    assert "not an image" in refused(lambda: load_image(tmp_path / "x.png", 8), tmp_path / "none")
 
 
 # ---------------------------------------------------------------------------------------------- configs that name code
 
 
-ELSEWHERE = ["hf-hub:someone/model", "local-dir:/tmp/model", "/tmp/model", "../model", "https://nowhere/model", "builtins:eval"]
+ELSEWHERE = [
+    "hf-hub:someone/model",
+    "local-dir:/tmp/model",
+    "/tmp/model",
+    "../model",
+    "https://nowhere/model",
+    "builtins:eval",
+]
 
 
 @pytest.fixture
@@ -221,12 +246,15 @@ def test_a_clip_folder_names_no_model_elsewhere(key, place, tmp_path, offline):
 
 
 @pytest.mark.parametrize(
-    "name", [p for p in ELSEWHERE if ":" in p] + ["builtins.eval", "os.system", "x" * 10_000, "a\0b", "", None, ["shapes"]]
+    "name",
+    [p for p in ELSEWHERE if ":" in p] + ["builtins.eval", "os.system", "x" * 10_000, "a\0b", "", None, ["shapes"]],
 )
 def test_a_generator_names_no_clip_elsewhere(name, tmp_path, offline):
     shutil.copytree(DATA / "shapes_generator", tmp_path / "generator")
     config = json.loads((tmp_path / "generator" / "config.json").read_text())
-    (tmp_path / "generator" / "config.json").write_text(json.dumps({**config, "clip": {"name": name, "pretrained": "x"}}))
+    (tmp_path / "generator" / "config.json").write_text(
+        json.dumps({**config, "clip": {"name": name, "pretrained": "x"}})
+    )
     refused(lambda: TextToImage.from_pretrained(tmp_path / "generator").clip, tmp_path / "none")
 
 
@@ -257,8 +285,28 @@ def test_names_of_classes_are_no_models(tmp_path):
 # ---------------------------------------------------------------------------------------------- notebook parameters
 
 
-HOSTILE = ["; rm -rf /", "$(touch x)", "`touch x`", "'; import os; '", '"; import os; "', '"""', "a\nimport os\n", "\\", '\\"', "{x}", "%s",
-           "!ls", "%run x", "# comment", "a=b=c", "\x00", "\u2028", "\udcff", "None or 1", "__import__('os')"]  # fmt: skip
+HOSTILE = [
+    "; rm -rf /",
+    "$(touch x)",
+    "`touch x`",
+    "'; import os; '",
+    '"; import os; "',
+    '"""',
+    "a\nimport os\n",
+    "\\",
+    '\\"',
+    "{x}",
+    "%s",
+    "!ls",
+    "%run x",
+    "# comment",
+    "a=b=c",
+    "\x00",
+    "\u2028",
+    "\udcff",
+    "None or 1",
+    "__import__('os')",
+]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -285,8 +333,24 @@ def test_a_key_is_a_plain_name(text):
 
 
 NEVER = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code", "runpy"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.spawnv", "yaml.load", "yaml.unsafe_load",
-         "yaml.full_load", "torch.hub.load", "pickle.load", "pickle.loads", "pd.read_pickle"}  # fmt: skip
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "os.execv",
+    "os.execvp",
+    "os.spawnv",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "torch.hub.load",
+    "pickle.load",
+    "pickle.loads",
+    "pd.read_pickle",
+}
 
 
 def unsafe(source: str) -> list[str]:
@@ -322,7 +386,9 @@ def cells(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE.parent / "notebooks").glob("*.ipynb")), ids=lambda path: path.name
+    "path",
+    sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE.parent / "notebooks").glob("*.ipynb")),
+    ids=lambda path: path.name,
 )
 def test_source_runs_nothing_that_it_reads(path):
     assert unsafe(cells(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")) == []
@@ -330,9 +396,21 @@ def test_source_runs_nothing_that_it_reads(path):
 
 @pytest.mark.parametrize(
     "line",
-    ["torch.load(x)", "torch.load(x, weights_only=False)", "np.load(x, allow_pickle=True)", "import pickle", "from pickle import loads",
-     "eval(x)", "os.system(x)", "subprocess.run(x, shell=True)", "yaml.load(x)", "archive.extractall(x)", "tar.extract(m, x)", "exec(x)"],
-)  # fmt: skip
+    [
+        "torch.load(x)",
+        "torch.load(x, weights_only=False)",
+        "np.load(x, allow_pickle=True)",
+        "import pickle",
+        "from pickle import loads",
+        "eval(x)",
+        "os.system(x)",
+        "subprocess.run(x, shell=True)",
+        "yaml.load(x)",
+        "archive.extractall(x)",
+        "tar.extract(m, x)",
+        "exec(x)",
+    ],
+)
 def test_the_scan_sees_it(line):
     assert unsafe(line)
 

@@ -7,22 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clipgen_lib.config import SampleConfig
-from clipgen_lib.runs import ClipgenError
-from clipgen_lib.sample import (
-    TextToImage,
-    filter_logits,
-    generate,
-    guidance_at,
-    guide,
-    largest,
-    pick,
-    project,
-    rerank,
-    row_noise,
-    slerp,
-    token_by_token,
-)
+from clipgen_lib.runtime.kernels import largest
+from clipgen_lib.runtime.runs import ClipgenError
+from clipgen_lib.sample import filter_logits, generate, guidance_at, guide, pick, project, row_noise, token_by_token
 from clipgen_lib.store import nearest
+from clipgen_lib.text_to_image import TextToImage, rerank, slerp
 
 PLAIN = SampleConfig(guidance=1.0)
 
@@ -143,7 +132,7 @@ def test_guided_sampling_is_that_of_a_loop_without_a_cache_with_schedule_and_kno
 
 
 def test_bfloat16_weights_draw_and_stay_what_they_are(generator, transformer, clip):
-    """Of most rows the first tokens are those of float32, and every picture is one."""
+    """Of most rows the first tokens are those of float32, and every image is one."""
     embeds = clip.texts(["a red circle", "a blue star"]).repeat(8, 1)
     plain = generate(transformer, embeds, list(range(16)), SampleConfig(guidance=2.0, top_k=10))
     half = generate(transformer.bfloat16(), embeds, list(range(16)), SampleConfig(guidance=2.0, top_k=10))
@@ -178,7 +167,7 @@ def test_rerank_puts_the_most_similar_first(clip, generator):
         assert torch.equal(order[p], similarity.argsort(descending=True))
     best = generator("a red circle", n=2, seed=5, candidates=4)[0]
     text = clip.texts(["a red circle"])
-    for j in range(2):  # each picture is the best of its own four, of which the first is the one drawn without rerank
+    for j in range(2):  # each image is the best of its own four, of which the first is the one drawn without rerank
         pool = generator.draw(text.repeat(4, 1), [5 + j, (5 + j, 1), (5 + j, 2), (5 + j, 3)], generator.settings)
         assert torch.allclose(best[j], pool[(clip.images(pool) @ text.T).argmax()], atol=1e-5)
         assert torch.allclose(generator("a red circle", seed=5 + j)[0, 0], pool[0], atol=1e-5)
@@ -200,7 +189,9 @@ def test_saved_and_loaded_draws_the_same(generator, tmp_path):
     generator.save_pretrained(tmp_path / "model")
     assert {p.name for p in (tmp_path / "model").iterdir()} >= {"config.json", "model.safetensors"}
     again = TextToImage.from_pretrained(str(tmp_path / "model"))
-    assert all(torch.equal(a, b) for a, b in zip(generator.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(generator.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     assert np.array_equal(again("a red circle", seed=3).numpy(), generator("a red circle", seed=3).numpy())
 
 
@@ -231,7 +222,10 @@ def test_guidance_schedules_by_hand():
 def test_a_schedule_of_scale_one_is_no_guidance(transformer, clip):
     embeds = clip.texts(["a red circle", "a blue star"])
     plain = generate(transformer, embeds, [1, 2], PLAIN)
-    for settings in ({"guidance": 1.0, "guidance_schedule": "linear"}, {"guidance": 4.0, "guidance_interval": (0.0, 1e-9), "guidance_schedule": "cosine"}):  # fmt: skip
+    for settings in (
+        {"guidance": 1.0, "guidance_schedule": "linear"},
+        {"guidance": 4.0, "guidance_interval": (0.0, 1e-9), "guidance_schedule": "cosine"},
+    ):
         assert torch.equal(generate(transformer, embeds, [1, 2], SampleConfig(**settings)), plain)
     guided = generate(transformer, embeds, [1, 2], SampleConfig(guidance=4.0, guidance_interval=(0.5, 1.0)))
     assert torch.equal(guided[:, :32], plain[:, :32]) and not torch.equal(guided, plain)
@@ -262,7 +256,9 @@ def test_texts_are_projected_and_pictures_are_not(vqgan, transformer, clip, gene
     text = clip.texts(["a red circle"])
     assert torch.allclose(banked.condition(text, True, 3), project(text, bank.half().float(), 3), atol=1e-6)
     assert torch.equal(banked.condition(text, False, 3), text)
-    assert torch.allclose(banked("a red circle", seed=2), banked(project(text, bank.half().float(), 3), seed=2), atol=1e-5)
+    assert torch.allclose(
+        banked("a red circle", seed=2), banked(project(text, bank.half().float(), 3), seed=2), atol=1e-5
+    )
     banked.save_pretrained(tmp_path / "model")
     again = TextToImage.from_pretrained(str(tmp_path / "model"))
     assert torch.equal(again("a red circle", seed=2), banked("a red circle", seed=2))
@@ -273,7 +269,9 @@ def test_texts_are_projected_and_pictures_are_not(vqgan, transformer, clip, gene
 def test_texts_are_shifted_and_pictures_are_not(vqgan, transformer, clip, generator, tmp_path):
     offset, text = 0.3 * torch.randn(clip.dim), clip.texts(["a red circle"])
     source = {"name": "shapes", "pretrained": None}
-    shifted = TextToImage.from_parts(vqgan, transformer, clip, source, SampleConfig(guidance=1.0, shift=True), offset=offset)
+    shifted = TextToImage.from_parts(
+        vqgan, transformer, clip, source, SampleConfig(guidance=1.0, shift=True), offset=offset
+    )
     moved = (text + offset) / (text + offset).norm()
     assert torch.allclose(shifted.condition(text, True, shift=True), moved, atol=1e-6)
     assert torch.equal(shifted.condition(text, False, shift=True), text)
@@ -301,7 +299,10 @@ def test_exported_weights_are_half_as_large_and_draw_the_same(generator, tmp_pat
     parameters = sum(v.numel() for v in generator.state_dict().values())
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 2.1 * parameters + 20_000
     again = TextToImage.from_pretrained(tmp_path / "out")
-    assert again.transformer.head.weight.dtype == torch.float32 and generator.transformer.head.weight.dtype == torch.float32
+    assert (
+        again.transformer.head.weight.dtype == torch.float32
+        and generator.transformer.head.weight.dtype == torch.float32
+    )
     prompt = "a red circle"
     assert torch.allclose(generator(prompt, n=2), again(prompt, n=2), atol=0.02)
 
@@ -330,7 +331,10 @@ def test_known_tokens_that_do_not_fit(transformer, clip):
 
 
 def test_tokens_come_one_by_one(transformer, clip):
-    embeds, settings = clip.texts(["a red circle", "a blue star", "a green heart"]), SampleConfig(guidance=2.0, batch_size=2)
+    embeds, settings = (
+        clip.texts(["a red circle", "a blue star", "a green heart"]),
+        SampleConfig(guidance=2.0, batch_size=2),
+    )
     looks = [tokens.clone() for tokens in token_by_token(transformer, embeds, [1, 2, 3], settings)]
     whole = generate(transformer, embeds, [1, 2, 3], settings)
     assert len(looks) == 2 * 64 and torch.equal(looks[-1], whole)
@@ -339,7 +343,9 @@ def test_tokens_come_one_by_one(transformer, clip):
         assert torch.equal(look, torch.where(drawn, whole, -1))
 
 
-@pytest.mark.parametrize("settings", [{}, {"candidates": 3}, {"batch_size": 2}, {"candidates": 2, "batch_size": 1, "top_k": 5}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"candidates": 3}, {"batch_size": 2}, {"candidates": 2, "batch_size": 1, "top_k": 5}]
+)
 def test_drawing_progressively_ends_in_the_plain_picture(generator, settings):
     looks = list(generator.draw_progressively("a red circle", n=3, seed=4, **settings))
     assert torch.equal(looks[-1].images, generator("a red circle", n=3, seed=4, **settings)[0])
@@ -355,7 +361,9 @@ def test_squares_not_drawn_are_mid_grey(generator):
     for look, drawn in zip(looks[:-1], (20, 40, 60), strict=True):
         squares = look.images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
         assert (squares[:, drawn:] == 0).all() and (squares[:, :drawn] != 0).flatten(2).any(2).all()
-    assert torch.allclose(looks[2].images[:, :, :40], final[:, :, :40], atol=1e-5), "far from what comes nothing changes"
+    assert torch.allclose(looks[2].images[:, :, :40], final[:, :, :40], atol=1e-5), (
+        "far from what comes nothing changes"
+    )
 
 
 def test_progressive_calls_that_make_no_sense(generator):
@@ -375,7 +383,7 @@ def test_completion_keeps_the_upper_half(generator, transformer):
         known = tokens[:, : 8 * rows].repeat_interleave(2, 0)
         expected = generate(
             transformer, texts.repeat_interleave(2, 0), [7, 8, 7, 8], generator.settings, known=known
-        )  # picture j of each with seed + j
+        )  # image j of each with seed + j
         assert torch.equal(expected[:, : 8 * rows], known)
         assert torch.allclose(done.flatten(0, 1), generator.vqgan.decode(expected.view(-1, 8, 8)), atol=1e-5)
     assert torch.equal(
@@ -397,7 +405,7 @@ def test_completions_that_make_no_sense(generator):
     for rows in (-1, 8):
         with pytest.raises(ClipgenError, match=f"rows is {rows} of a grid of 8"):
             generator.complete(images, "x", rows=rows)
-    with pytest.raises(ClipgenError, match="1 prompts for 2 pictures"):
+    with pytest.raises(ClipgenError, match="1 prompts for 2 images"):
         generator.complete(images, ["x"])
     with pytest.raises(ClipgenError, match=r"give \(P, 3, 64, 64\)"):
         generator.complete(images[..., :32], "x")
@@ -430,7 +438,9 @@ def test_blends_and_walks_begin_and_end_at_the_plain_pictures(generator):
     assert torch.allclose(mixed, torch.cat([generator(picture, seed=3)[0], generator(b, seed=3)[0]]), atol=1e-5)
     frames = generator.walk(a, b, frames=5, seed=3)
     assert frames.shape == (5, 3, 64, 64) and torch.allclose(frames[[0, 2, 4]], blended[:, 0], atol=1e-5)
-    assert torch.allclose(generator.walk(a, b, 2, seed=3, candidates=2)[0], generator(a, seed=3, candidates=2)[0, 0], atol=1e-5)
+    assert torch.allclose(
+        generator.walk(a, b, 2, seed=3, candidates=2)[0], generator(a, seed=3, candidates=2)[0, 0], atol=1e-5
+    )
     for wrong in (
         lambda: generator.walk(a, b, frames=1),
         lambda: generator.blend(a, b, []),
@@ -441,7 +451,7 @@ def test_blends_and_walks_begin_and_end_at_the_plain_pictures(generator):
 
 
 def test_each_end_of_a_blend_is_conditioned_as_what_it_is(generator):
-    """With means taken off, a text loses the texts' and a picture the pictures'."""
+    """With means taken off, a text loses the texts' and an image the images'."""
     text, picture = "a red circle", generator("a blue star")[0]
     generator.transformer.text_mean.copy_(0.3 * generator.embed(text)[0].flip(0))
     generator.transformer.image_mean.copy_(0.5 * generator.embed(text)[0].roll(1))
@@ -458,7 +468,7 @@ def test_pictures_go_in_as_prompts(generator, clip):
     scores = generator.similarity(pictures, "a red circle")
     assert torch.allclose(scores, (clip.images(pictures) @ clip.texts(["a red circle"]).T)[:, 0])
     for wrong in (pictures[0], pictures[:, :1], clip.images(pictures)[:, :-1]):
-        with pytest.raises(ClipgenError, match="neither pictures"):
+        with pytest.raises(ClipgenError, match="neither images"):
             generator(wrong)
 
 
@@ -486,9 +496,16 @@ def test_what_is_no_generator_is_one_sentence(generator, tmp_path, broken, monke
 
 @pytest.mark.parametrize(
     ("part", "entries"),
-    [("clip", {"device": "cuda"}), ("clip", {"name": ["shapes"]}), ("transformer", {"clip_dim": None}), ("transformer", {"n_tokens": -1}),
-     ("transformer", {"codebook_size": 10**400}), ("vqgan", {"channels": 100_000}), ("transformer", {"width": 2**30, "heads": 2})],
-)  # fmt: skip
+    [
+        ("clip", {"device": "cuda"}),
+        ("clip", {"name": ["shapes"]}),
+        ("transformer", {"clip_dim": None}),
+        ("transformer", {"n_tokens": -1}),
+        ("transformer", {"codebook_size": 10**400}),
+        ("vqgan", {"channels": 100_000}),
+        ("transformer", {"width": 2**30, "heads": 2}),
+    ],
+)
 def test_a_generator_of_other_sizes_is_refused_before_it_is_built(generator, tmp_path, part, entries):
     """100,000 channels are terabytes: nothing of that kind is asked for."""
     generator.export(tmp_path / "out")
@@ -505,7 +522,8 @@ def test_a_generator_without_one_of_its_weights_is_none(generator, tmp_path):
     generator.export(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert all(
-        p.dtype == torch.float32 and p.device.type == "cpu" for p in TextToImage.from_pretrained(tmp_path / "out").parameters()
+        p.dtype == torch.float32 and p.device.type == "cpu"
+        for p in TextToImage.from_pretrained(tmp_path / "out").parameters()
     )
     del tensors["transformer.head.weight"]
     save_file(tensors, tmp_path / "out" / "model.safetensors")

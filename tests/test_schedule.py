@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from clipgen_lib.schedule import batch_rows
+from clipgen_lib.data.batches import batch_rows
 
 BLOCKS = np.concatenate([[0], np.cumsum([7, 1, 30, 0, 12, 5] * 20)])  # 120 blocks of uneven size, 1100 rows
 

@@ -4,8 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clipgen_lib import shapes
-from clipgen_lib.shapes import HELD_OUT, Claim, Scene, Thing
+from clipgen_lib.data import shapes
+from clipgen_lib.data.shapes import HELD_OUT, Claim, Scene, Thing
 
 
 def score(pictures, asked):

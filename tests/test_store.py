@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from clipgen_lib import store as store_module
-from clipgen_lib.data import open_images
-from clipgen_lib.images import crop, to_float
-from clipgen_lib.runs import ClipgenError, Stopped
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.images import crop, to_float
+from clipgen_lib.runtime.runs import ClipgenError, Stopped
 from clipgen_lib.store import TokenStore, extract, shard_span
 
 
@@ -54,7 +54,7 @@ def test_other_weights_are_refused(store, vqgan, clip):
 
 
 def test_other_pictures_are_refused(store, world, vqgan, clip):
-    with pytest.raises(ClipgenError, match="made from other pictures"):
+    with pytest.raises(ClipgenError, match="made from other images"):
         extract(open_images(world, "val"), vqgan, clip, store.folder)
 
 
@@ -77,10 +77,20 @@ def test_damaged_stores_are_refused(store, tmp_path):
 
 @pytest.mark.parametrize(
     "entries",
-    [{"N": -40}, {"L": 10**400}, {"L": "64"}, {"D": 2.5}, {"K": None}, {"N": True}, {"flip": None}, {"skipped": []}, {"data_hash": 1}]
+    [
+        {"N": -40},
+        {"L": 10**400},
+        {"L": "64"},
+        {"D": 2.5},
+        {"K": None},
+        {"N": True},
+        {"flip": None},
+        {"skipped": []},
+        {"data_hash": 1},
+    ]
     + [{"shards": n} for n in ([39], [41, -1], ["40"], 40, [], [[40]])]
     + [{"N": 0, "shards": []}],
-)  # fmt: skip
+)
 def test_a_store_of_other_facts_is_one_sentence(store, entries):
     meta = json.loads((store.folder / "meta.json").read_text())
     (store.folder / "meta.json").write_text(json.dumps({**meta, **entries}))
@@ -96,7 +106,7 @@ def test_a_store_of_other_facts_is_one_sentence(store, entries):
 
 
 class Encoders:
-    """Stand-ins for both encoders: quick, and different for every picture."""
+    """Stand-ins for both encoders: quick, and different for every image."""
 
     dim, device, name, weights_hash = 4, torch.device("cpu"), "stand-in", "1" * 16
 
@@ -111,14 +121,24 @@ class Encoders:
 
 
 def made(images, folder, vqgan=None, clip=None, **settings):
-    """A store of 40 pictures and their mirror images in shards of 24, the second of both kinds."""
+    """A store of 40 images and their mirror images in shards of 24, the second of both kinds."""
     return extract(
-        images, vqgan or Encoders.Codes(), clip or Encoders(), folder, True, 4, show_progress=False, shard_rows=24, **settings
+        images,
+        vqgan or Encoders.Codes(),
+        clip or Encoders(),
+        folder,
+        True,
+        4,
+        show_progress=False,
+        shard_rows=24,
+        **settings,
     )
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def test_at_most_128_shards_of_whole_thousands():
@@ -128,7 +148,10 @@ def test_at_most_128_shards_of_whole_thousands():
 
 
 def test_shards_are_read_as_one(images, tmp_path):
-    store, whole = made(images, tmp_path / "parts"), extract(images, Encoders.Codes(), Encoders(), tmp_path / "whole", True)
+    store, whole = (
+        made(images, tmp_path / "parts"),
+        extract(images, Encoders.Codes(), Encoders(), tmp_path / "whole", True),
+    )
     assert store.meta["shards"] == [24, 24, 24, 8] and whole.meta["shards"] == [80]
     rows = np.random.default_rng(0).integers(0, 80, 300)
     for chosen in (
@@ -167,7 +190,9 @@ def test_a_shard_cut_in_half_is_named(images, tmp_path):
     store = made(images, tmp_path / "store")
     path = store.folder / "00002" / "embeds.f16"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ClipgenError, match="damaged .00002/embeds.f16 has 96 bytes, not 192.: delete it and extract again"):
+    with pytest.raises(
+        ClipgenError, match="damaged .00002/embeds.f16 has 96 bytes, not 192.: delete it and extract again"
+    ):
         TokenStore.open(store.folder)
     path.unlink()
     with pytest.raises(ClipgenError, match="damaged .*00002/embeds.f16"):
@@ -180,7 +205,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def kill_at(monkeypatch):
-    """Kills at a moment by its number: before files reach the disk, before a state does, or before a picture is encoded.
+    """Kills at a moment by its number: before files reach the disk, before a state does, or before an image is encoded.
 
     `kill_at(None)` lives on; `kill_at.moments` says how many there were.
     """
@@ -206,7 +231,7 @@ def kill_at(monkeypatch):
 
 @pytest.fixture
 def broken(images, tmp_path):
-    """The pictures as a folder, one of which cannot be read."""
+    """The images as a folder, one of which cannot be read."""
     for split in ("train", "val"):
         (tmp_path / "p" / split).mkdir(parents=True)
         for row, path in enumerate(images.paths):
@@ -290,7 +315,7 @@ def test_a_signal_saves_the_batch_and_stops(broken, tmp_path, number, monkeypatc
         made(broken, tmp_path / "store")
     assert stopped.value.exit_code == 128 + number and len(calls) == 8
     assert contents(made(broken, tmp_path / "store").folder) == whole
-    assert sum(calls) == 78  # every picture once
+    assert sum(calls) == 78  # every image once
 
 
 def test_a_full_disk_is_one_sentence(broken, tmp_path, monkeypatch):
@@ -335,7 +360,7 @@ def test_interrupted_extraction_goes_on(store, images, vqgan, clip, tmp_path, mo
 
 
 def test_a_part_is_read_in_the_same_batches_wherever_it_was_left():
-    """Of 10 pictures and their mirror images, positions 6 to 17: no batch across the mirror, and none that a halt moves."""
+    """Of 10 images and their mirror images, positions 6 to 17: no batch across the mirror, and none that a halt moves."""
     whole = store_module._batches(range(6, 17), 0, 10, 3)
     assert whole == [range(6, 9), range(9, 10), range(10, 13), range(13, 16), range(16, 17)]
     for done in range(len(whole)):

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipgen_lib import loop, train
+from clipgen_lib import train_transformer as train
+from clipgen_lib import training as loop
 from clipgen_lib.clip_embed import ClipEmbedder
-from clipgen_lib.data import ImageSet
-from clipgen_lib.runs import ClipgenError, Stopped, load_checkpoint, open_run
-from clipgen_lib.schedule import batch_rows, learning_rate
+from clipgen_lib.data.batches import batch_rows
+from clipgen_lib.data.datasets import ImageSet
+from clipgen_lib.runtime.checkpoints import load_checkpoint
+from clipgen_lib.runtime.runs import ClipgenError, Stopped, open_run
 from clipgen_lib.store import extract
+from clipgen_lib.training import learning_rate
 from clipgen_lib.transformer import Head, ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 
@@ -99,7 +102,10 @@ def test_a_signal_saves_first_and_the_rest_is_the_same(store, preset, vqgan, cli
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM after step 4 of the transformer") as stopped:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Stopped, match="SIGTERM after step 4 of the transformer") as stopped,
+    ):
         patch.setattr(loop.Log, "valid", valid)
         stage_two(run, store, preset, vqgan, clip)
     assert stopped.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -117,11 +123,17 @@ def test_the_last_checkpoints_and_the_best_stay(store, preset, vqgan, clip, tmp_
     run = open_run("r", tmp_path)
     stage_two(run, store, preset, vqgan, clip, save_every=1)
     assert steps_kept(run) == [2, 5, 6]
-    assert [load_checkpoint(path)[1]["score"] for path in sorted((run.path / "checkpoints").iterdir())] == [0.2, 0.3, None]
+    assert [load_checkpoint(path)[1]["score"] for path in sorted((run.path / "checkpoints").iterdir())] == [
+        0.2,
+        0.3,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("stage", ["vqgan", "transformer"])
-def test_the_best_weights_can_take_the_place_of_the_last(stage, images, store, preset, vqgan, clip, tmp_path, monkeypatch):
+def test_the_best_weights_can_take_the_place_of_the_last(
+    stage, images, store, preset, vqgan, clip, tmp_path, monkeypatch
+):
     scores = {
         "vqgan": iter([{"l1": 0, "l2": x} for x in (3.0, 1.0, 2.0)]),
         "transformer": iter([{"nll": x} for x in (3.0, 1.0, 2.0)]),
@@ -199,7 +211,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(store, preset, vqgan, clip, tmp
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    with monkeypatch.context() as patch, pytest.raises(ClipgenError, match="no room for .*transformer-00000006.*goes on"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ClipgenError, match="no room for .*transformer-00000006.*goes on"),
+    ):
         patch.setattr(loop.TrainingState, "save", save)
         stage_two(run, store, preset, vqgan, clip)
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["transformer-00000003.safetensors"]
@@ -233,17 +248,41 @@ def test_stage_one_learns_and_logs_its_health(images, preset, clip, tmp_path):
     stage_one(run, images, preset, clip, steps=40, batch_size=8, lr=2e-3, adversarial_ramp=(0.3, 0.6))
     lines = run.metrics("vqgan")
     assert lines[-1]["l1"] < 0.7 * lines[0]["l1"]
-    wanted = {"perceptual", "codebook_loss", "commitment_loss", "psnr", "perplexity", "codebook_usage",
-              "generator_gradient", "discriminator_gradient", "discriminator", "lr"}  # fmt: skip
+    wanted = {
+        "perceptual",
+        "codebook_loss",
+        "commitment_loss",
+        "psnr",
+        "perplexity",
+        "codebook_usage",
+        "generator_gradient",
+        "discriminator_gradient",
+        "discriminator",
+        "lr",
+    }
     assert wanted <= lines[0].keys() and "adversarial" not in lines[0] and "adaptive_weight" in lines[-1]
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("perceptual_weight", 5.0), ("l1_weight", 3.0), ("l2_weight", 9.0), ("beta", 3.0), ("accumulate", 2), ("flip", True),
-     ("random_crop", True), ("clip_norm", 1e-3), ("weight_decay", 5.0), ("ema_decay", 0.0), ("precision", "no"),
-     ("discriminator_lr", 0.1), ("optimizer", "adamw"), ("adaptive_max", 0.0), ("adversarial_weight", 9.0)],
-)  # fmt: skip
+    [
+        ("perceptual_weight", 5.0),
+        ("l1_weight", 3.0),
+        ("l2_weight", 9.0),
+        ("beta", 3.0),
+        ("accumulate", 2),
+        ("flip", True),
+        ("random_crop", True),
+        ("clip_norm", 1e-3),
+        ("weight_decay", 5.0),
+        ("ema_decay", 0.0),
+        ("precision", "no"),
+        ("discriminator_lr", 0.1),
+        ("optimizer", "adamw"),
+        ("adaptive_max", 0.0),
+        ("adversarial_weight", 9.0),
+    ],
+)
 def test_each_knob_of_stage_one_matters(preset, clip, tmp_path, field, value):
     rng = np.random.default_rng(0)
     for i in range(8):  # not square, so that crops differ
@@ -253,11 +292,25 @@ def test_each_knob_of_stage_one_matters(preset, clip, tmp_path, field, value):
     images = ImageSet("photos", "train", tmp_path, sorted((tmp_path / "photos").rglob("*.png")), 64)
     steps = {"steps": 3, "adversarial_ramp": (0.0, 0.1), "adversarial_weight": 1.0, "save_every": 9}
     plain = stage_one(open_run("plain", tmp_path), images, preset, clip, **steps)
-    assert not same_weights(plain, stage_one(open_run("changed", tmp_path), images, preset, clip, **{**steps, field: value}))
+    assert not same_weights(
+        plain, stage_one(open_run("changed", tmp_path), images, preset, clip, **{**steps, field: value})
+    )
 
 
-@pytest.mark.parametrize("field, value", [("condition_dropout", 0.9), ("noise_cos", 0.1), ("embedding_weight", 5.0),
-                                          ("embedding_share", 1.0), ("embedding_path", "gumbel"), ("embedding_form", "log"), ("beta2", 0.5), ("accumulate", 2), ("warmup", 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("condition_dropout", 0.9),
+        ("noise_cos", 0.1),
+        ("embedding_weight", 5.0),
+        ("embedding_share", 1.0),
+        ("embedding_path", "gumbel"),
+        ("embedding_form", "log"),
+        ("beta2", 0.5),
+        ("accumulate", 2),
+        ("warmup", 1),
+    ],
+)
 def test_each_knob_of_stage_two_matters(store, preset, vqgan, clip, tmp_path, field, value):
     plain = stage_two(open_run("plain", tmp_path), store, preset, vqgan, clip, steps=3)
     assert not same_weights(
@@ -277,7 +330,9 @@ def test_noise_meets_its_cosine():
 
 
 def test_condition_dropout_zeroes_whole_rows():
-    kept = train.drop_condition(torch.ones(10_000, 4), 0.1, torch.rand(10_000, 1, generator=torch.Generator().manual_seed(0)))
+    kept = train.drop_condition(
+        torch.ones(10_000, 4), 0.1, torch.rand(10_000, 1, generator=torch.Generator().manual_seed(0))
+    )
     assert set(kept.sum(1).tolist()) == {0.0, 4.0} and abs((kept[:, 0] == 0).float().mean().item() - 0.1) < 0.01
 
 
@@ -290,7 +345,7 @@ def test_embedding_loss_reaches_the_logits_only(vqgan, clip):
 
 
 def test_embedding_loss_is_the_measured_distance(vqgan, clip):
-    """Its value is that of decoding the likeliest tokens and embedding the picture, done by hand."""
+    """Its value is that of decoding the likeliest tokens and embedding the image, done by hand."""
     logits, embeds = torch.randn(3, 64, 32), clip.texts(["a red circle", "a blue star", "a cross"])
     pictures = vqgan.decode_codes(vqgan.quantizer.lookup(logits.argmax(-1).view(3, 8, 8)))
     wanted = 1 - (clip.images(pictures) * embeds).sum(1).mean()
@@ -301,7 +356,9 @@ def test_forms_and_paths_of_the_embedding_loss(vqgan, clip):
     torch.manual_seed(0)
     logits, embeds = torch.randn(2, 64, 32), clip.texts(["a red circle", "a blue star"])
     cosine = 1 - train.embedding_loss(logits[:1], embeds[:1], vqgan, clip)
-    assert train.embedding_loss(logits[:1], embeds[:1], vqgan, clip, form="log").item() == pytest.approx(-np.log((1 + cosine.item()) / 2), abs=1e-5)  # fmt: skip
+    assert train.embedding_loss(logits[:1], embeds[:1], vqgan, clip, form="log").item() == pytest.approx(
+        -np.log((1 + cosine.item()) / 2), abs=1e-5
+    )
     sharp = torch.nn.functional.one_hot(logits.argmax(-1), 32) * 200.0  # so sure that sampling takes the likeliest
     assert train.embedding_loss(sharp, embeds, vqgan, clip, path="gumbel").item() == pytest.approx(
         train.embedding_loss(sharp, embeds, vqgan, clip).item(), abs=1e-5
@@ -327,7 +384,7 @@ def test_centring_takes_off_the_means_it_is_given(store, preset, vqgan, clip, tm
 
 
 def test_descending_the_embedding_loss_lowers_the_clip_distance(vqgan, clip):
-    """Following the gradient brings the decoded picture nearer to the prompt, and another prompt's no less far."""
+    """Following the gradient brings the decoded image nearer to the prompt, and another prompt's no less far."""
     logits = torch.zeros(2, 64, 32).normal_(std=0.1, generator=torch.Generator().manual_seed(0)).requires_grad_()
     embeds = clip.texts(["a large red circle", "a blue star"])
     optimizer, distances = torch.optim.Adam([logits], lr=0.1), []
@@ -380,7 +437,9 @@ def test_no_step_waits_for_the_gpu(stage, images, store, preset, vqgan, clip, tm
     monkeypatch.setattr(loop.Averaged, "update", update)
     with Waits() as waits:
         if stage == "vqgan":
-            stage_one(open_run("r", tmp_path), images, preset, clip, steps=4, optimizer="adamw", adversarial_ramp=(0.0, 0.0))
+            stage_one(
+                open_run("r", tmp_path), images, preset, clip, steps=4, optimizer="adamw", adversarial_ramp=(0.0, 0.0)
+            )
         else:
             stage_two(open_run("r", tmp_path), store, preset, vqgan, clip, steps=4, optimizer="adamw")
     assert len(steps) == 4 and steps[-1] == steps[0], f"{steps[-1][len(steps[0]) :]} after the first step"
@@ -401,7 +460,9 @@ def turn_bad(monkeypatch, bad):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(store, preset, vqgan, clip, tmp_path, monkeypatch, optimizer):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    store, preset, vqgan, clip, tmp_path, monkeypatch, optimizer
+):
     """Without momentum, decay and EMA a training whose last step is skipped is the one that never took it."""
     settings = {"save_every": 9, "log_every": 1, "optimizer": optimizer, "ema_decay": 0.0, "noise_cos": 1.0}
     turn_bad(monkeypatch, {2})
@@ -455,9 +516,13 @@ def test_compiled_training_is_the_plain_one(stage, images, store, preset, vqgan,
         for compiled in (False, True):
             run = open_run(f"{stage}-{compiled}", tmp_path)
             if stage == "vqgan":  # with the discriminator's say, for which the last layer is asked apart
-                found.append(stage_one(run, images, preset, clip, compile=compiled, adversarial_ramp=(0.0, 0.0), **settings))
+                found.append(
+                    stage_one(run, images, preset, clip, compile=compiled, adversarial_ramp=(0.0, 0.0), **settings)
+                )
             else:
-                found.append(stage_two(run, store, preset, vqgan, clip, compile=compiled, embedding_weight=0.0, **settings))
+                found.append(
+                    stage_two(run, store, preset, vqgan, clip, compile=compiled, embedding_weight=0.0, **settings)
+                )
     if any("does not work on this machine" in str(w.message) for w in caught):
         pytest.skip("torch.compile does not work on this machine")
     for a, b in zip(*(module.state_dict().values() for module in found), strict=True):

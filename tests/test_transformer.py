@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from clipgen_lib import transformer
-from clipgen_lib.attention import attend
 from clipgen_lib.config import TransformerConfig
-from clipgen_lib.runs import ClipgenError, save_weights
-from clipgen_lib.transformer import Decoder, ImageTransformer, KVCache, PackedLinear, packs
+from clipgen_lib.runtime.checkpoints import save_weights
+from clipgen_lib.runtime.kernels import PackedLinear, attend, packs
+from clipgen_lib.runtime.runs import ClipgenError
+from clipgen_lib.sample import Decoder
+from clipgen_lib.transformer import ImageTransformer, KVCache
 
 SMALL = TransformerConfig(layers=2, width=32, heads=2, condition_tokens=1)
 
@@ -47,7 +49,9 @@ def test_the_likelihood_in_parts_is_cross_entropy(part, bfloat16, monkeypatch):
         found.append([nll, logits, *gradients])
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() <= (2e-2 if bfloat16 else 2e-6) * theirs.norm() + 1e-9
-    assert torch.equal(model(embeds, tokens, logits_of=rows[:0])[0].detach(), model(embeds, tokens, logits_of=rows)[0].detach())
+    assert torch.equal(
+        model(embeds, tokens, logits_of=rows[:0])[0].detach(), model(embeds, tokens, logits_of=rows)[0].detach()
+    )
 
 
 @pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
@@ -92,7 +96,11 @@ def test_decoding_in_bfloat16_is_near_float32():
 def test_packed_layers_are_the_plain_ones(dtype, rows):
     """float64 is never packed: that is the way where oneDNN has no kernels."""
     torch.manual_seed(0)
-    layer, x, to = torch.nn.Linear(48, 33).to(dtype), torch.randn(rows, 48, dtype=dtype), torch.randn(rows, 33, dtype=dtype)
+    layer, x, to = (
+        torch.nn.Linear(48, 33).to(dtype),
+        torch.randn(rows, 48, dtype=dtype),
+        torch.randn(rows, 33, dtype=dtype),
+    )
     atol = 0.03 if dtype == torch.bfloat16 else 1e-5
     with torch.inference_mode():
         packed, wanted = PackedLinear(layer), layer(x)
@@ -139,7 +147,10 @@ def test_mode_does_not_change_meaning():
 def test_gradient_checkpointing_gives_the_same_gradients(conditioning):
     gradients = []
     for checkpointing in (False, True):
-        model, (embeds, tokens) = build(conditioning=conditioning, gradient_checkpointing=checkpointing).train(), inputs()
+        model, (embeds, tokens) = (
+            build(conditioning=conditioning, gradient_checkpointing=checkpointing).train(),
+            inputs(),
+        )
         model(embeds, tokens).pow(2).mean().backward()
         gradients.append(model.blocks[0].qkv.weight.grad)
     assert torch.allclose(*gradients, atol=1e-7)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from clipgen_lib.config import VQGANConfig
-from clipgen_lib.runs import ClipgenError, save_weights
+from clipgen_lib.runtime.checkpoints import save_weights
+from clipgen_lib.runtime.runs import ClipgenError
 from clipgen_lib.vqgan import VQGAN, VectorQuantizer, _norm, codebook_statistics
 
 
@@ -155,7 +156,9 @@ def test_a_local_token_depends_on_its_own_square_alone():
     """The encoder's output at one position is the same whatever lies outside its square; without `local` it is not."""
     for local in (True, False):
         torch.manual_seed(0)
-        config = VQGANConfig(image_size=64, patch=4, channels=16, channel_mult=(1, 1), res_blocks=1, local=local, z_channels=16)
+        config = VQGANConfig(
+            image_size=64, patch=4, channels=16, channel_mult=(1, 1), res_blocks=1, local=local, z_channels=16
+        )
         encoder = VQGAN(config).encoder.eval()
         for parameter in encoder.parameters():
             torch.nn.init.normal_(parameter, std=0.1)  # residual branches begin at zero and would hide a difference

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from clipgen_lib import runs
-from clipgen_lib.captions import split_prompts
 from clipgen_lib.clip_embed import photo_notice
-from clipgen_lib.data import ordered_batches
-from clipgen_lib.images import to_float
-from clipgen_lib.runs import DATA, ClipgenError, open_run, read_json, write_json
-from clipgen_lib.sample import TextToImage
+from clipgen_lib.data.batches import ordered_batches
+from clipgen_lib.data.images import to_float
+from clipgen_lib.metrics.captions import split_prompts
+from clipgen_lib.runtime import runs
+from clipgen_lib.runtime.runs import DATA, ClipgenError, open_run, read_json, write_json
+from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.workbench import Workbench, clip_fields
 
 
@@ -26,9 +26,16 @@ def test_a_run_from_before_a_field_existed_had_its_default(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "entries",
-    [{"preset": None}, {"preset": {}}, {"preset": {"name": "smoke", "clip": None}}, {"preset": {"name": 5}}, {"data": 5}, {"seed": None}]
+    [
+        {"preset": None},
+        {"preset": {}},
+        {"preset": {"name": "smoke", "clip": None}},
+        {"preset": {"name": 5}},
+        {"data": 5},
+        {"seed": None},
+    ]
     + [{"preset": {"name": "smoke", "clip": {"name": ["shapes"]}}}],
-)  # fmt: skip
+)
 def test_a_run_that_was_begun_with_nonsense_is_one_sentence(tmp_path, monkeypatch, entries):
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     monkeypatch.setattr("clipgen_lib.workbench.RESULTS", tmp_path)
@@ -44,7 +51,7 @@ def test_a_run_that_was_begun_with_nonsense_is_one_sentence(tmp_path, monkeypatc
             Workbench.reopen("odd")
     write_json(path, whole)
     with pytest.raises(ClipgenError, match="begun with another data"):
-        Workbench.reopen("odd", data="~nobody-of-that-name/pictures")
+        Workbench.reopen("odd", data="~nobody-of-that-name/images")
 
 
 def test_a_clip_is_a_folder_or_a_model_and_its_weights(tmp_path):
@@ -79,11 +86,11 @@ def test_the_mean_of_texts_needs_texts(world, preset, tmp_path):
 
 @pytest.fixture
 def opened(world, preset, tmp_path, vqgan, transformer, clip, monkeypatch):
-    """A workbench on pictures of a folder, with a generator that is ready."""
+    """A workbench on images of a folder, with a generator that is ready."""
     generator = TextToImage.from_parts(vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, preset.sample)
     monkeypatch.setattr(Workbench, "generator", lambda self: generator)
 
-    def open_folder(captions="", folder="pictures"):
+    def open_folder(captions="", folder="images"):
         root = tmp_path / folder
         root.mkdir()
         for path in sorted((world / "train").glob("*.png")):
@@ -103,7 +110,7 @@ def test_prompts_of_ones_own_come_first(opened):
     assert sheet.images.shape == (6, 3, 64, 64) and sheet.columns == 6
     assert sheet.titles == ["a dog"] * 3 + ["a red car"] * 3
     again = bench.generator()("a red car", n=3, seed=0, guidance=1.5)[0]
-    assert torch.allclose(sheet.images[3:], again, atol=1e-5)  # picture j has seed + j
+    assert torch.allclose(sheet.images[3:], again, atol=1e-5)  # image j has seed + j
     assert bench.run.summary()["prompts"] == {"source": "prompts of your own", "asked": ["a dog", "a red car"]}
 
 
@@ -123,7 +130,9 @@ def test_without_captions_pictures_are_prompts(opened):
     assert own.titles == [path.name for path in bench.images("val").paths[:6]] and "no captions" in own.source
     assert torch.allclose(own.prompts[2], bench.clip.images(own.pictures[2:3])[0], atol=1e-5)
     sheet = bench.draw_prompts(n=12)
-    assert sheet.images.shape == (30, 3, 64, 64) and sheet.columns == 10 and torch.equal(sheet.images[5], own.pictures[1])
+    assert (
+        sheet.images.shape == (30, 3, 64, 64) and sheet.columns == 10 and torch.equal(sheet.images[5], own.pictures[1])
+    )
     assert sheet.titles[5:10] == [own.titles[1]] + ["variation"] * 4
 
 
@@ -143,13 +152,18 @@ def test_too_few_pictures_are_told_before_training(opened):
     bench = opened()
     for path in [*bench.images("train").paths, *bench.images("val").paths][6:]:
         path.unlink()
-    with pytest.raises(ClipgenError, match="3 pictures to train on and 3 to test on: give at least 4 of each"):
+    with pytest.raises(ClipgenError, match="3 images to train on and 3 to test on: give at least 4 of each"):
         bench.train_vqgan()
 
 
 def test_each_class_shows_its_photos_and_what_is_drawn_for_its_name(opened, world, preset, tmp_path):
     paths = sorted((world / "train").glob("*.png"))
-    for split, name, of in (("train", "a_cat", paths[:4]), ("train", "dog", paths[4:8]), ("val", "a_cat", paths[8:11]), ("val", "dog", paths[11:13])):  # fmt: skip
+    for split, name, of in (
+        ("train", "a_cat", paths[:4]),
+        ("train", "dog", paths[4:8]),
+        ("val", "a_cat", paths[8:11]),
+        ("val", "dog", paths[11:13]),
+    ):
         (tmp_path / "classes" / split / name).mkdir(parents=True)
         for path in of:
             (tmp_path / "classes" / split / name / path.name).write_bytes(path.read_bytes())

@@ -1,0 +1,212 @@
+"""The pixel contract: images inside the library are (B, 3, H, W) float in [-1, 1], RGB.
+
+Only this module converts between files, uint8 and that range. In: files or tensors. Out: tensors, uint8 arrays, grids.
+It knows nothing of CLIP's mean and standard deviation: that is `ClipEmbedder`'s alone.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..runtime.runs import ClipgenError, reason
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+)  # whatever the name says; Pillow hands EPS to another program
+
+
+MAX_PIXELS = 100_000_000  # a larger header is a decompression bomb or not meant for training
+MAX_ASPECT = 100  # long to short side: with the short side as asked, a line of 1 x 60,000 pixels would fill the memory
+
+
+def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
+    """Read an image, a file or its bytes, upright and in RGB, its short side resized to `size` pixels.
+
+    Grey, palette, CMYK, 16-bit and alpha images become 8-bit RGB (alpha over white); EXIF rotation is applied. Errors call
+    it `name`, or by its path.
+
+    Returns:
+        (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`.
+
+    Raises:
+        ClipgenError: the file is not an image of these formats, is cut short, is larger than 100 megapixels, or is a line.
+    """
+    path = name or source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ClipgenError(
+                        f"{path} has {image.width}x{image.height} pixels: shrink it below 100 megapixels"
+                    )
+                if max(image.size) > MAX_ASPECT * min(image.size):
+                    raise ClipgenError(
+                        f"{path} has {image.width}x{image.height} pixels, more than {MAX_ASPECT} times as long as wide: crop it"
+                    )
+                if image.format == "JPEG":
+                    image.draft("RGB", (2 * size, 2 * size))  # decodes at a coarser scale where that is enough
+                ImageOps.exif_transpose(image, in_place=True)  # a copy only where it has to be turned
+                image = to_rgb(image)
+                short = min(image.size)
+                target = [max(size, round(side * size / short)) for side in image.size]
+                if target != list(image.size):
+                    image = image.resize(target, Image.Resampling.LANCZOS)
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    except ClipgenError:
+        raise
+    except Image.DecompressionBombError:  # Pillow's own limit, of twice as many
+        raise ClipgenError(f"{path} has more than 100 megapixels: shrink it") from None
+    except UnidentifiedImageError:
+        raise ClipgenError(f"{path} is not an image that Pillow can read: remove it or save it again") from None
+    except Exception as error:  # of a file of any bytes: Pillow's plugins raise whatever they stumble over
+        raise ClipgenError(f"{path} is damaged ({reason(error)}): remove it or restore it from its source") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of a picture of any mode."""
+    if image.mode.startswith(("I;16", "I", "F")):  # Pillow clips these to 8 bits; scale the range instead
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it has pixels that are not finite")
+        top = 65535.0 if values.max() > 255 else 255.0
+        return Image.fromarray(np.clip(values * 255 / top, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def crop(image: torch.Tensor, size: int, at: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+    """A (3, size, size) square of a (3, H, W) image; `at` places it, (0.5, 0.5) is the centre."""
+    top = round(at[0] * (image.shape[1] - size))
+    left = round(at[1] * (image.shape[2] - size))
+    return image[:, top : top + size, left : left + size]
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1]."""
+    half = torch.full(
+        (), 127.5, device=images.device
+    )  # a GPU would multiply by the reciprocal of a plain number: other bits
+    return images.float() / half - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1], clamped -> uint8 in [0, 255], rounded to nearest."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def eight_bit(images: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1], clamped and rounded to the 256 levels of a file, float still.
+
+    Raises:
+        ClipgenError: a pixel is not finite.
+    """
+    if not torch.isfinite(images).all():
+        raise ClipgenError(
+            "an image has NaN or infinite pixels: look at what drew it, and at the precision it was drawn in"
+        )
+    return to_float(to_uint8(images))
+
+
+def jpeg(images: torch.Tensor, quality: int) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] as it comes back from JPEG files of that quality (1 to 95)."""
+    arrays = []
+    for array in to_arrays(images):
+        stream = io.BytesIO()
+        Image.fromarray(array).save(stream, "JPEG", quality=quality)
+        arrays.append(np.asarray(Image.open(stream)))
+    return from_arrays(np.stack(arrays)).to(images.device)
+
+
+def to_arrays(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) float in [-1, 1] -> (B, H, W, 3) uint8 array."""
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_arrays(arrays: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 array -> (B, 3, H, W) float in [-1, 1]."""
+    return to_float(torch.from_numpy(np.array(arrays)).permute(0, 3, 1, 2))
+
+
+def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur with a standard deviation of `sigma` pixels; 0 returns the input.
+
+    The blur of FID-k (DALL-E, arXiv 2102.12092, section 3.1 "varying radius"): no published code fixes kernel size or
+    border, so here the kernel reaches 4 sigma and the border is reflected (repeated where the image is smaller
+    than the kernel). Applied separably, at the resolution of the input, which is linear along either axis.
+    """
+    if sigma == 0:
+        return images
+    shortest, kind = min(images.shape[-2:]), (images.dtype, images.device)
+    down, across = (_blurring(side, sigma, shortest, *kind) for side in images.shape[-2:])
+    return down @ (images @ across.T)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _blurring(side: int, sigma: float, shortest: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The blur of one axis as a matrix (side, side): on a CPU several times faster than a convolution of single channels."""
+    radius = int(np.ceil(4 * sigma))
+    offsets = np.arange(-radius, radius + 1)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    mode = "reflect" if radius < shortest else "edge"
+    sources = np.pad(np.arange(side), radius, mode)  # the pixel that stands at each place of the bordered row
+    matrix = np.zeros((side, side))
+    for i in range(side):
+        np.add.at(matrix[i], sources[i : i + len(kernel)], kernel / kernel.sum())
+    return torch.from_numpy(matrix).to(device, dtype)
+
+
+def png(image: torch.Tensor, scale: int = 1) -> bytes:
+    """A PNG file of one image (3, H, W) in [-1, 1], each pixel a square of `scale`."""
+    stream = io.BytesIO()
+    _enlarged(to_arrays(image[None])[0], scale).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def gif(images: torch.Tensor, scale: int = 1, milliseconds: int = 120, rest: int = 600) -> bytes:
+    """A GIF file that goes through frames (B, 3, H, W) in [-1, 1], there and back for ever; it rests at either end."""
+    frames = [_enlarged(array, scale).quantize(dither=Image.Dither.NONE) for array in to_arrays(images)]
+    durations = [rest] + [milliseconds] * (len(frames) - 2) + [rest]
+    stream = io.BytesIO()
+    frames[0].save(
+        stream,
+        "GIF",
+        save_all=True,
+        append_images=frames[1:] + frames[-2:0:-1],
+        duration=durations + durations[-2:0:-1],
+        loop=0,
+    )
+    return stream.getvalue()
+
+
+def _enlarged(array: np.ndarray, scale: int) -> Image.Image:
+    return Image.fromarray(array.repeat(scale, 0).repeat(scale, 1))
+
+
+def grid(images: torch.Tensor, columns: int, gap: int = 2) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> one uint8 image, row by row on white, `gap` pixels apart."""
+    arrays = to_arrays(images)
+    count, height, width, _ = arrays.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, array in enumerate(arrays):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = array
+    return sheet

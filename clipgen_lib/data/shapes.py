@@ -1,0 +1,369 @@
+"""The Shapes world: captioned scenes drawn from a seed, and an oracle that reads them back.
+
+In: a seed. Out: scenes of one to three coloured shapes as 64x64 images, five captions each, on disk in MS-COCO's
+own layout, so that the code which reads MS-COCO reads them too. The oracle is plain image processing without a
+network: it says which shapes, colours and relation an image shows, and so turns "does the image match the text"
+into a measured fact. Nothing here knows about tokens, embeddings or models.
+
+Coordinates are pixels of a 64x64 canvas, x to the right and y down.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..runtime.runs import fresh_folder, progress, read_json
+
+CANVAS = 64
+SUPERSAMPLE = 4
+COLOURS = {
+    "red": (214, 38, 42),
+    "orange": (246, 138, 24),
+    "yellow": (246, 224, 50),
+    "green": (46, 168, 66),
+    "cyan": (56, 206, 214),
+    "blue": (44, 78, 214),
+    "purple": (138, 54, 186),
+    "pink": (247, 136, 190),
+}
+
+
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
+SIZES = {
+    "small": (8.5, 10.0),
+    "large": (13.5, 16.0),
+}  # circumscribed radius in pixels: the middle, or drawn from all in a wild scene
+
+
+GRID = 4  # pixels between possible centres
+RELATIONS = ("left of", "right of", "above", "below")
+# One pair for each shape and each colour, so that every shape and every colour is still seen in training.
+HELD_OUT = frozenset(zip(SHAPES, ("purple", "cyan", "pink", "red", "green", "orange", "yellow", "blue"), strict=True))
+TONES = {"white": 236, "light": 196, "grey": 128, "dark": 66, "black": 22}  # grey level of a background
+KINDS = ("plain", "gradient", "striped", "checked", "grainy")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; in a caption's claim any field may be None, which means "not said"."""
+
+    shape: str | None = None
+    colour: str | None = None
+    size: str | None = None
+    x: float | None = None
+    y: float | None = None
+    radius: float | None = None
+
+
+@dataclass(frozen=True)
+class Background:
+    kind: str
+    tone: str
+    tint: tuple[int, int, int]  # added to the grey level, small: backgrounds stay nearly colourless
+    angle: float = 0.0
+    period: int = 8
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]
+    background: Background
+    seed: tuple[int, ...] = field(default=(0,))  # of colour jitter and grain, so that render() is a pure function
+    jitter: float = 0.0  # largest change of each colour channel
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a caption says: partial things, perhaps a relation of the first to the second, perhaps a background."""
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    tone: str | None = None
+    kind: str | None = None
+
+
+def random_scene(
+    rng: np.random.Generator, held_out: bool = False, n_things: int | None = None, wild: bool = False
+) -> Scene:
+    """Draw a scene of 1 to 3 things.
+
+    With `held_out` the first thing is one of the `HELD_OUT` shape-colour pairs; otherwise none of them appears.
+    Things do not touch, no two share shape and colour, and two things lie clearly along one axis.
+
+    Centres lie on a grid of 4 pixels, each size has one radius, and backgrounds have three tones and no noise
+    (dSprites, github.com/google-deepmind/dsprites-dataset, places its sprites so): a tokenizer of a few minutes then
+    spends its codes on things. `wild` draws centres and radii freely, takes all tones, angles and periods, and adds
+    tint, grain and colour jitter; CLIP is trained on these, as a released CLIP has seen more than a generator's images.
+    """
+    count = n_things or int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+    while True:
+        things: list[Thing] = []
+        for index in range(count):
+            pair = _random_pair(rng, held_out and index == 0, {(t.shape, t.colour) for t in things})
+            # two large things fit beside each other, three do not
+            size = "small" if count == 3 and index > 0 else str(rng.choice(list(SIZES)))
+            radius = float(rng.uniform(*SIZES[size])) if wild else sum(SIZES[size]) / 2
+            x, y = (float(v) for v in rng.uniform(radius + 1, CANVAS - radius - 1, size=2))
+            if not wild:
+                x, y = (float(GRID * round(v / GRID)) for v in (x, y))
+            things.append(Thing(*pair, size, x, y, radius))
+        if _well_placed(things):
+            break
+    return Scene(tuple(things), _random_background(rng, wild), (int(rng.integers(2**31)),), 9.0 if wild else 0.0)
+
+
+def _random_background(rng: np.random.Generator, wild: bool) -> Background:
+    tint = tuple(int(v) for v in rng.integers(-7, 8, size=3))
+    kind, tone = str(rng.choice(KINDS, p=[0.4, 0.3, 0.1, 0.1, 0.1])), str(rng.choice(list(TONES)))
+    angle, period = float(rng.uniform(0, 2 * math.pi)), int(rng.choice([8, 12, 16]))
+    if wild:
+        return Background(kind, tone, tint, angle, period)
+    tone = {"white": "light", "black": "dark"}.get(tone, tone)
+    kind = "plain" if kind == "grainy" else kind
+    return Background(kind, tone, (0, 0, 0), round(angle / (math.pi / 2)) % 2 * (math.pi / 2), 16)
+
+
+def _random_pair(rng: np.random.Generator, held_out: bool, taken: set) -> tuple[str, str]:
+    while True:
+        pair = (str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))))
+        if (pair in HELD_OUT) == held_out and pair not in taken:
+            return pair
+
+
+def _well_placed(things: list[Thing]) -> bool:
+    apart = all(
+        math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2 for a, b in itertools.combinations(things, 2)
+    )
+    return apart and (len(things) != 2 or relation(*things) is not None)
+
+
+def relation(a: Thing, b: Thing, clear: float = 1.5) -> str | None:
+    """The relation of a to b along the longer axis, or None where it is less than `clear` times the shorter."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if max(abs(dx), abs(dy)) < clear * min(abs(dx), abs(dy)):
+        return None
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def scene_at(seed: int, index: int, held_out: bool = False, n_things: int | None = None, wild: bool = False) -> Scene:
+    """The index-th scene of a world: a function of its arguments alone."""
+    return random_scene(np.random.default_rng([seed, index, int(held_out), n_things or 0]), held_out, n_things, wild)
+
+
+@cache
+def _outline(shape: str) -> tuple[tuple[float, float], ...]:
+    """Corners of a shape within the unit circle."""
+
+    def ring_of(n, radii, start=-math.pi / 2):
+        angles = [start + 2 * math.pi * i / n for i in range(n)]
+        return [
+            (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)
+        ]
+
+    if shape in ("circle", "ring"):
+        points = ring_of(64, [1.0])
+    elif shape == "square":
+        points = [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
+    elif shape == "triangle":
+        points = [(0, -0.95), (1.0, 0.85), (-1.0, 0.85)]
+    elif shape == "diamond":
+        points = [(0, -1.0), (0.78, 0), (0, 1.0), (-0.78, 0)]
+    elif shape == "star":
+        points = ring_of(10, [1.0, 0.42])
+    elif shape == "cross":
+        arm = 0.34
+        points = [
+            (-arm, -1),
+            (arm, -1),
+            (arm, -arm),
+            (1, -arm),
+            (1, arm),
+            (arm, arm),
+            (arm, 1),
+            (-arm, 1),
+            (-arm, arm),
+            (-1, arm),
+            (-1, -arm),
+            (-arm, -arm),
+        ]
+    elif shape == "heart":
+        angles = np.linspace(0, 2 * math.pi, 64, endpoint=False)
+        xs = np.sin(angles) ** 3
+        ys = -(13 * np.cos(angles) - 5 * np.cos(2 * angles) - 2 * np.cos(3 * angles) - np.cos(4 * angles)) / 16
+        points = list(zip(xs.tolist(), (ys - 0.08).tolist(), strict=True))
+    else:
+        raise ValueError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
+    return tuple(points)
+
+
+def _draw_mask(shape: str, x: float, y: float, radius: float, side: int, scale: int) -> np.ndarray:
+    """Coverage (side, side) in [0, 1] of one shape, antialiased by supersampling."""
+    mask = Image.new("L", (side * scale, side * scale))
+    draw = ImageDraw.Draw(mask)
+    draw.polygon([((x + px * radius) * scale, (y + py * radius) * scale) for px, py in _outline(shape)], fill=255)
+    if shape == "ring":
+        inner = 0.52 * radius
+        draw.ellipse([(x - inner) * scale, (y - inner) * scale, (x + inner) * scale, (y + inner) * scale], fill=0)
+    return np.asarray(mask.reduce(scale), dtype=np.float32) / 255
+
+
+@lru_cache(maxsize=1)
+def _pixel_grid() -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)[::-1])
+
+
+def render(scene: Scene) -> np.ndarray:
+    """The image of a scene, (64, 64, 3) uint8."""
+    rng = np.random.default_rng(scene.seed)
+    ground, (xs, ys) = scene.background, _pixel_grid()
+    along = xs * math.cos(ground.angle) + ys * math.sin(ground.angle)
+    level = np.full((CANVAS, CANVAS), float(TONES[ground.tone]), np.float32)
+    towards_grey = 1.0 if level[0, 0] < 128 else -1.0
+    if ground.kind == "gradient":
+        level += towards_grey * 50 * (along - along.min()) / np.ptp(along)
+    elif ground.kind == "striped":
+        level += towards_grey * 30 * ((along // (ground.period / 2)) % 2)
+    elif ground.kind == "checked":
+        level += towards_grey * 30 * ((xs // ground.period + ys // ground.period) % 2)
+    elif ground.kind == "grainy":
+        level += rng.normal(0, 9, level.shape).astype(np.float32)
+    image = level[..., None] + np.asarray(ground.tint, np.float32)
+    for thing in scene.things:
+        colour = np.asarray(COLOURS[thing.colour], np.float32) + rng.uniform(-scene.jitter, scene.jitter, 3).astype(
+            np.float32
+        )
+        cover = _draw_mask(thing.shape, thing.x, thing.y, thing.radius, CANVAS, SUPERSAMPLE)[..., None]
+        image = image * (1 - cover) + colour * cover
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+_SAID = {
+    "small": ("small", "small", "little", "tiny"),
+    "large": ("large", "large", "big"),
+    "circle": ("circle", "circle", "disc"),
+    "cross": ("cross", "cross", "plus sign"),
+    "diamond": ("diamond", "diamond", "rhombus"),
+    "white": ("white", "bright"),
+    "light": ("light", "light grey"),
+    "grey": ("grey", "medium grey"),
+    "dark": ("dark", "dark grey"),
+    "black": ("black", "almost black"),
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "underneath"),
+}
+
+
+_OPENINGS = ("", "", "", "a picture of ", "an image showing ", "there is ", "a drawing of ", "this is ", "here we see ")
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
+    """One true caption of a scene, with what it claims."""
+
+    def say(word: str) -> str:
+        return str(rng.choice(_SAID.get(word, (word,))))
+
+    def name(thing: Thing, chance: float) -> tuple[str, Thing]:
+        size = thing.size if rng.random() < chance else None
+        words = [say(size)] if size else []
+        words += [thing.colour, say(thing.shape)]
+        return " ".join([_article(words[0]), *words]), Thing(thing.shape, thing.colour, size)
+
+    order = rng.permutation(len(scene.things))
+    things = [scene.things[i] for i in order]
+    names, claims = zip(*(name(t, 0.6 if len(things) == 1 else 0.3) for t in things), strict=True)
+    link = None
+    if len(things) == 1:
+        text = names[0]
+    elif len(things) == 2 and rng.random() < 0.75:
+        link = relation(*things)
+        text = f"{names[0]} {say(link)} {names[1]}"
+    elif len(things) == 2:
+        text = f"{names[0]} {rng.choice(['and', 'with', 'next to'])} {names[1]}"
+    else:
+        text = f"{names[0]}, {names[1]} and {names[2]}"
+    tone = kind = None
+    if rng.random() < 0.4:
+        tone = scene.background.tone
+        kind = scene.background.kind if rng.random() < 0.5 else None
+        words = [say(tone)] + ([kind] if kind else [])
+        text += f" {rng.choice(['on', 'against'])} {_article(words[0])} {' '.join(words)} background"
+    return str(rng.choice(_OPENINGS)) + text, Claim(claims, link, tone, kind)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def captions(scene: Scene, n: int = 5) -> list[str]:
+    """n different captions of a scene, the same ones at every call."""
+    rng, found = np.random.default_rng([*scene.seed, 1]), {}
+    while len(found) < n:
+        found.setdefault(caption(scene, rng)[0])
+    return list(found)
+
+
+def holds(claim: Claim, scene: Scene) -> bool:
+    """Whether everything that a caption claims is true of a scene; saying less than there is stays true."""
+    if claim.tone and claim.tone != scene.background.tone or claim.kind and claim.kind != scene.background.kind:
+        return False
+    return match(claim, scene.things) is not None
+
+
+def match(claim: Claim, things: tuple[Thing, ...], with_relation: bool = True) -> tuple[Thing, ...] | None:
+    """The things of an image that a claim speaks of, in the claim's order, or None where it is not true of them."""
+    for chosen in itertools.permutations(things, len(claim.things)):
+        fits = all(
+            said in (None, getattr(there, key))
+            for wanted, there in zip(claim.things, chosen, strict=True)
+            for key, said in (("shape", wanted.shape), ("colour", wanted.colour), ("size", wanted.size))
+        )
+        if fits and (not with_relation or claim.relation is None or relation(*chosen[:2], clear=1.0) == claim.relation):
+            return chosen
+    return None
+
+
+def make_world(root: Path, n_train: int, n_val: int, seed: int = 0, show_progress: bool = True) -> Path:
+    """Write a Shapes world in MS-COCO's layout and return its root.
+
+    Splits `train` and `val` hold no held-out pair; `heldout` (as large as `val`) shows one in every image.
+    An existing world of the same sizes and seed is left as it is. Written beside its place and renamed, so that
+    an interrupted call leaves no half a world.
+    """
+    root = Path(root)
+    recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 2}
+    mark = root / "shapes.json"
+    if mark.exists() and read_json(mark) == recipe:
+        return root
+    splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "heldout": (n_val, 20_000_000)}
+    with fresh_folder(root) as folder, progress(sum(n for n, _ in splits.values()), "drawing", show_progress) as bar:
+        (folder / "annotations").mkdir()
+        for split, (count, first) in splits.items():
+            (folder / split).mkdir()
+            images, annotations = [], []
+            for index in range(count):
+                scene = scene_at(seed, first + index, held_out=split == "heldout")
+                file_name = f"{index:012d}.png"
+                Image.fromarray(render(scene)).save(folder / split / file_name, compress_level=1)
+                images.append(
+                    {"id": index, "file_name": file_name, "height": CANVAS, "width": CANVAS, "scene": asdict(scene)}
+                )
+                annotations += [
+                    {"id": 5 * index + i, "image_id": index, "caption": text} for i, text in enumerate(captions(scene))
+                ]
+                bar.update()
+            content = {"info": {"description": "Shapes world", **recipe}, "images": images, "annotations": annotations}
+            (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+        (folder / mark.name).write_text(json.dumps(recipe))
+    return root

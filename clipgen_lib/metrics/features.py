@@ -1,0 +1,159 @@
+"""Protocols: the feature network and the resize in front of it, which are part of the name of every distance.
+
+In: the name of a protocol. Out: a `FeatureNetwork`, images (B, 3, H, W) in [-1, 1] -> features (B, d). Weights are files
+that lie in torch's hub folder already: nothing is downloaded, and one that is missing is a sentence that says which, whence
+and whither. No network ever takes the place of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from ..clip_embed import ClipEmbedder
+from ..data.images import to_arrays, to_uint8
+from ..runtime.checkpoints import (
+    ALEXNET,
+    FID_INCEPTION,
+    TORCHVISION_INCEPTION,
+    MissingWeights,
+    weights_alone,
+    weights_file,
+)
+from ..runtime.runs import ClipgenError, file_hash
+
+SIDE = 299  # of Inception's input
+DEFINITIONS = {
+    "inception": "pytorch-fid: the TensorFlow Inception of 2015 as ported by pytorch-fid, its 2,048 pooled features; its bilinear resize to 299, not antialiased",
+    "clean": "clean-fid: the same Inception weights in pytorch-fid's port; bicubic antialiased resize to 299 on float pixels, scaled (x - 128) / 128",
+    "torchmetrics": "torchmetrics: the same Inception weights in torch-fidelity's network; bilinear antialiased resize to 299 of 8-bit pixels, scaled (x - 128) / 128",
+    "dmgan": "DM-GAN, as CogView and DALL-E: torchvision's Inception v3; Pillow's bilinear resize to 299 of 8-bit pixels, then x * (0.229 / 0.5) + (0.485 - 0.5) / 0.5 and so on for pixels x in [0, 1]",
+    "clip": "CLIP-FID: image features of the judge CLIP before normalisation, behind CLIP's own resize",
+}
+
+
+PROTOCOLS = tuple(DEFINITIONS)
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """Images to features, and the facts that name it.
+
+    Attributes:
+        module: takes what `prepare(protocol, images)` gives; returns (B, d), (B, d, 1, 1) or a list that begins with it.
+        weights: what the weights are called. weights_hash: first digits of their SHA-256.
+        head: (classes, d), features -> the logits of the Inception Score; None where the protocol has none.
+    """
+
+    protocol: str
+    module: Callable
+    weights: str
+    weights_hash: str
+    head: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, d) float32."""
+        found = self.module(prepare(self.protocol, images))
+        return (found[0] if isinstance(found, (list, tuple)) else found).flatten(1).float()
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, d) -> (B, classes), without the bias, as the Inception Score has been computed from the first."""
+        return features @ self.head.T.to(features)
+
+
+def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
+    """What the network of a protocol takes for images (B, 3, H, W) in [-1, 1]: the protocol's resize and scaling.
+
+    `inception`: [0, 1], unresized (pytorch-fid's network resizes). `clean`: bicubic with antialias to 299 on floats in
+    [0, 255], clamped, then (x - 128) / 128; the same as Pillow's channel by channel in mode F, which clean-fid
+    (arXiv 2104.11222) prescribes. `torchmetrics`: uint8, unresized (its network resizes). `dmgan`: Pillow's bilinear
+    resize of 8-bit images, whose two roundings no float resize repeats. `clip`: unchanged.
+    """
+    if protocol == "inception":
+        return (images + 1) / 2
+    if protocol == "clean":
+        pixels = F.interpolate((images + 1) * 127.5, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+        return (pixels.clamp(0, 255) - 128) / 128
+    if protocol == "torchmetrics":
+        return to_uint8(images)
+    if protocol == "dmgan":
+        squares = [Image.fromarray(a).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for a in to_arrays(images)]
+        pixels = (
+            torch.from_numpy(np.stack([np.asarray(s) for s in squares])).permute(0, 3, 1, 2).to(images.device) / 255
+        )
+        std, mean = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
+        return pixels * (std / 0.5) + (mean - 0.5) / 0.5
+    return images
+
+
+def feature_network(protocol: str, clip: ClipEmbedder) -> FeatureNetwork:
+    """The feature network that a protocol names, on the CLIP's device.
+
+    Raises:
+        MissingWeights: its weights, or the package that holds its network, are not on this machine.
+        ClipgenError: unknown protocol, or a weights file that is not what its name says.
+    """
+    if protocol not in PROTOCOLS:
+        raise ClipgenError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
+    if protocol == "clip":
+        return FeatureNetwork(protocol, clip.features, clip.name, clip.weights_hash)
+    weights = TORCHVISION_INCEPTION if protocol == "dmgan" else FID_INCEPTION
+    path = weights_file(weights, f"protocol {protocol!r}", "choose protocol 'clip'")
+    module, head = {"torchmetrics": _torchmetrics_network, "dmgan": _torchvision_network}.get(
+        protocol, _pytorch_fid_network
+    )(protocol, path)
+    return FeatureNetwork(
+        protocol, module.eval().requires_grad_(False).to(clip.device), weights.file, file_hash(path), head
+    )
+
+
+def _pytorch_fid_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
+    from pytorch_fid.inception import InceptionV3
+
+    head = torch.load(path, map_location="cpu", weights_only=True)["fc.weight"]  # which InceptionV3 leaves out
+    own = protocol == "inception"  # `prepare` resizes and scales for the others
+    with weights_alone():
+        return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]], resize_input=own, normalize_input=own), head
+
+
+def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
+    from torchmetrics.image.fid import NoTrainInceptionV3
+    from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
+
+    if not _TORCH_FIDELITY_AVAILABLE:
+        raise MissingWeights(
+            f"protocol {protocol!r} needs the package torch-fidelity, which holds torchmetrics' Inception: pip install torch-fidelity"
+        )
+    with weights_alone():
+        module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+    return module, module.fc.weight.detach()
+
+
+def _torchvision_network(protocol: str, path: Path) -> tuple[nn.Module, None]:
+    from torchvision.models import inception_v3
+
+    module = inception_v3(weights=None, init_weights=False, transform_input=False)
+    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    module.fc = nn.Identity()
+    return module, None
+
+
+def lpips_network(device: torch.device | str = "cpu") -> nn.Module:
+    """LPIPS with AlexNet (arXiv 1801.03924), which its authors recommend for measuring: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
+
+    Raises:
+        MissingWeights: torchvision's AlexNet is not on this machine.
+    """
+    weights_file(ALEXNET, "LPIPS", "go without it")
+    import lpips
+
+    with weights_alone():
+        return lpips.LPIPS(net="alex", verbose=False).requires_grad_(False).to(device)

@@ -1,0 +1,167 @@
+"""The Shapes world: captioned scenes drawn from a seed, and an oracle that reads them back.
+
+In: a seed. Out: scenes of one to three coloured shapes as 64x64 images, five captions each, on disk in MS-COCO's
+own layout, so that the code which reads MS-COCO reads them too. The oracle is plain image processing without a
+network: it says which shapes, colours and relation an image shows, and so turns "does the image match the text"
+into a measured fact. Nothing here knows about tokens, embeddings or models.
+
+Coordinates are pixels of a 64x64 canvas, x to the right and y down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from ..data.shapes import CANVAS, COLOURS, SHAPES, Claim, Scene, Thing, _article, _draw_mask, match, relation, scene_at
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB (D65) of sRGB in [0, 255]; the standard formula, IEC 61966-2-1 and CIE 15."""
+    linear = rgb.astype(np.float32) / 255
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    xyz = (
+        linear
+        @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]], np.float32)
+        / np.array([0.9505, 1.0, 1.089], np.float32)
+    )
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
+_PALETTE = _lab(np.array(list(COLOURS.values())))
+_TEMPLATE_SIDE = 24
+_MIN_AREA = 45  # pixels; the smallest thing of a real scene covers about 75
+_MIN_CHROMA = 24.0  # CIELAB; backgrounds stay below 12, the palest colour lies at 45
+_MIN_OVERLAP = 0.6  # intersection over union with the best template, below which a blob has no shape
+
+
+@lru_cache(maxsize=1)
+def _templates() -> np.ndarray:
+    masks = [_boxed(_draw_mask(shape, 48, 48, 44, 96, 2) > 0.5) for shape in SHAPES]
+    return np.stack(masks)
+
+
+def _boxed(mask: np.ndarray) -> np.ndarray:
+    """A mask's bounding box stretched to a square of fixed side, as coverage in [0, 1]."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    box = Image.fromarray((crop * 255).astype(np.uint8)).resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.BILINEAR)
+    return np.asarray(box, np.float32) / 255
+
+
+def read_scene(image: np.ndarray) -> tuple[Thing, ...]:
+    """Read the things of an image, largest first.
+
+    Args:
+        image: (64, 64, 3) uint8.
+
+    Pixels with colour are grouped into connected blobs; a blob of two colours is split; the colour is the palette
+    entry nearest in CIELAB to the blob's median, the shape the template of largest intersection over union (None
+    below 0.6), the size by its extent.
+    """
+    if image.shape != (CANVAS, CANVAS, 3) or image.dtype != np.uint8:
+        raise ValueError(f"the oracle reads {CANVAS}x{CANVAS}x3 uint8 images, not {image.shape} {image.dtype}")
+    lab = _lab(image)
+    chroma = np.hypot(lab[..., 1], lab[..., 2])
+    nearest = np.linalg.norm(lab[:, :, None] - _PALETTE, axis=-1).argmin(-1)
+    blobs, count = ndimage.label(chroma > _MIN_CHROMA)
+    found = []
+    for blob in range(1, count + 1):
+        whole = blobs == blob
+        if whole.sum() < _MIN_AREA:
+            continue
+        core = ndimage.binary_erosion(whole) if whole.sum() > 2 * _MIN_AREA else whole
+        shares = np.bincount(nearest[core], minlength=len(COLOURS)) / max(core.sum(), 1)
+        colours = np.flatnonzero(shares >= 0.2)
+        parts = [whole] if len(colours) < 2 else [ndimage.binary_opening(whole & (nearest == c)) for c in colours]
+        for part in parts:
+            thing = _read_blob(part, lab, chroma)
+            if thing:
+                found.append(thing)
+    return tuple(sorted(found, key=lambda t: -t.radius))
+
+
+def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> Thing | None:
+    if part.sum() < _MIN_AREA:
+        return None
+    full = np.percentile(chroma[part], 75)
+    mask = part & (chroma > 0.5 * full)  # the edge lies where colour and background mix half and half
+    inside = mask & (chroma > 0.8 * full)
+    colour = np.linalg.norm(np.median(lab[inside], axis=0) - _PALETTE, axis=-1).argmin()
+    box = _boxed(mask)
+    templates = _templates()
+    overlap = np.minimum(box, templates).sum((1, 2)) / np.maximum(box, templates).sum((1, 2))
+    shape = SHAPES[overlap.argmax()] if overlap.max() >= _MIN_OVERLAP else None
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    extent = max(np.ptp(rows), np.ptp(columns)) + 1
+    return Thing(
+        shape,
+        list(COLOURS)[colour],
+        "small" if extent < 22.5 else "large",
+        float(columns[0] + columns[-1] + 1) / 2,
+        float(rows[0] + rows[-1] + 1) / 2,
+        float(extent) / 2,
+    )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    claim: Claim
+    scene: Scene  # a scene of which the text is true, for an image as the condition
+
+
+def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
+    """n evaluation prompts: `one` thing, `two` things with their relation, or one thing of a `held_out` pair.
+
+    The wording is fixed ("a small red star", "a red star left of a blue ring"): sampled wording belongs to the
+    captions, and a prompt must say all that is scored.
+    """
+    if kind not in ("one", "two", "held_out"):
+        raise ValueError(f"unknown kind of prompt {kind!r}: choose one, two or held_out")
+    found = []
+    for index in range(n):
+        scene = scene_at(seed, 30_000_000 + index, kind == "held_out", 2 if kind == "two" else 1)
+        things = scene.things
+        if kind == "two":
+            link = relation(*things)
+            claim = Claim(tuple(Thing(t.shape, t.colour) for t in things), link)
+            text = f"{_plain(claim.things[0])} {link} {_plain(claim.things[1])}"
+        else:
+            claim = Claim((Thing(things[0].shape, things[0].colour, things[0].size),))
+            text = _plain(claim.things[0])
+        found.append(Prompt(text, claim, scene))
+    return found
+
+
+def _plain(thing: Thing) -> str:
+    words = [word for word in (thing.size, thing.colour, thing.shape) if word]
+    return " ".join([_article(words[0]), *words])
+
+
+def right(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
+    """What of a prompt an image (64, 64, 3) uint8 shows, read by the oracle: the parts of `score`."""
+    reading, things = read_scene(image), prompt.claim.things
+    if len(things) == 2:
+        return {
+            "both": match(prompt.claim, reading, with_relation=False) is not None,
+            "relation": match(prompt.claim, reading) is not None,
+        }
+    shown = reading[0] if reading else Thing(None, None, None)
+    found = {key: getattr(things[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
+    return {**found, "both": found["colour"] and found["shape"], "count": len(reading) == 1}
+
+
+def score(found: list[dict[str, bool]]) -> dict[str, float]:
+    """Shares of images that show what their prompts ask for, from what is `right` in each; all prompts of one kind.
+
+    One thing asked for: `colour`, `shape`, `size` of the largest thing read, `both` (colour and shape) and `count`
+    (exactly one thing there). Two: `both` (each with shape and colour, anywhere) and `relation` (both, and placed
+    as asked; so never above `both`).
+    """
+    return {"n": len(found), **{key: float(np.mean([parts[key] for parts in found])) for key in found[0]}}

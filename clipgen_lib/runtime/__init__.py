@@ -1,0 +1,1 @@
+"""What is not the method: runs on disk, checkpoints, processes, and the fast paths of a CPU."""

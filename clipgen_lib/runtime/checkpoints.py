@@ -1,0 +1,257 @@
+"""Where things live and how they are kept: runs, checkpoints, logs, seeds, progress.
+
+A run is a folder `results/<run>/` with config.json, metrics.jsonl, summary.json, figures/ and notebooks/. Everything
+here is written beside its place and renamed, so that an interruption leaves the previous version whole. Nothing here
+knows what a model is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, reason, room_on_disk, write_json
+
+
+def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
+    """Write a nested state (tensors, numbers, strings, lists, dicts) as one safetensors file, atomically.
+
+    Everything that is not a tensor travels as JSON in the file's metadata, so that loading runs no code. A SHA-256 over all of
+    it goes there too.
+
+    Raises:
+        ClipgenError: the disk is full; a file that was there stays.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict = {}
+    header = {"state": json.dumps(_take_tensors(state, tensors)), "meta": json.dumps(meta)}
+    tensors = _apart({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    with fresh_file(path) as beside:
+        save_file(tensors, beside, {**header, "sha256": _digest(header, tensors)})
+
+
+def load_checkpoint(path: Path) -> tuple[dict, dict]:
+    """Read what `save_checkpoint` wrote, on the CPU: (state, meta).
+
+    Raises:
+        ClipgenError: missing, cut short, changed since it was written, or not one of ours.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            header = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
+        if header.pop("sha256") != _digest(header, tensors):
+            raise ClipgenError(
+                f"checkpoint {path} is not as it was written (its SHA-256 differs): delete it and run its step again"
+            )
+        state, meta = _put_tensors(json.loads(header["state"]), tensors), json.loads(header["meta"])
+        if not isinstance(state, dict) or not isinstance(meta, dict):
+            raise ValueError("no state in it")
+        return state, meta
+    except FileNotFoundError:
+        raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
+    except ClipgenError:
+        raise
+    except (
+        Exception
+    ) as error:  # a header of any bytes: safetensors, JSON and what takes it apart raise whatever they like
+        raise ClipgenError(
+            f"checkpoint {path} is damaged or not one of ours ({reason(error)}): delete it and run its step again"
+        ) from None
+
+
+def checkpoint_meta(path: Path) -> dict:
+    """The `meta` of a checkpoint, its tensors left unread; empty where the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return json.loads((stream.metadata() or {})["meta"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return {}
+
+
+def _digest(header: dict[str, str], tensors: dict) -> str:
+    import torch
+
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _apart(tensors: dict) -> dict:
+    """Tensors that share no memory, which safetensors asks for: the second of two that do is copied."""
+    seen, apart = set(), {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        seen.add(place)
+    return apart
+
+
+def _take_tensors(node: object, tensors: dict) -> object:
+    """Replace every tensor by a reference into `tensors`; dicts become pairs, since JSON turns integer keys to text."""
+    import torch
+
+    if isinstance(node, torch.Tensor):
+        key = f"{len(tensors):06d}"
+        tensors[key] = node
+        return {"tensor": key}
+    if isinstance(node, dict):
+        return {"pairs": [[k, _take_tensors(v, tensors)] for k, v in node.items()]}
+    if isinstance(node, (list, tuple)):
+        return [_take_tensors(v, tensors) for v in node]
+    return node
+
+
+def _put_tensors(node: object, tensors: dict) -> object:
+    if isinstance(node, list):
+        return [_put_tensors(v, tensors) for v in node]
+    if isinstance(node, dict):
+        return tensors[node["tensor"]] if "tensor" in node else {k: _put_tensors(v, tensors) for k, v in node["pairs"]}
+    return node
+
+
+def save_weights(folder: Path, module: object, **facts: object) -> None:
+    """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
+    from safetensors.torch import save_file
+
+    with room_on_disk(folder), fresh_folder(folder) as fresh:
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, fresh / "model.safetensors"
+        )
+        write_json(fresh / "config.json", {**module.describe(), **facts})
+
+
+def read_weights(folder: Path) -> dict:
+    """The tensors of `folder/model.safetensors`; missing or damaged is one sentence."""
+    from safetensors.torch import load_file
+
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ClipgenError(f"{path} is missing: run the step that trains it first, or choose the run that has it")
+    try:
+        return load_file(path)
+    except (
+        Exception
+    ) as error:  # of a header of any bytes: safetensors' own errors, of the system, of a dtype torch lacks
+        raise ClipgenError(f"{path} is damaged ({reason(error)}): delete it and run its step again") from None
+
+
+def load_strictly(module: object, tensors: dict, source: Path) -> None:
+    """Load weights into a module; any name or shape that differs is an error that names the first ones."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ClipgenError(
+            f"{source} does not fit the {type(module).__name__} of its config ({detail}): use weights and config of one run"
+        ) from None
+
+
+def built_strictly(make: Callable[[], object], tensors: dict, source: Path) -> object:
+    """The module that `make` builds, with these weights.
+
+    It is built without memory first: a config of other sizes than its weights' is refused before it costs anything.
+
+    Raises:
+        ClipgenError: the config describes nothing that can be built, or the weights are of something else.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            imagined = make()
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise ClipgenError(
+            f"{source / 'config.json'} describes nothing that can be built ({reason(error)}): restore the original file"
+        ) from None
+    load_strictly(imagined, {name: tensor.to("meta") for name, tensor in tensors.items()}, source)
+    module = make()
+    load_strictly(module, tensors, source)
+    return module
+
+
+def module_hash(module: object) -> str:
+    """16 hex digits of the SHA-256 over names and bytes of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class MissingWeights(ClipgenError):
+    """Weights or a package that this machine lacks: what does not need them can go on."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    file: str
+    sha256: str  # its first digits
+    source: str
+
+
+FID_INCEPTION = Weights(
+    "pt_inception-2015-12-05-6726825d.pth", "6726825d0af5f729", "release fid_weights of mseitzer/pytorch-fid on GitHub"
+)
+
+
+TORCHVISION_INCEPTION = Weights(
+    "inception_v3_google-0cc3c7bd.pth", "0cc3c7bd", "the page of inception_v3 in torchvision's documentation of models"
+)
+
+
+ALEXNET = Weights(
+    "alexnet-owt-7be5be79.pth", "7be5be79", "the page of alexnet in torchvision's documentation of models"
+)
+
+
+VGG16 = Weights("vgg16-397923af.pth", "397923af", "the page of vgg16 in torchvision's documentation of models")
+
+
+def hub_folder() -> Path:
+    """Where torch's hub, and so this library, looks for weights files."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def weights_file(weights: Weights, needed_by: str, otherwise: str) -> Path:
+    """Where a weights file lies; not there, or not the published one, is one sentence."""
+    folder = hub_folder()
+    path = folder / weights.file
+    if not path.is_file():
+        shown = f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else folder
+        raise MissingWeights(
+            f"{needed_by} needs {weights.file} (SHA-256 {weights.sha256}..., {weights.source}): put it into {shown}, or {otherwise}"
+        )
+    if not (found := file_hash(path)).startswith(weights.sha256):
+        raise ClipgenError(
+            f"{path} has the SHA-256 {found}..., not {weights.sha256}...: delete it and fetch it again from {weights.source}"
+        )
+    return path
+
+
+@contextmanager
+def weights_alone() -> Iterator[None]:
+    """Within the block torch.load runs no code of any file, whatever a package asks of it: they ask for less."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before

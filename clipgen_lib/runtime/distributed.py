@@ -1,0 +1,146 @@
+"""The processes of one launch: which one this is, and what they tell each other.
+
+Under `accelerate launch` or torchrun the same command runs in several processes, on one machine or many; without a launcher
+there is one, and everything here is then free. Accelerate owns devices and backends; files are the first process's to write.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessException
+
+from .runs import ClipgenError
+
+
+def join(device: str = "auto") -> None:
+    """Take this process into the launch it belongs to; nothing where there is no launcher, or it is in already.
+
+    Args:
+        device: `cpu` joins by gloo even where there are GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _is_launched():
+        from accelerate import PartialState
+
+        # a day: one process may have more to read, hash or write than the others, who wait for it
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
+
+
+def rank() -> int:
+    """Of this process, from 0."""
+    return dist.get_rank() if _is_launched() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _is_launched() else 1
+
+
+def _is_launched() -> bool:
+    return dist.is_available() and dist.is_initialized()  # some builds of torch are without
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather(item: object) -> list:
+    """What each process gave, in the order of their ranks, for the first of them; an empty list for the others.
+
+    Tensors travel by way of the CPU: give them there.
+    """
+    if world_size() == 1:
+        return [item]
+    items = [None] * world_size() if is_main() else None
+    dist.gather_object(item, items)
+    return items or []
+
+
+def broadcast(item: object) -> object:
+    """What the first process gave, for all."""
+    if world_size() == 1:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items)
+    return items[0]
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, on each of them; the tensor itself where there is one."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.detach().clone()
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes, on each of them; the tensor itself where there is one."""
+    return tensor if world_size() == 1 else all_reduce_sum(tensor) / world_size()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What a process raises because another one of its launch has ended becomes one sentence.
+
+    Gloo raises a bare RuntimeError, NCCL a subclass of it; neither has more than its text to be known by.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not re.search(r"gloo|nccl|connection|socket|timed out", str(error), re.IGNORECASE):
+            raise
+        raise ClipgenError(
+            "another process of this launch has ended, and what it wrote says why: run the same command again, with any number of processes, and it goes on from the last checkpoint"
+        ) from None
+
+
+def launch(function: Callable, *arguments: object, processes: int = 1) -> None:
+    """Call a function in that many processes of this machine, from a notebook: one GPU each, or the CPU where there is none.
+
+    With one process it is called right here. What it returns is lost: it must write what is to stay.
+
+    Raises:
+        ClipgenError: fewer GPUs than processes, or a process that failed.
+    """
+    if processes < 1:
+        raise ClipgenError(f"{processes} processes cannot be started: give 1 or more")
+    if processes == 1:
+        function(*arguments)
+        return
+    from accelerate import debug_launcher, notebook_launcher
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise ClipgenError(f"{processes} processes need as many GPUs and this machine has {gpus}: give {gpus}")
+    try:
+        (notebook_launcher if gpus else debug_launcher)(_joined, (function, *arguments), num_processes=processes)
+    except (RuntimeError, ProcessException) as error:  # of a process that failed, with its whole traceback as text
+        reason = str(error).strip().splitlines()[-1].removeprefix("clipgen_lib.runs.ClipgenError: ")
+        raise ClipgenError(f"one of {processes} processes failed: {reason}") from None
+
+
+def _joined(function: Callable, *arguments: object) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # of the notebook's own process, which was no part of a launch
+    if not torch.cuda.is_available():
+        # a forked process that starts OpenMP threads of its own may wait for ever for those of its parent
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+    join()
+    with together():
+        function(*arguments)

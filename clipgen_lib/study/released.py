@@ -1,0 +1,333 @@
+"""Released weights of other projects, loaded strictly into our own modules.
+
+In: a file as it was published. Out: a VQGAN or an ImageTransformer that computes the same function as the original.
+A release is a file, an architecture of ours and a family; a family is a key map (regular expressions, in order) and
+what its originals compute differently. Every tensor of a file is either named by the map or ignored by name, and every
+tensor of ours is filled; anything else is an error.
+Axes: K codebook size, C code dimension, E width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..config import SampleConfig, TransformerConfig, VQGANConfig
+from ..runtime.runs import ClipgenError
+from ..transformer import ImageTransformer
+from ..vqgan import EPSILON, VQGAN
+
+Rename = tuple[str, str | Callable[[re.Match], str]]  # what `re.sub` takes: their name, our name
+
+
+class Family(NamedTuple):
+    """How one project's files differ from our modules."""
+
+    entry: str  # of the published dict, under which the tensors lie
+    ignored: str  # names that belong to training alone
+    renames: Callable[
+        [VQGANConfig | TransformerConfig], list[Rename]
+    ]  # "{qkv}" in our name: three tensors fused in one
+    epsilon: float = EPSILON  # of GroupNorm
+
+
+class Release(NamedTuple):
+    """One published file: its name, where it comes from, and the module of ours that it fills."""
+
+    family: Family
+    file: str
+    source: str
+    build: Callable[[], nn.Module]
+
+
+def _taming(config: VQGANConfig) -> list[Rename]:
+    """Names of taming-transformers, whose decoder counts its levels from the finest."""
+    last = len(config.channel_mult) - 1
+    return [
+        (r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{last - int(m[1])}."),
+        (r"\.(?:down|up)sample\.conv\.", ".resample.conv."),
+        (r"\.mid\.block_1\.", ".mid.0."),
+        (r"\.mid\.attn_1\.", ".mid.1."),
+        (r"\.mid\.block_2\.", ".mid.2."),
+        *_QUANTIZE,
+    ]
+
+
+def _llamagen(config: VQGANConfig) -> list[Rename]:
+    return [
+        (r"^encoder\.conv_blocks\.", "encoder.down."),
+        (r"^decoder\.conv_blocks\.", "decoder.up."),
+        (r"\.res\.", ".block."),
+        (r"\.(?:down|up)sample\.conv\.", ".resample.conv."),
+        *_QUANTIZE,
+    ]
+
+
+_QUANTIZE = [
+    (r"^quantize\.embed(?:ding)?\.weight$", "quantizer.codebook"),
+    (r"^quantize\.proj\.", "quantizer.projection."),
+]
+
+
+def _hfai_vqgan(config: VQGANConfig) -> list[Rename]:
+    """Names of HFAiLab/clip-gen: all levels in one list, residual blocks as a list of layers, q, k and v fused."""
+    last = len(config.channel_mult) - 1
+    down = _flat_places(last, config.res_blocks, coarsest=last)
+    up = _flat_places(last, config.res_blocks + 1, coarsest=0)
+    return [
+        (r"(?<=^encoder\.down\.)\d+", lambda m: down.get(int(m[0]), m[0])),
+        (r"(?<=^decoder\.up\.)\d+", lambda m: up.get(int(m[0]), m[0])),
+        *(
+            (rf"\.block\.{i}\.(weight|bias)$", rf".{ours}.\1")
+            for i, ours in ((0, "norm1"), (2, "conv1"), (3, "norm2"), (6, "conv2"))
+        ),
+        (r"\.shortcut\.", ".nin_shortcut."),
+        (r"\.attn\.in_proj_(weight|bias)$", r".{qkv}.\1"),
+        (r"\.attn\.out_proj\.", ".proj_out."),
+        (r"\.final\.0\.", ".norm_out."),
+        (r"\.final\.2\.", ".conv_out."),
+        (r"^encoder\.final\.3\.", "quant_conv."),
+        (r"^decoder\.quant_conv_in\.", "post_quant_conv."),
+        (r"^quantizer\.embedding\.weight$", "quantizer.codebook"),
+    ]
+
+
+def _flat_places(last: int, blocks: int, coarsest: int) -> dict[int, str]:
+    """Where the n-th module of a flat list lies in our levels: residual blocks (and attention), then a resampling."""
+    places = []
+    for level in range(last + 1):
+        for block in range(blocks):
+            places.append(f"{level}.block.{block}")
+            if level == coarsest:
+                places.append(f"{level}.attn.{block}")
+        if level < last:
+            places.append(f"{level}.resample")
+    return dict(enumerate(places))
+
+
+def _hfai_gpt(config: TransformerConfig) -> list[Rename]:
+    return [
+        (r"^pos_emb$", "positions"),
+        (r"^tok_emb\.", "token_embedding."),
+        (r"^cond_proj\.", "condition."),
+        (r"\.encoder\.self_attn\.in_proj_(weight|bias)$", r".qkv.\1"),
+        (r"\.encoder\.self_attn\.out_proj\.", ".proj."),
+        (r"\.encoder\.linear(\d)\.", r".fc\1."),
+        (r"\.encoder\.norm(\d)\.", r".norm\1."),
+    ]
+
+
+TAMING = Family("state_dict", r"^loss\.", _taming)
+LLAMAGEN = Family("model", r"^quantize\.codebook_used$", _llamagen)
+HFAI_VQGAN = Family("model", r"^discriminator\.", _hfai_vqgan, epsilon=1e-5)
+HFAI_GPT = Family("model", r"^blocks\.\d+\.mask$", _hfai_gpt)
+
+
+_F16 = VQGANConfig(
+    image_size=256,
+    channels=128,
+    channel_mult=(1, 1, 2, 2, 4),
+    res_blocks=2,
+    z_channels=256,
+    codebook_size=16_384,
+    code_dim=256,
+    l2_norm=False,
+)
+
+
+_F8 = replace(_F16, channel_mult=(1, 1, 2, 4), codebook_size=8_192, codebook_update="gumbel")
+
+
+_COSINE = replace(_F16, code_dim=8, l2_norm=True)
+_GPT = partial(
+    ImageTransformer,
+    TransformerConfig(layers=24, width=1_024, heads=16),
+    codebook_size=16_384,
+    n_tokens=256,
+    clip_dim=512,
+)
+
+
+_TAMING_PAGE = "github.com/CompVis/taming-transformers (model zoo: {})".format
+_LLAMAGEN_PAGE = "github.com/FoundationVision/LlamaGen (tokenizers: {})".format
+_HFAI_PAGE = "github.com/HFAiLab/clip-gen (release v0.1.0)"
+RELEASES = {
+    "taming-f16-1024": Release(
+        TAMING, "last.ckpt", _TAMING_PAGE("vqgan_imagenet_f16_1024"), partial(VQGAN, replace(_F16, codebook_size=1_024))
+    ),
+    "taming-f16-16384": Release(TAMING, "last.ckpt", _TAMING_PAGE("vqgan_imagenet_f16_16384"), partial(VQGAN, _F16)),
+    "taming-gumbel-f8": Release(TAMING, "last.ckpt", _TAMING_PAGE("vqgan_gumbel_f8"), partial(VQGAN, _F8)),
+    "hfai-vqgan-coco": Release(HFAI_VQGAN, "vqgan_coco.pt", _HFAI_PAGE, partial(VQGAN, _F16)),
+    "hfai-gpt-coco": Release(HFAI_GPT, "gpt_coco.pt", _HFAI_PAGE, _GPT),
+    "llamagen-f16": Release(LLAMAGEN, "vq_ds16_c2i.pt", _LLAMAGEN_PAGE("vq_ds16_c2i"), partial(VQGAN, _COSINE)),
+    "llamagen-f8": Release(
+        LLAMAGEN,
+        "vq_ds8_c2i.pt",
+        _LLAMAGEN_PAGE("vq_ds8_c2i"),
+        partial(VQGAN, replace(_COSINE, channel_mult=(1, 2, 2, 4))),
+    ),
+}
+
+
+class Generator(NamedTuple):
+    """Releases that make a generator together, the CLIP of their training and the sampling of their authors' demo."""
+
+    vqgan: str
+    transformer: str
+    clip: dict
+    clip_file: str  # under which its authors publish it
+    clip_hash: str  # the first 16 hex digits of that file's SHA-256
+    sample: SampleConfig
+
+
+GENERATORS = {
+    "hfai-coco": Generator(
+        "hfai-vqgan-coco",
+        "hfai-gpt-coco",
+        {"name": "ViT-B-32-quickgelu", "pretrained": "openai"},
+        "ViT-B-32.pt",
+        "40d365715913c9da",
+        SampleConfig(guidance=1.0, top_k=500, top_p=0.95),
+    )
+}
+
+
+def load_released(name: str, path: str | Path, device: str | torch.device = "cpu") -> VQGAN | ImageTransformer:
+    """One of `RELEASES`, from its published file, in eval mode and float32.
+
+    Args:
+        path: the file, or the folder that holds it under its published name. A .safetensors file holds the tensors
+            themselves, without the entry around them.
+
+    Raises:
+        ClipgenError: unknown name; file missing, damaged or with code in it; tensors of another model.
+    """
+    if name not in RELEASES:
+        raise ClipgenError(f"unknown release {name!r}: choose one of {', '.join(RELEASES)}")
+    release, path = RELEASES[name], Path(path)
+    path = path if path.is_file() or path.suffix in (".pt", ".ckpt", ".safetensors") else path / release.file
+    if not path.is_file():
+        raise ClipgenError(
+            f"{path.name} of {name} is missing: get it from {release.source} and put it into {path.parent}"
+        )
+    try:
+        tensors = read_tensors(path, release.family.entry)
+        return build(release.build, release.family, tensors).to(device)
+    except Mismatch as error:
+        raise ClipgenError(f"{path} is not the file of {name} ({error}): get it from {release.source}") from None
+
+
+class Mismatch(Exception):
+    """Why a file is not the one of a release."""
+
+
+def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """A module of ours, in eval mode, that computes what the original computes with these tensors.
+
+    Args:
+        make: makes the module, on torch's meta device: its own initial weights are never computed.
+        tensors: by their published names.
+
+    Raises:
+        Mismatch: a tensor too many, one too few, or one of another shape.
+    """
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(translate(tensors, family, module), assign=True)
+    return module.eval()
+
+
+def translate(tensors: dict[str, torch.Tensor], family: Family, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a module of ours from published tensors; nothing is changed in place.
+
+    Raises:
+        Mismatch: a tensor too many, one too few, or one of another shape.
+    """
+    wanted, renames = module.state_dict(), family.renames(module.config)
+    own = {name: torch.zeros_like(wanted.pop(name), device="cpu") for name in _OWN if name in wanted}
+    found, unknown, misshapen = {}, [], []
+    for theirs, tensor in tensors.items():
+        if re.search(family.ignored, theirs):
+            continue
+        for ours, part in _parts(theirs, tensor, renames):
+            if ours not in wanted or ours in found:
+                unknown.append(theirs)
+            elif _shape(part) != _shape(wanted[ours]):
+                misshapen.append(f"{theirs} {tuple(part.shape)}")
+            else:
+                found[ours] = part.reshape(wanted[ours].shape).float().clone()  # parts of one tensor part ways
+    missing = [name for name in wanted if name not in found]
+    for label, names in (("of another shape", misshapen), ("unknown", unknown), ("nothing for", missing)):
+        if names:
+            raise Mismatch(
+                f"{label}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            )
+    if family.epsilon != EPSILON:
+        found = rescale(found, (EPSILON / family.epsilon) ** 0.5)
+    return found | own
+
+
+_OWN = ("quantizer.idle", "image_mean", "text_mean")  # that no release has; zero is what they begin as
+
+
+def _parts(name: str, tensor: torch.Tensor, renames: list[Rename]) -> list[tuple[str, torch.Tensor]]:
+    """Our names of a published tensor, each with its share of it."""
+    for pattern, ours in renames:
+        name = re.sub(pattern, ours, name)
+    if "{qkv}" not in name:
+        return [(name, tensor)]
+    return [(name.replace("{qkv}", letter), part) for letter, part in zip("qkv", tensor.chunk(3), strict=False)]
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A shape without its kernel of 1x1: a linear layer and a convolution of that kernel are the same numbers."""
+    return tuple(tensor.shape[:2]) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tuple(tensor.shape)
+
+
+def rescale(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A VQGAN's weights, under our names, such that every input of a GroupNorm is `scale` times what it was.
+
+    GroupNorm of s * x with epsilon s^2 * e is that of x with epsilon e, so that weights trained with e compute the same
+    function with ours, s = sqrt(EPSILON / e). Only norms read the residual stream: what is written to it is scaled, of
+    linear maps within it the bias alone.
+    """
+    writes = r"\b(conv_in|conv1|conv2|proj_out)\.(weight|bias)$|\b(nin_shortcut|resample\.conv)\.bias$"
+    return {name: tensor * scale if re.search(writes, name) else tensor for name, tensor in tensors.items()}
+
+
+# Stands for the class that Lightning's checkpoints of 2020 and 2021 keep as a key; nothing of it is used.
+_CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+
+
+def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
+    """The tensors of a published file, on the CPU, by name; no code in the file is run.
+
+    Args:
+        entry: of a .pt or .ckpt file, under which the tensors lie.
+
+    Raises:
+        Mismatch: cut short or damaged; holds code; no such entry, or no tensors in it.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([_CALLBACK]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise whatever their zip, pickle and header code raises
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise Mismatch(f"it holds code, {code[1]}, which is not run") from None
+        reason = str(error).split("WeightsUnpickler error: ")[-1].split(". ")[0].split("\n")[0].strip()
+        raise Mismatch(f"cut short, damaged or no weights at all; {reason or type(error).__name__}") from None
+    tensors = content.get(entry) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise Mismatch(f"no tensors under {entry!r}")
+    return tensors
