@@ -67,14 +67,14 @@ def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
     from .workbench import Workbench
 
     _join(device)
-    bench = Workbench.open(preset, run, data, seed, device, clip)
-    if bench.notice:
-        _say(bench.notice, err=True)
-    if world_size() > 1 and bench.has_oracle:
+    wb = Workbench.open(preset, run, data, seed, device, clip)
+    if wb.notice:
+        _say(wb.notice, err=True)
+    if world_size() > 1 and wb.has_oracle:
         if is_main():
-            bench.images()  # makes the Shapes world where it has not been made
+            wb.images()  # makes the Shapes world where it has not been made
         barrier()
-    return bench
+    return wb
 
 
 def _join(device: str) -> None:
@@ -106,17 +106,17 @@ def _say(text: object, err: bool = False) -> None:
 @click.option("--steps", default=0, help="training steps  [default: the preset's]")
 def train_vqgan(steps: int, **run_options) -> None:
     """Stage 1: train the VQGAN on images."""
-    bench = _open(**run_options)
-    bench.train_vqgan(steps)
-    _say(bench.run.summary().get("vqgan"))
+    wb = _open(**run_options)
+    wb.train_vqgan(steps)
+    _say(wb.run.summary().get("vqgan"))
 
 
 @main.command("extract")
 @_run_options
 def extract(**run_options) -> None:
     """Encode every image once into tokens and an embedding."""
-    bench = _open(**run_options)
-    store = bench.extract()
+    wb = _open(**run_options)
+    store = wb.extract()
     _say(f"{len(store)} rows of {store.meta['L']} tokens in {store.folder}")
 
 
@@ -125,9 +125,9 @@ def extract(**run_options) -> None:
 @click.option("--steps", default=0, help="training steps  [default: the preset's]")
 def train_transformer(steps: int, **run_options) -> None:
     """Stage 2: train the transformer on the token store."""
-    bench = _open(**run_options)
-    bench.train_transformer(steps)
-    _say(bench.run.summary().get("transformer"))
+    wb = _open(**run_options)
+    wb.train_transformer(steps)
+    _say(wb.run.summary().get("transformer"))
 
 
 @main.command("evaluate")
@@ -181,10 +181,10 @@ def evaluate(
         from .metrics.report import table
         from .runtime.distributed import is_main
 
-        bench = _open(**run_options)
-        bench.evaluate(guidance)
+        wb = _open(**run_options)
+        wb.evaluate(guidance)
         if is_main():
-            click.echo(table(bench.run.summary()))
+            click.echo(table(wb.run.summary()))
         return
     if reference is None:
         raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR, SHARDS or stats.npz")
@@ -251,7 +251,7 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
 
     from .data.images import grid
     from .runtime.distributed import is_main
-    from .text_to_image import TextToImage, draw_together
+    from .text_to_image import TextToImage, generate_together
     from .workbench import Workbench, pick_device
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
@@ -264,7 +264,7 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
     else:
         generator = TextToImage.from_pretrained("shapes").to(pick_device(device))
     chosen = {key: value for key, value in settings.items() if value is not None}
-    images = draw_together(generator, [prompt] * n, list(range(seed, seed + n)), show_progress=True, **chosen)
+    images = generate_together(generator, [prompt] * n, list(range(seed, seed + n)), show_progress=True, **chosen)
     if is_main():
         Image.fromarray(grid(images, columns=min(n, 8))).save(output)
     _say(f"{n} images of {prompt!r} in {output}")
@@ -298,9 +298,9 @@ def export(run: str, folder: Path | None, n: int, candidates: int, device: str) 
     """Write a run's generator in float16 for TextToImage.from_pretrained, and measure what was written."""
     from .workbench import Workbench
 
-    bench = Workbench.reopen(run, device)
-    folder = folder or bench.run.path / "generator"
-    click.echo(bench.export(folder, n, candidates))
+    wb = Workbench.reopen(run, device)
+    folder = folder or wb.run.path / "generator"
+    click.echo(wb.export(folder, n, candidates))
     click.echo(f"generator in {_short(folder)}: TextToImage.from_pretrained reads it")
 
 

@@ -216,7 +216,7 @@ def evaluate_generator(
             part = [prompts[j] for j in positions]
             yield (
                 positions,
-                generator.draw_each(_prompts(generator, images, part), [seed + j for j in positions], **settings),
+                generator.generate_each(_prompts(generator, images, part), [seed + j for j in positions], **settings),
             )
 
     listed = caption_list((names[row], text or "") for row, text in prompts)
@@ -490,7 +490,7 @@ def _skipped_warnings(images: ImageSet) -> list[str]:
     return [f"{len(images.skipped)} files of {images.name} were left out, the first {name} ({why})"]
 
 
-DAMAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+CORRUPTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda x: x,
     "JPEG 50": lambda x: jpeg(x, 50),
     "blur": lambda x: blur(x, 2),
@@ -499,10 +499,10 @@ DAMAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @torch.inference_mode()
-def damage_scores(
+def corruption_scores(
     images: ImageSet, network: FeatureNetwork, limit: int = 1_000, device: str | torch.device = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """One half of a set, damaged more and more, against the other half: do the metrics order the damages?
+    """One half of a set, damaged more and more, against the other half: do the metrics order the corruptions?
 
     Returns:
         damage -> `fid`, `kid`, precision, recall, density, coverage against the other half, and `psnr` and `ssim` against
@@ -515,7 +515,7 @@ def damage_scores(
     first, second = whole[::2], whole[1::2]
     reference, found = SetStatistics(network, (0,), 2), {}
     _add(reference, first.to(device))
-    for name, damage in DAMAGES.items():
+    for name, damage in CORRUPTIONS.items():
         damaged = torch.cat([damage(part) for part in second.split(64)])
         scored = SetStatistics(network, (0,))
         _add(scored, damaged.to(device))
@@ -568,8 +568,8 @@ def evaluate_oracle(
 ) -> dict:
     """Shapes world only: what share of images shows what was asked for, read by the oracle.
 
-    Text prompts of one thing, of two with a relation, and of held-out pairs; as image prompts, the embeddings of real
-    scenes of one thing; and, with nothing generated, the tokenizer's reconstructions of real scenes, above which no
+    Text prompts of one object, of two with a relation, and of held-out pairs; as image prompts, the embeddings of real
+    scenes of one object; and, with nothing generated, the tokenizer's reconstructions of real scenes, above which no
     generator on its tokens can rise. Every prompt gets one image: nothing is picked or ranked.
 
     Args:
@@ -587,7 +587,7 @@ def evaluate_oracle(
         if modality == "reconstruction":
             return generator.vqgan.decode(generator.vqgan.encode(scenes))
         texts = [p.text for p in asked] if modality == "text" else generator.clip.images(scenes)
-        return generator.draw_each(texts, [seed + row % n for row in rows], **settings)
+        return generator.generate_each(texts, [seed + row % n for row in rows], **settings)
 
     def drawings(numbers: range) -> Iterator[tuple[list[int], torch.Tensor]]:
         for i in numbers:

@@ -244,8 +244,8 @@ def fid_over_n(curves: dict[str, dict[str, float]], title: str) -> Figure:
     return figure
 
 
-def damages(found: dict[str, dict[str, float]], title: str) -> Figure:
-    """One panel for each metric, its value for images that are damaged more and more; what `evaluate.damage_scores` gives."""
+def corruptions(found: dict[str, dict[str, float]], title: str) -> Figure:
+    """One panel for each metric, its value for images that are damaged more and more; what `evaluate.corruption_scores` gives."""
     metrics = list(next(iter(found.values())))
     figure, axes = plt.subplots(2, -(-len(metrics) // 2), figsize=(11, 4.2), squeeze=False)
     for axis, metric in zip(axes.flat, metrics, strict=False):
@@ -268,7 +268,7 @@ def against_peers(sections: dict[str, dict], title: str) -> Figure:
     """Rows of a speed file that have a goal, with their spread: times as fast as a peer, and shares of what a row may take at most.
 
     Args:
-        sections: name -> what `bench.run` found, with `table` of `timing.row`s.
+        sections: name -> what `wb.run` found, with `table` of `timing.row`s.
     """
     rows = [(name, row) for name, part in sections.items() for row in part["table"] if row["asked"] is not None]
     halves = {

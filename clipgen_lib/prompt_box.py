@@ -13,7 +13,7 @@ import torch
 
 from .data.images import png
 from .runtime.runs import ClipgenError
-from .text_to_image import Look, TextToImage
+from .text_to_image import Preview, TextToImage
 
 WIDTH = 128  # pixels that an image is enlarged to on the page, about
 
@@ -87,7 +87,7 @@ class PromptBox(widgets.VBox):
         ):
             tile.children[1].value = f"CLIP {score:.2f}"
 
-    def _show(self, look: Look) -> None:
+    def _show(self, look: Preview) -> None:
         if len(self.pictures.children) != len(look.images):
             self.pictures.children = [_tile() for _ in look.images]
         scale = max(1, WIDTH // look.images.shape[-1])

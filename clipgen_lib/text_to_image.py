@@ -34,14 +34,14 @@ EXPORTED = {"config.json", "model.safetensors"}  # the files of one
 Prompts = str | list[str] | torch.Tensor  # texts, images (P, 3, H, W) in [-1, 1], or CLIP embeddings of images (P, D)
 
 
-class Asked(NamedTuple):
+class PromptEmbeds(NamedTuple):
     """P prompts as the models take them."""
 
     embeds: torch.Tensor  # (P, D), CLIP's own: candidates are ranked by these
     condition: torch.Tensor  # (P, D), what the transformer takes for them
 
 
-class Look(NamedTuple):
+class Preview(NamedTuple):
     """A look at images that are being drawn."""
 
     images: torch.Tensor  # (B, 3, H, W) in [-1, 1]; what is not drawn yet is mid grey, 0
@@ -248,10 +248,10 @@ class TextToImage(
         Returns:
             (P, n, 3, H, W) float in [-1, 1].
         """
-        return self.draw_each(*_repeat(_listed(prompts), n, seed), show_progress, **settings).unflatten(0, (-1, n))
+        return self.generate_each(*_repeat(_listed(prompts), n, seed), show_progress, **settings).unflatten(0, (-1, n))
 
     @torch.inference_mode()
-    def draw_each(
+    def generate_each(
         self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False, **settings: object
     ) -> torch.Tensor:
         """One image for each prompt and seed, the nearest of `candidates` in CLIP space: (P, 3, H, W) in [-1, 1]."""
@@ -261,7 +261,7 @@ class TextToImage(
     @torch.inference_mode()
     def draw_progressively(
         self, prompt: Prompts, n: int = 1, seed: int = 0, every: int = 0, **settings: object
-    ) -> Iterator[Look]:
+    ) -> Iterator[Preview]:
         """Draw n images for one prompt and show them on the way.
 
         Args:
@@ -281,9 +281,9 @@ class TextToImage(
             for step, tokens in enumerate(steps, start=1):
                 share = float((tokens >= 0).float().mean())
                 if step % every == 0 and share < 1:
-                    yield Look(self._unfinished(tokens, chosen.batch_size), (j + share) / chosen.candidates)
+                    yield Preview(self._unfinished(tokens, chosen.batch_size), (j + share) / chosen.candidates)
             pools.append(self._decode(tokens, chosen.batch_size))
-        yield Look(self._nearest(pools, asked.embeds), 1.0)
+        yield Preview(self._nearest(pools, asked.embeds), 1.0)
 
     @torch.inference_mode()
     def complete(
@@ -349,7 +349,9 @@ class TextToImage(
                 "a blend has one prompt at each end: give a text, an image (1, 3, H, W) or an embedding (1, D)"
             )
         shares, seeds = _repeat(list(shares), n, seed)
-        between = Asked(*(torch.cat([slerp(x, y, share) for share in shares]) for x, y in zip(*ends, strict=True)))
+        between = PromptEmbeds(
+            *(torch.cat([slerp(x, y, share) for share in shares]) for x, y in zip(*ends, strict=True))
+        )
         return self._draw_best(between, seeds, chosen, show_progress).unflatten(0, (-1, n))
 
     def walk(
@@ -379,9 +381,9 @@ class TextToImage(
         """CLIP scores (B,) of images (B, 3, H, W) in [-1, 1]: cosines with one prompt."""
         return self.embed(images) @ self.embed(prompt)[0]
 
-    def _ask(self, prompts: list[str] | torch.Tensor, chosen: SampleConfig) -> Asked:
+    def _ask(self, prompts: list[str] | torch.Tensor, chosen: SampleConfig) -> PromptEmbeds:
         embeds = self.embed(prompts)
-        return Asked(
+        return PromptEmbeds(
             embeds, self.condition(embeds, not isinstance(prompts, torch.Tensor), chosen.neighbours, chosen.shift)
         )
 
@@ -421,7 +423,7 @@ class TextToImage(
 
     def _draw_best(
         self,
-        asked: Asked,
+        asked: PromptEmbeds,
         seeds: list[int],
         chosen: SampleConfig,
         show_progress: bool,
@@ -456,19 +458,19 @@ class TextToImage(
         return images * F.interpolate(drawn.view(-1, 1, side, side).to(images.dtype), images.shape[-2:])
 
 
-def draw_together(
+def generate_together(
     generator: TextToImage,
     prompts: list[str] | torch.Tensor,
     seeds: list[int],
     show_progress: bool = False,
     **settings: object,
 ) -> torch.Tensor:
-    """What `generator.draw_each` gives, every process of a launch drawing its share of it: (P, 3, H, W), on the CPU, for all."""
+    """What `generator.generate_each` gives, every process of a launch drawing its share of it: (P, 3, H, W), on the CPU, for all."""
     first, end = (len(seeds) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
     drawn = None
     if first < end:
         show = show_progress and distributed.is_main()
-        drawn = generator.draw_each(prompts[first:end], seeds[first:end], show_progress=show, **settings).cpu()
+        drawn = generator.generate_each(prompts[first:end], seeds[first:end], show_progress=show, **settings).cpu()
     parts = [part for part in distributed.gather(drawn) if part is not None]
     return distributed.broadcast(torch.cat(parts) if parts else None)
 

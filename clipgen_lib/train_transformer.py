@@ -36,7 +36,7 @@ from .training import (
     positions,
     reduced,
     scaler_of,
-    set_rates,
+    set_learning_rates,
     spread,
     step_seed,
     whole,
@@ -121,7 +121,7 @@ def train_transformer(
     ):
         for step in range(start, config.steps):
             torch.manual_seed(step_seed(seed, step, distributed.rank()))
-            set_rates([optimizer], (config.lr,), step, config)
+            set_learning_rates([optimizer], (config.lr,), step, config)
             rows = batch_rows(len(store), config.batch_size, seed, step)
             change = change_of(config, store.meta["D"], torch.Generator().manual_seed(step_seed(seed, step)))
             for last, part in with_last(own):
@@ -160,8 +160,8 @@ def train_transformer(
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 averaged, score = ema.whole().eval(), None
                 if accelerator.is_main_process:
-                    scores = held_out_losses(averaged, held_out, *frozen)
-                    run.log("transformer_held_out", step + 1, **scores)
+                    scores = validation_losses(averaged, held_out, *frozen)
+                    run.log("transformer_val", step + 1, **scores)
                     score = scores["nll"]
                 state.save(step + 1, score)
                 if preview is not None and accelerator.is_main_process:
@@ -249,7 +249,7 @@ def embedding_loss(
 
 
 @torch.inference_mode()
-def held_out_losses(
+def validation_losses(
     transformer: ImageTransformer, store: TokenStore, vqgan: VQGAN, clip: ClipEmbedder, rows: int = 1_000
 ) -> dict[str, float]:
     """Token likelihood (nats per token) and embedding loss on at most `rows` rows of a store, without noise."""

@@ -35,7 +35,7 @@ from .training import (
     reduced,
     scale_of,
     scaler_of,
-    set_rates,
+    set_learning_rates,
     step_seed,
     with_last,
 )
@@ -217,7 +217,7 @@ def train_vqgan(
         for step in range(start, config.steps):
             torch.manual_seed(step_seed(seed, step, distributed.rank()))
             say = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
-            set_rates(prepared, (config.lr, config.discriminator_lr), step, config)
+            set_learning_rates(prepared, (config.lr, config.discriminator_lr), step, config)
             found = []
             for last, real in with_last(to_float(next(batches).to(accelerator.device)).chunk(config.accumulate)):
                 with reduced(accelerator, last, generator, critic):
@@ -281,8 +281,8 @@ def train_vqgan(
                 bar.set_postfix(log.write(step + 1, lr=prepared[0].param_groups[0]["lr"]))
             if accelerator.is_main_process:
                 if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                    scores = held_out_reconstruction(ema.module, held_out)
-                    run.log("vqgan_held_out", step + 1, **scores)
+                    scores = validation_reconstruction(ema.module, held_out)
+                    run.log("vqgan_val", step + 1, **scores)
                     state.save(step + 1, scores["l2"])
                 stop.raise_if_asked(
                     lambda done=step + 1: state.save(done), f"after step {step + 1} of the VQGAN's training"
@@ -291,7 +291,7 @@ def train_vqgan(
 
 
 @torch.inference_mode()
-def held_out_reconstruction(vqgan: VQGAN, images: ImageSet, most: int = 256) -> dict[str, float]:
+def validation_reconstruction(vqgan: VQGAN, images: ImageSet, most: int = 256) -> dict[str, float]:
     """L1 and L2 between a set's first images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped, by weights in any mode."""
     training = vqgan.training
     vqgan.eval()

@@ -115,9 +115,9 @@ def reduced(accelerator: Accelerator, last: bool, *modules: nn.Module) -> Iterat
         yield
 
 
-def set_rates(optimizers: list, peaks: tuple[float, ...], step: int, config: OptimConfig) -> None:
+def set_learning_rates(optimizers: list, peaks: tuple[float, ...], step: int, config: OptimConfig) -> None:
     for optimizer, peak in zip(optimizers, peaks, strict=True):
-        set_rate(optimizer, learning_rate(step, config.steps, peak, config.warmup))
+        set_learning_rate(optimizer, learning_rate(step, config.steps, peak, config.warmup))
 
 
 def finish(
@@ -351,7 +351,7 @@ def fit(
         model.train()
         for step in range(start + 1, config.steps + 1):
             rate = learning_rate(step - 1, config.steps, config.lr, config.warmup)
-            set_rate(optimizer, rate)
+            set_learning_rate(optimizer, rate)
             loss, scalars = loss_of(step - 1)
             loss.backward()
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
@@ -411,6 +411,6 @@ def build_optimizer(
     raise ClipgenError(f"unknown optimizer {kind!r}: choose adamw or muon")
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -98,7 +98,7 @@ class OwnPrompts(NamedTuple):
     pictures: torch.Tensor | None = None  # (P, 3, H, W) in [-1, 1], those of the embeddings
 
 
-class Sheet(NamedTuple):
+class ImageGrid(NamedTuple):
     """Images for a figure."""
 
     images: torch.Tensor  # (N, 3, H, W) in [-1, 1], row by row
@@ -151,10 +151,10 @@ class Workbench:
                 )
         elif distributed.is_main():
             write_json(path, config)
-        bench = cls(opened, chosen, data, seed, pick_device(device))
+        wb = cls(opened, chosen, data, seed, pick_device(device))
         if not opened.summary().get("versions"):
-            bench._record(run=run, preset=preset, seed=seed, versions=versions())
-        return bench
+            wb._record(run=run, preset=preset, seed=seed, versions=versions())
+        return wb
 
     @classmethod
     def reopen(cls, run: str, device: str = "auto", data: str = "") -> Workbench:
@@ -220,7 +220,7 @@ class Workbench:
     def text_mean(self) -> torch.Tensor:
         """Mean embedding (D,) of up to 10,000 captions of training images, for a training that centres or a shift.
 
-        Whose caption is whose is not looked at: this is unpaired text, the one thing that is not an image in a training.
+        Whose caption is whose is not looked at: this is unpaired text, the one object that is not an image in a training.
         """
         texts = [texts[0] for texts in self.images().captions if texts]
         if not texts:
@@ -299,7 +299,9 @@ class Workbench:
             generator = TextToImage.from_parts(
                 vqgan, transformer, self.clip, self.clip_source, self.preset.sample, *extras
             )
-            pictures = torch.cat([generator.draw_each(p, list(range(len(p))), candidates=1) for p in (texts, embeds)])
+            pictures = torch.cat(
+                [generator.generate_each(p, list(range(len(p))), candidates=1) for p in (texts, embeds)]
+            )
             Image.fromarray(grid(pictures, columns=len(pictures))).save(self.run.file("previews", f"{step:06d}.png"))
 
         with self._timed("transformer"):
@@ -317,7 +319,7 @@ class Workbench:
                 self.text_mean() if config.centre else None,
                 preview,
             )
-        scores = train_transformer.held_out_losses(transformer.to(self.device), held_out, vqgan, self.clip)
+        scores = train_transformer.validation_losses(transformer.to(self.device), held_out, vqgan, self.clip)
         clip_size = sum(p.numel() for p in self.clip.parameters())
         self._record(transformer=scores, parameters={"clip": clip_size})
 
@@ -373,7 +375,7 @@ class Workbench:
         return OwnPrompts(embeds, [images.names[row].rpartition("/")[2] for row in rows], source, pictures)
 
     @torch.inference_mode()
-    def draw_prompts(self, text: str = "", n: int = 8, each: int = 4, guidance: float = 0.0) -> Sheet:
+    def draw_prompts(self, text: str = "", n: int = 8, each: int = 4, guidance: float = 0.0) -> ImageGrid:
         """Some images for each of `own_prompts`, image j with seed + j; variations behind the image that they vary.
 
         What was asked for goes into summary.json under `prompts`. `guidance` above 0 replaces the preset's.
@@ -385,7 +387,7 @@ class Workbench:
             images = torch.cat([own.pictures[:, None], images], dim=1)
             titles = [[title] + ["variation"] * each for title in own.titles]
         self._record(prompts={"source": own.source, "asked": own.titles})
-        return Sheet(images.flatten(0, 1), sum(titles, []), 2 * images.shape[1], own.source)
+        return ImageGrid(images.flatten(0, 1), sum(titles, []), 2 * images.shape[1], own.source)
 
     def class_rows(self, real: int = 4, drawn: int = 6, most: int = 20) -> dict[str, torch.Tensor]:
         """Where folders are classes: held-out images of each class, then images drawn for its text, seeds in order.
@@ -438,7 +440,7 @@ class Workbench:
         if not distributed.is_main():
             return shown
         start, texts = time.perf_counter(), shown["prompts"][:16]
-        generator.draw_each(texts, list(range(len(texts))), **settings)
+        generator.generate_each(texts, list(range(len(texts))), **settings)
         per_image = (time.perf_counter() - start) / len(texts)
         entries = {"evaluation": numbers, "sample": sample} | ({"oracle": oracle} if oracle else {})
         seconds = {**self.run.summary().get("seconds", {}), "per_image": per_image}

@@ -67,7 +67,7 @@ def test_gradients_reach_pictures_and_not_weights(clip):
 
 def test_it_knows_shapes(clip):
     """Far under what it was trained to, far over chance: a broken file, tokenizer or resize would fail here."""
-    assert retrieval(clip, 200, n_things=1)["true_at_1"] > 0.6
+    assert retrieval(clip, 200, n_objects=1)["true_at_1"] > 0.6
 
 
 def test_embedded_weights_are_small_and_half():
@@ -125,15 +125,17 @@ def test_twins_exchange_places():
     twins = readable = 0
     for index in range(0, 200, 2):
         a, b = pool_scene(0, index), pool_scene(0, index + 1)
-        if len(a.things) == 2:
+        if len(a.objects) == 2:
             twins += 1
-            said = {(t.shape, t.colour): (t.x, t.y) for t in a.things}
-            swapped = {(t.shape, t.colour): (t.x, t.y) for t in b.things}
+            said = {(t.shape, t.colour): (t.x, t.y) for t in a.objects}
+            swapped = {(t.shape, t.colour): (t.x, t.y) for t in b.objects}
             assert said.keys() == swapped.keys() and all(said[k] != swapped[k] for k in said)
-            assert shapes.relation(*a.things) != shapes.relation(*b.things) or a.things[0].shape != b.things[0].shape
+            assert (
+                shapes.relation(*a.objects) != shapes.relation(*b.objects) or a.objects[0].shape != b.objects[0].shape
+            )
             read = shapes.read_scene(shapes.render(b))
             readable += {(t.shape, t.colour) for t in read} == said.keys()
-    assert twins > 20 and readable >= 0.95 * twins  # corners of two like-coloured things may touch
+    assert twins > 20 and readable >= 0.95 * twins  # corners of two like-coloured objects may touch
 
 
 SMALL = ClipTrainConfig(scenes=64, steps=2, batch_size=16, warmup=1, log_every=1, save_every=1)

@@ -14,7 +14,7 @@ from clipgen_lib.workbench import Workbench
 
 
 @pytest.fixture
-def bench(world, preset, vqgan, tmp_path):
+def wb(world, preset, vqgan, tmp_path):
     """A run with an untrained tokenizer and its stores, on a world of 40 scenes read as a COCO root."""
     small = replace(
         preset,
@@ -22,10 +22,10 @@ def bench(world, preset, vqgan, tmp_path):
         fusion_gan=replace(preset.fusion_gan, channels=4, steps=2, batch_size=4, log_every=1),
         vqgan_clip=replace(preset.vqgan_clip, steps=2, cutouts=2, batch_size=4),
     )
-    bench = Workbench(open_run("base", tmp_path), small, str(world), 0, "cpu")
-    save_weights(bench.run.path / "vqgan", vqgan)
-    bench.extract()
-    return bench
+    wb = Workbench(open_run("base", tmp_path), small, str(world), 0, "cpu")
+    save_weights(wb.run.path / "vqgan", vqgan)
+    wb.extract()
+    return wb
 
 
 ABLATION = Table(
@@ -44,8 +44,8 @@ ABLATION = Table(
 )
 
 
-def test_rows_are_trained_once_evaluated_and_kept(bench, tmp_path, monkeypatch):
-    table = compare.run_table(bench, ABLATION, tmp_path, steps=2)
+def test_rows_are_trained_once_evaluated_and_kept(wb, tmp_path, monkeypatch):
+    table = compare.run_table(wb, ABLATION, tmp_path, steps=2)
     assert [entry["name"] for entry in table] == [row.name for row in ABLATION.rows]
     assert table[0]["seeds"] == [0, 1] and table[0]["fid_0"]["std"] > 0 and table[1]["fid_0"]["std"] == 0
     results = [read_json(tmp_path / "ablation" / "rows" / f"plain-{seed}.json") for seed in (0, 1)]
@@ -53,20 +53,20 @@ def test_rows_are_trained_once_evaluated_and_kept(bench, tmp_path, monkeypatch):
     trainings = list((tmp_path / "ablation" / "trainings").iterdir())
     assert len(trainings) == 4  # two seeds, centred, twin: the others only sample otherwise
     monkeypatch.setattr(compare.train, "train_transformer", lambda *a, **k: pytest.fail("trained again"))
-    assert compare.run_table(bench, ABLATION, tmp_path, steps=2) == table
+    assert compare.run_table(wb, ABLATION, tmp_path, steps=2) == table
     lines = compare.lines_of(table, ABLATION.columns).splitlines()
     assert "±" in lines[1] and "±" not in lines[2]
     path = tmp_path / "ablation" / "rows" / "guided-0.json"
     older = read_json(path)
     del older["recipe"]["sample"]["shift"]  # written before the field existed
     write_json(path, older)
-    assert compare.run_table(bench, ABLATION, tmp_path, steps=2) == table and read_json(path) == older
+    assert compare.run_table(wb, ABLATION, tmp_path, steps=2) == table and read_json(path) == older
     assert list(compare.sheets(tmp_path / "ablation", ABLATION.rows)) == [row.name for row in ABLATION.rows]
 
 
-def test_rows_of_another_recipe_or_run_are_not_mixed_in(bench, tmp_path):
+def test_rows_of_another_recipe_or_run_are_not_mixed_in(wb, tmp_path):
     table = replace(ABLATION, rows=ABLATION.rows[:2])
-    compare.run_table(bench, table, tmp_path, steps=2)
+    compare.run_table(wb, table, tmp_path, steps=2)
     path = tmp_path / "ablation" / "rows" / "guided-0.json"
     stale = read_json(path)
     stale["recipe"]["sample"]["guidance"] = 3.0
@@ -75,11 +75,11 @@ def test_rows_of_another_recipe_or_run_are_not_mixed_in(bench, tmp_path):
     stale["recipe"]["vqgan"] = "another"
     write_json(path, stale)
     with pytest.raises(ClipgenError, match="rows of another run"):
-        compare.run_table(bench, table, tmp_path, steps=2)
+        compare.run_table(wb, table, tmp_path, steps=2)
 
 
-def test_every_system_runs_in_the_same_harness(bench, tmp_path):
-    table = compare.run_table(bench, compare.TABLES["systems"], tmp_path, steps=2)
+def test_every_system_runs_in_the_same_harness(wb, tmp_path):
+    table = compare.run_table(wb, compare.TABLES["systems"], tmp_path, steps=2)
     assert [entry["name"] for entry in table] == [row.name for row in compare.SYSTEMS]
     for entry in table:
         assert (
@@ -88,27 +88,27 @@ def test_every_system_runs_in_the_same_harness(bench, tmp_path):
         assert ("seconds_train" in entry) == (entry["name"] not in ("retrieval", "VQGAN-CLIP"))
 
 
-def test_an_unknown_row_is_one_sentence(bench, tmp_path):
+def test_an_unknown_row_is_one_sentence(wb, tmp_path):
     with pytest.raises(ClipgenError, match="no row 'plane'"):
-        compare.run_table(bench, ABLATION, tmp_path, only=["plane"])
+        compare.run_table(wb, ABLATION, tmp_path, only=["plane"])
 
 
-def test_pairs_are_each_caption_of_unmirrored_pictures(bench):
-    store, captions = bench.store(), bench.images().captions
-    texts = baselines.paired_store(store, captions, bench.clip, words=False)
-    words = baselines.paired_store(store, captions, bench.clip, words=True)
+def test_pairs_are_each_caption_of_unmirrored_pictures(wb):
+    store, captions = wb.store(), wb.images().captions
+    texts = baselines.paired_store(store, captions, wb.clip, words=False)
+    words = baselines.paired_store(store, captions, wb.clip, words=True)
     assert store.meta["flip"] and len(store) == 80 and len(texts) == len(words) == sum(map(len, captions)) == 200
     assert torch.equal(texts.tokens(slice(5, 10)), store.tokens(slice(1, 2)).expand(5, -1))
-    assert torch.allclose(texts.embeds(slice(5, 10)), bench.clip.texts(list(captions[1])), atol=1e-3)
-    assert torch.equal(words.embeds(slice(5, 10)), bench.clip.tokenizer(list(captions[1])))
+    assert torch.allclose(texts.embeds(slice(5, 10)), wb.clip.texts(list(captions[1])), atol=1e-3)
+    assert torch.equal(words.embeds(slice(5, 10)), wb.clip.tokenizer(list(captions[1])))
 
 
-def test_every_row_changes_the_plain_recipe_by_what_it_names(bench):
-    plain = compare.recipe(bench, compare.ROWS[0])
+def test_every_row_changes_the_plain_recipe_by_what_it_names(wb):
+    plain = compare.recipe(wb, compare.ROWS[0])
     assert plain["train"].noise_cos == 1 and plain["sample"].guidance == 1 and plain["train"].condition_dropout == 0
     assert len({row.name for row in compare.ROWS}) == len(compare.ROWS)
     for row in compare.ROWS[1:]:
-        made = compare.recipe(bench, row)
+        made = compare.recipe(wb, row)
         for part in ("transformer", "train", "sample"):
             changed = {k for k, v in vars(made[part]).items() if v != vars(plain[part])[k]}
             assert changed == set(getattr(row, part))
@@ -123,21 +123,21 @@ def test_the_laptop_preset_is_the_best_row():
             assert getattr(part, key) == value, key
 
 
-def test_words_of_the_supervised_system_are_those_that_clip_reads(bench):
+def test_words_of_the_supervised_system_are_those_that_clip_reads(wb):
     row = next(row for row in compare.SYSTEMS if row.system == "supervised")
-    assert compare.recipe(bench, row)["transformer"].condition_tokens == bench.clip.tokenizer.context_length
+    assert compare.recipe(wb, row)["transformer"].condition_tokens == wb.clip.tokenizer.context_length
 
 
-def test_a_training_without_its_weights_is_made_again(bench, tmp_path):
+def test_a_training_without_its_weights_is_made_again(wb, tmp_path):
     """A clone has the rows, and of a training at most its records."""
     table = replace(ABLATION, rows=ABLATION.rows[:1])
-    before = compare.run_table(bench, table, tmp_path, steps=2)
+    before = compare.run_table(wb, table, tmp_path, steps=2)
     for path in (tmp_path / "ablation" / "trainings").glob("*/*/model.safetensors"):
         shutil.rmtree(path.parent)
     for path in (tmp_path / "ablation" / "trainings").glob("*/checkpoints"):
         shutil.rmtree(path)
     shutil.rmtree(tmp_path / "ablation" / "rows")
-    assert compare.run_table(bench, table, tmp_path, steps=2)[0]["fid_0"] == before[0]["fid_0"]
+    assert compare.run_table(wb, table, tmp_path, steps=2)[0]["fid_0"] == before[0]["fid_0"]
 
 
 def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
@@ -153,25 +153,25 @@ def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
         evaluate=replace(preset.evaluate, n=8, batch_size=8, blur=(0, 1)),
         classifier=replace(preset.classifier, width=8, steps=3, batch_size=8, warmup=1),
     )
-    bench = Workbench(open_run("base", tmp_path), small, str(data), 0, "cpu")
+    wb = Workbench(open_run("base", tmp_path), small, str(data), 0, "cpu")
     torch.manual_seed(0)
-    save_weights(bench.run.path / "vqgan", VQGAN(preset.vqgan).eval())
-    bench.extract()
-    assert bench.train_classifier() == bench.run.summary()["classifier"] and bench.run.summary()["classifier"]["n"] == 8
-    entry = compare.run_table(bench, compare.TABLES["photos"], tmp_path, steps=2, only=["plain", "retrieval"])[0]
-    real = bench.run.summary()["classifier"]["accuracy"]
+    save_weights(wb.run.path / "vqgan", VQGAN(preset.vqgan).eval())
+    wb.extract()
+    assert wb.train_classifier() == wb.run.summary()["classifier"] and wb.run.summary()["classifier"]["n"] == 8
+    entry = compare.run_table(wb, compare.TABLES["photos"], tmp_path, steps=2, only=["plain", "retrieval"])[0]
+    real = wb.run.summary()["classifier"]["accuracy"]
     assert entry["class_accuracy_real"]["mean"] == real and 0 <= entry["class_accuracy"]["mean"] <= 1
     assert "oracle_error" not in entry and (tmp_path / "photos" / "table.json").is_file()
 
 
-def test_a_row_is_measured_again_when_its_judges_change(bench, tmp_path):
+def test_a_row_is_measured_again_when_its_judges_change(wb, tmp_path):
     table = replace(ABLATION, rows=ABLATION.rows[1:2])
-    compare.run_table(bench, table, tmp_path, steps=2)
+    compare.run_table(wb, table, tmp_path, steps=2)
     path = tmp_path / "ablation" / "rows" / "guided-0.json"
     before = path.stat().st_mtime_ns
-    compare.run_table(bench, table, tmp_path, steps=2)
+    compare.run_table(wb, table, tmp_path, steps=2)
     assert path.stat().st_mtime_ns == before
-    compare.run_table(bench, replace(table, n_captions=6), tmp_path, steps=2)
+    compare.run_table(wb, replace(table, n_captions=6), tmp_path, steps=2)
     assert path.stat().st_mtime_ns > before and read_json(path)["evaluation"]["n"] == 6
 
 
@@ -180,6 +180,6 @@ def test_a_val_split_without_classes_is_one_sentence(tmp_path, preset, world):
         (tmp_path / "data" / name).mkdir(parents=True)
         for path in sorted((world / "train").glob("*.png"))[:2]:
             shutil.copy(path, tmp_path / "data" / name)
-    bench = Workbench(open_run("r", tmp_path), preset, str(tmp_path / "data"), 0, "cpu")
+    wb = Workbench(open_run("r", tmp_path), preset, str(tmp_path / "data"), 0, "cpu")
     with pytest.raises(ClipgenError, match="no classes to try a classifier on"):
-        bench.train_classifier()
+        wb.train_classifier()

@@ -18,7 +18,7 @@ from clipgen_lib.data.datasets import open_images
 from clipgen_lib.data.images import from_arrays, to_float
 from clipgen_lib.evaluate import (
     codec,
-    damage_scores,
+    corruption_scores,
     evaluate_folder,
     evaluate_generator,
     evaluate_oracle,
@@ -118,7 +118,7 @@ def test_an_interrupted_drawing_goes_on(generator, world, clip, preset, tmp_path
     images, config = open_images(world, "val"), replace(preset.evaluate, n=24, blur=(0,), batch_size=4)
     whole, shown = evaluate_generator(generator, images, clip, config, folder=tmp_path)
     monkeypatch.setattr(passes, "SAVE_SECONDS", 0)
-    draw, calls = TextToImage.draw_each, []
+    draw, calls = TextToImage.generate_each, []
 
     def killed(self, *arguments, **settings):
         calls.append(1)
@@ -126,7 +126,7 @@ def test_an_interrupted_drawing_goes_on(generator, world, clip, preset, tmp_path
             raise KeyboardInterrupt
         return draw(self, *arguments, **settings)
 
-    monkeypatch.setattr(TextToImage, "draw_each", killed)
+    monkeypatch.setattr(TextToImage, "generate_each", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate_generator(generator, images, clip, config, folder=tmp_path, resume=tmp_path / "run")
     again, shown_again = evaluate_generator(generator, images, clip, config, folder=tmp_path, resume=tmp_path / "run")
@@ -152,7 +152,7 @@ class Perfect(torch.nn.Module):
         self.vqgan = vqgan
         self.clip, self.device, self.settings = clip, torch.device("cpu"), SampleConfig()
 
-    def draw_each(self, prompts, seeds, **settings):
+    def generate_each(self, prompts, seeds, **settings):
         one = shapes.prompts("one", 20, 0)
         known = {p.text: p for kind in ("one", "two", "held_out") for p in shapes.prompts(kind, 20, 0)}
         asked = (
@@ -426,13 +426,13 @@ def test_photos_are_ordered_by_damage(shared, clip, tmp_path):
     with zipfile.ZipFile(archive) as content:
         names = [n for n in content.namelist() if "/val/" in f"/{n}" and n.lower().endswith((".jpeg", ".jpg", ".png"))]
         content.extractall(tmp_path, names)
-    found = damage_scores(open_folder(tmp_path), feature_network("clip", clip))
+    found = corruption_scores(open_folder(tmp_path), feature_network("clip", clip))
     check_order(found)
-    assert plots.damages(found, "photos").axes
+    assert plots.corruptions(found, "photos").axes
 
 
 def test_few_photos_are_ordered_by_distance(shared, clip):
-    found = damage_scores(open_folder(shared / "coco-mini", 64), feature_network("clip", clip))
+    found = corruption_scores(open_folder(shared / "coco-mini", 64), feature_network("clip", clip))
     for metric in ("fid", "kid"):
         values = [scores[metric] for scores in found.values()]
         assert values == sorted(values)

@@ -90,14 +90,14 @@ def a_vqgan():
 
 def a_run(results, data):
     """A run of preset smoke with untrained weights, whose logits are far from even."""
-    bench = workbench.Workbench(open_run("run", results), load_preset("smoke"), str(data), 0, "cpu")
-    vqgan, preset = a_vqgan(), bench.preset
-    save_weights(bench.run.path / "vqgan", vqgan)
+    wb = workbench.Workbench(open_run("run", results), load_preset("smoke"), str(data), 0, "cpu")
+    vqgan, preset = a_vqgan(), wb.preset
+    save_weights(wb.run.path / "vqgan", vqgan)
     torch.manual_seed(1)
-    transformer = ImageTransformer(preset.transformer, preset.vqgan.codebook_size, preset.vqgan.side**2, bench.clip.dim)
+    transformer = ImageTransformer(preset.transformer, preset.vqgan.codebook_size, preset.vqgan.side**2, wb.clip.dim)
     torch.nn.init.normal_(transformer.head.weight, std=0.5)
-    trained_with = {"vqgan": module_hash(vqgan), "clip": bench.clip.weights_hash}
-    save_weights(bench.run.path / "transformer", transformer, trained_with=trained_with)
+    trained_with = {"vqgan": module_hash(vqgan), "clip": wb.clip.weights_hash}
+    save_weights(wb.run.path / "transformer", transformer, trained_with=trained_with)
 
 
 def commands(data, picture):

@@ -96,7 +96,7 @@ def test_cost_comes_from_the_presets():
 
 
 def test_speed_comes_from_results():
-    from clipgen_lib.bench import lines_of
+    from clipgen_lib.wb import lines_of
 
     found = json.loads((ROOT / "results" / "speed" / "cpu.json").read_text())
     page = (ROOT / "results" / "README.md").read_text()

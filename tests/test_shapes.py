@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from clipgen_lib.data import shapes
-from clipgen_lib.data.shapes import HELD_OUT, Claim, Scene, Thing
+from clipgen_lib.data.shapes import HELD_OUT, Claim, Scene, SceneObject
 
 
 def score(pictures, asked):
@@ -14,16 +14,16 @@ def score(pictures, asked):
 
 @pytest.mark.parametrize("wild", [False, True])
 def test_oracle_reads_scenes_it_has_not_seen(wild):
-    things = right = 0
+    objects = right = 0
     for index in range(300):
         scene = shapes.scene_at(seed=99, index=index, held_out=index % 4 == 0, wild=wild)
         read = shapes.read_scene(shapes.render(scene))
         assert len(read) <= 3
-        for thing in scene.things:
-            things += 1
-            near = min(read, key=lambda r: (r.x - thing.x) ** 2 + (r.y - thing.y) ** 2)
-            right += (near.shape, near.colour, near.size) == (thing.shape, thing.colour, thing.size)
-    assert right / things >= 0.98
+        for obj in scene.objects:
+            objects += 1
+            near = min(read, key=lambda r: (r.x - obj.x) ** 2 + (r.y - obj.y) ** 2)
+            right += (near.shape, near.colour, near.size) == (obj.shape, obj.colour, obj.size)
+    assert right / objects >= 0.98
 
 
 def test_oracle_sees_what_is_wrong():
@@ -42,9 +42,9 @@ def test_oracle_sees_what_is_wrong():
 
 def test_the_world_keeps_to_its_grid_and_the_wild_one_does_not():
     tame, wild = ([shapes.scene_at(0, index, wild=w) for index in range(200)] for w in (False, True))
-    assert all(t.x % shapes.GRID == t.y % shapes.GRID == 0 for scene in tame for t in scene.things)
-    assert {(t.size, t.radius) for scene in tame for t in scene.things} == {("small", 9.25), ("large", 14.75)}
-    assert len({t.radius for scene in wild for t in scene.things}) > 200
+    assert all(t.x % shapes.GRID == t.y % shapes.GRID == 0 for scene in tame for t in scene.objects)
+    assert {(t.size, t.radius) for scene in tame for t in scene.objects} == {("small", 9.25), ("large", 14.75)}
+    assert len({t.radius for scene in wild for t in scene.objects}) > 200
     assert {s.background.kind for s in tame} == set(shapes.KINDS) - {"grainy"}
     assert {s.background.tint for s in tame} == {(0, 0, 0)}
     assert {s.background.kind for s in wild} == set(shapes.KINDS)
@@ -61,10 +61,12 @@ def test_held_out_pairs_are_held_out():
         and {c for _, c in HELD_OUT} == set(shapes.COLOURS)
     )
     for index in range(200):
-        assert not any((t.shape, t.colour) in HELD_OUT for t in shapes.scene_at(0, index).things)
-        first = shapes.scene_at(0, index, held_out=True).things[0]
+        assert not any((t.shape, t.colour) in HELD_OUT for t in shapes.scene_at(0, index).objects)
+        first = shapes.scene_at(0, index, held_out=True).objects[0]
         assert (first.shape, first.colour) in HELD_OUT
-    assert all((p.claim.things[0].shape, p.claim.things[0].colour) in HELD_OUT for p in shapes.prompts("held_out", 30))
+    assert all(
+        (p.claim.objects[0].shape, p.claim.objects[0].colour) in HELD_OUT for p in shapes.prompts("held_out", 30)
+    )
 
 
 def test_captions_are_varied_and_true():
@@ -80,13 +82,13 @@ def test_captions_are_varied_and_true():
 
 
 def test_claims_can_be_false():
-    red, blue = Thing("circle", "red", "small", 16, 32, 9), Thing("star", "blue", "small", 48, 32, 9)
+    red, blue = SceneObject("circle", "red", "small", 16, 32, 9), SceneObject("star", "blue", "small", 48, 32, 9)
     scene = Scene((red, blue), shapes.scene_at(0, 0).background)
-    said = (Thing("circle", "red"), Thing("star", "blue"))
+    said = (SceneObject("circle", "red"), SceneObject("star", "blue"))
     assert shapes.holds(Claim(said, "left of"), scene) and shapes.holds(Claim(said[::-1], "right of"), scene)
     assert not shapes.holds(Claim(said, "right of"), scene)
-    assert not shapes.holds(Claim((Thing("circle", "blue"),)), scene)
-    assert not shapes.holds(Claim((Thing("circle", "red"), Thing("circle", "red"))), scene)
+    assert not shapes.holds(Claim((SceneObject("circle", "blue"),)), scene)
+    assert not shapes.holds(Claim((SceneObject("circle", "red"), SceneObject("circle", "red"))), scene)
 
 
 def test_a_world_is_a_function_of_its_seed(tmp_path):

@@ -119,7 +119,7 @@ def steps_kept(run):
 
 def test_the_last_checkpoints_and_the_best_stay(store, preset, vqgan, clip, tmp_path, monkeypatch):
     scores = iter([0.9, 0.2, 0.5, 0.4, 0.3, float("nan")])
-    monkeypatch.setattr(train, "held_out_losses", lambda *_: {"nll": next(scores)})
+    monkeypatch.setattr(train, "validation_losses", lambda *_: {"nll": next(scores)})
     run = open_run("r", tmp_path)
     stage_two(run, store, preset, vqgan, clip, save_every=1)
     assert steps_kept(run) == [2, 5, 6]
@@ -138,8 +138,8 @@ def test_the_best_weights_can_take_the_place_of_the_last(
         "vqgan": iter([{"l1": 0, "l2": x} for x in (3.0, 1.0, 2.0)]),
         "transformer": iter([{"nll": x} for x in (3.0, 1.0, 2.0)]),
     }
-    monkeypatch.setattr(train, "held_out_losses", lambda *_: next(scores["transformer"]))
-    monkeypatch.setattr(train, "held_out_reconstruction", lambda *_: next(scores["vqgan"]))
+    monkeypatch.setattr(train, "validation_losses", lambda *_: next(scores["transformer"]))
+    monkeypatch.setattr(train, "validation_reconstruction", lambda *_: next(scores["vqgan"]))
     run, kind = open_run("r", tmp_path), {"vqgan": VQGAN, "transformer": ImageTransformer}[stage]
     (
         stage_one(run, images, preset, clip, save_every=2)
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(store, preset, vqgan,
 
 def test_damaged_checkpoints_take_no_place_of_what_a_signal_saves(store, preset, vqgan, clip, tmp_path, monkeypatch):
     """The last two cut: the third from the end is resumed, and a stop one step later is not pruned in favour of those."""
-    monkeypatch.setattr(train, "held_out_losses", lambda *_: {"nll": 1.0})  # the first of equal scores is the best
+    monkeypatch.setattr(train, "validation_losses", lambda *_: {"nll": 1.0})  # the first of equal scores is the best
     run, real, count = open_run("r", tmp_path), loop.Log.valid, []
     stage_two(run, store, preset, vqgan, clip, save_every=2)
     assert steps_kept(run) == [2, 4, 6]
@@ -425,8 +425,8 @@ def test_what_waits_is_noted():
 def test_no_step_waits_for_the_gpu(stage, images, store, preset, vqgan, clip, tmp_path, monkeypatch):
     """All that a step computes stays where it is until a line is logged, embedding loss and adaptive weight included."""
     monkeypatch.setattr(loop.Log, "write", lambda *_, **__: {})
-    monkeypatch.setattr(train, "held_out_losses", lambda *_: {"nll": 1.0})
-    monkeypatch.setattr(train, "held_out_reconstruction", lambda *_: {"l2": 1.0})
+    monkeypatch.setattr(train, "validation_losses", lambda *_: {"nll": 1.0})
+    monkeypatch.setattr(train, "validation_reconstruction", lambda *_: {"l2": 1.0})
     monkeypatch.setattr(loop.TrainingState, "save", lambda *_: None)
     steps, real = [], loop.Averaged.update
 

@@ -13,13 +13,13 @@ from clipgen_lib.workbench import Workbench, clip_fields
 
 def test_a_run_from_before_a_field_existed_had_its_default(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    bench = Workbench.open("smoke", "old")
-    config = read_json(bench.run.path / "config.json")
+    wb = Workbench.open("smoke", "old")
+    config = read_json(wb.run.path / "config.json")
     del config["preset"]["sample"]["neighbours"]  # 0 is the default and the preset's
-    write_json(bench.run.path / "config.json", config)
-    assert Workbench.open("smoke", "old").preset == bench.preset
+    write_json(wb.run.path / "config.json", config)
+    assert Workbench.open("smoke", "old").preset == wb.preset
     del config["preset"]["sample"]["top_p"]  # the default is 1, the preset's is not
-    write_json(bench.run.path / "config.json", config)
+    write_json(wb.run.path / "config.json", config)
     with pytest.raises(ClipgenError, match=r"begun with another preset\.sample\.top_p"):
         Workbench.open("smoke", "old")
 
@@ -70,12 +70,12 @@ def test_a_clip_is_a_folder_or_a_model_and_its_weights(tmp_path):
 
 
 def test_the_mean_of_texts_needs_texts(world, preset, tmp_path):
-    bench = Workbench(open_run("r", tmp_path), preset, str(world), 0, "cpu")
-    expected = bench.clip.texts([texts[0] for texts in bench.images().captions]).mean(0)
-    assert torch.allclose(bench.text_mean(), expected, atol=1e-6)
-    pictures, texts = bench.text_image_pairs(5)
-    assert pictures.shape == texts.shape == (5, bench.clip.dim)
-    assert torch.allclose(texts[2], bench.clip.texts([bench.images("val").captions[2][0]])[0], atol=1e-6)
+    wb = Workbench(open_run("r", tmp_path), preset, str(world), 0, "cpu")
+    expected = wb.clip.texts([texts[0] for texts in wb.images().captions]).mean(0)
+    assert torch.allclose(wb.text_mean(), expected, atol=1e-6)
+    pictures, texts = wb.text_image_pairs(5)
+    assert pictures.shape == texts.shape == (5, wb.clip.dim)
+    assert torch.allclose(texts[2], wb.clip.texts([wb.images("val").captions[2][0]])[0], atol=1e-6)
     (tmp_path / "bare").mkdir()
     for path in sorted((world / "train").glob("*.png")):
         (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
@@ -103,33 +103,33 @@ def opened(world, preset, tmp_path, vqgan, transformer, clip, monkeypatch):
 
 
 def test_prompts_of_ones_own_come_first(opened):
-    bench = opened("a caption\n")
-    own = bench.own_prompts(" a dog |a  red car||a dog")
+    wb = opened("a caption\n")
+    own = wb.own_prompts(" a dog |a  red car||a dog")
     assert own.prompts == own.titles == ["a dog", "a red car"] and own.source == "prompts of your own"
-    sheet = bench.draw_prompts("a dog|a red car", each=3, guidance=1.5)
+    sheet = wb.draw_prompts("a dog|a red car", each=3, guidance=1.5)
     assert sheet.images.shape == (6, 3, 64, 64) and sheet.columns == 6
     assert sheet.titles == ["a dog"] * 3 + ["a red car"] * 3
-    again = bench.generator()("a red car", n=3, seed=0, guidance=1.5)[0]
+    again = wb.generator()("a red car", n=3, seed=0, guidance=1.5)[0]
     assert torch.allclose(sheet.images[3:], again, atol=1e-5)  # image j has seed + j
-    assert bench.run.summary()["prompts"] == {"source": "prompts of your own", "asked": ["a dog", "a red car"]}
+    assert wb.run.summary()["prompts"] == {"source": "prompts of your own", "asked": ["a dog", "a red car"]}
 
 
 def test_captions_are_prompts_where_none_are_given(opened):
     own = opened("a thing\nanother thing\n").own_prompts()
     assert sorted(own.prompts) == ["a thing", "another thing"] and own.source == "captions of the val split"
-    bench = opened("a thing\n", "bare-val")
-    for path in bench.images("val").paths:
+    wb = opened("a thing\n", "bare-val")
+    for path in wb.images("val").paths:
         path.with_suffix(".txt").unlink()
-    assert bench.own_prompts() == (["a thing"], ["a thing"], "captions of the train split", None)
+    assert wb.own_prompts() == (["a thing"], ["a thing"], "captions of the train split", None)
 
 
 def test_without_captions_pictures_are_prompts(opened):
-    bench = opened()
-    own = bench.own_prompts(n=12)
-    assert own.prompts.shape == (6, bench.clip.dim) and own.pictures.shape == (6, 3, 64, 64)
-    assert own.titles == [path.name for path in bench.images("val").paths[:6]] and "no captions" in own.source
-    assert torch.allclose(own.prompts[2], bench.clip.images(own.pictures[2:3])[0], atol=1e-5)
-    sheet = bench.draw_prompts(n=12)
+    wb = opened()
+    own = wb.own_prompts(n=12)
+    assert own.prompts.shape == (6, wb.clip.dim) and own.pictures.shape == (6, 3, 64, 64)
+    assert own.titles == [path.name for path in wb.images("val").paths[:6]] and "no captions" in own.source
+    assert torch.allclose(own.prompts[2], wb.clip.images(own.pictures[2:3])[0], atol=1e-5)
+    sheet = wb.draw_prompts(n=12)
     assert (
         sheet.images.shape == (30, 3, 64, 64) and sheet.columns == 10 and torch.equal(sheet.images[5], own.pictures[1])
     )
@@ -149,11 +149,11 @@ def test_only_the_shapes_clip_on_photos_is_worth_a_word(opened):
 
 
 def test_too_few_pictures_are_told_before_training(opened):
-    bench = opened()
-    for path in [*bench.images("train").paths, *bench.images("val").paths][6:]:
+    wb = opened()
+    for path in [*wb.images("train").paths, *wb.images("val").paths][6:]:
         path.unlink()
     with pytest.raises(ClipgenError, match="3 images to train on and 3 to test on: give at least 4 of each"):
-        bench.train_vqgan()
+        wb.train_vqgan()
 
 
 def test_each_class_shows_its_photos_and_what_is_drawn_for_its_name(opened, world, preset, tmp_path):
@@ -167,10 +167,10 @@ def test_each_class_shows_its_photos_and_what_is_drawn_for_its_name(opened, worl
         (tmp_path / "classes" / split / name).mkdir(parents=True)
         for path in of:
             (tmp_path / "classes" / split / name / path.name).write_bytes(path.read_bytes())
-    bench = Workbench(open_run("c", tmp_path), preset, str(tmp_path / "classes"), 0, "cpu")
-    rows = bench.class_rows(real=2, drawn=3)
+    wb = Workbench(open_run("c", tmp_path), preset, str(tmp_path / "classes"), 0, "cpu")
+    rows = wb.class_rows(real=2, drawn=3)
     assert list(rows) == ["a cat", "dog"] and rows["dog"].shape == (5, 3, 64, 64)
-    batch = next(ordered_batches(bench.images("val"), [3, 4], 2))[1]
+    batch = next(ordered_batches(wb.images("val"), [3, 4], 2))[1]
     assert torch.equal(rows["dog"][:2], to_float(batch))
-    assert torch.allclose(rows["dog"][2:], bench.generator()("a photo of a dog", n=3, seed=0)[0], atol=1e-5)
-    assert list(bench.class_rows(real=3, drawn=1)) == ["a cat"] and opened().class_rows() == {}
+    assert torch.allclose(rows["dog"][2:], wb.generator()("a photo of a dog", n=3, seed=0)[0], atol=1e-5)
+    assert list(wb.class_rows(real=3, drawn=1)) == ["a cat"] and opened().class_rows() == {}

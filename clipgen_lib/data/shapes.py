@@ -52,7 +52,7 @@ KINDS = ("plain", "gradient", "striped", "checked", "grainy")
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object; in a caption's claim any field may be None, which means "not said"."""
 
     shape: str | None = None
@@ -74,7 +74,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: Background
     seed: tuple[int, ...] = field(default=(0,))  # of colour jitter and grain, so that render() is a pure function
     jitter: float = 0.0  # largest change of each colour channel
@@ -82,42 +82,42 @@ class Scene:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a caption says: partial things, perhaps a relation of the first to the second, perhaps a background."""
+    """What a caption says: partial objects, perhaps a relation of the first to the second, perhaps a background."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     relation: str | None = None
     tone: str | None = None
     kind: str | None = None
 
 
 def random_scene(
-    rng: np.random.Generator, held_out: bool = False, n_things: int | None = None, wild: bool = False
+    rng: np.random.Generator, held_out: bool = False, n_objects: int | None = None, wild: bool = False
 ) -> Scene:
-    """Draw a scene of 1 to 3 things.
+    """Draw a scene of 1 to 3 objects.
 
-    With `held_out` the first thing is one of the `HELD_OUT` shape-colour pairs; otherwise none of them appears.
-    Things do not touch, no two share shape and colour, and two things lie clearly along one axis.
+    With `held_out` the first object is one of the `HELD_OUT` shape-colour pairs; otherwise none of them appears.
+    Objects do not touch, no two share shape and colour, and two objects lie clearly along one axis.
 
     Centres lie on a grid of 4 pixels, each size has one radius, and backgrounds have three tones and no noise
     (dSprites, github.com/google-deepmind/dsprites-dataset, places its sprites so): a tokenizer of a few minutes then
-    spends its codes on things. `wild` draws centres and radii freely, takes all tones, angles and periods, and adds
+    spends its codes on objects. `wild` draws centres and radii freely, takes all tones, angles and periods, and adds
     tint, grain and colour jitter; CLIP is trained on these, as a released CLIP has seen more than a generator's images.
     """
-    count = n_things or int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+    count = n_objects or int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     while True:
-        things: list[Thing] = []
+        objects: list[SceneObject] = []
         for index in range(count):
-            pair = _random_pair(rng, held_out and index == 0, {(t.shape, t.colour) for t in things})
-            # two large things fit beside each other, three do not
+            pair = _random_pair(rng, held_out and index == 0, {(t.shape, t.colour) for t in objects})
+            # two large objects fit beside each other, three do not
             size = "small" if count == 3 and index > 0 else str(rng.choice(list(SIZES)))
             radius = float(rng.uniform(*SIZES[size])) if wild else sum(SIZES[size]) / 2
             x, y = (float(v) for v in rng.uniform(radius + 1, CANVAS - radius - 1, size=2))
             if not wild:
                 x, y = (float(GRID * round(v / GRID)) for v in (x, y))
-            things.append(Thing(*pair, size, x, y, radius))
-        if _well_placed(things):
+            objects.append(SceneObject(*pair, size, x, y, radius))
+        if _well_placed(objects):
             break
-    return Scene(tuple(things), _random_background(rng, wild), (int(rng.integers(2**31)),), 9.0 if wild else 0.0)
+    return Scene(tuple(objects), _random_background(rng, wild), (int(rng.integers(2**31)),), 9.0 if wild else 0.0)
 
 
 def _random_background(rng: np.random.Generator, wild: bool) -> Background:
@@ -138,14 +138,14 @@ def _random_pair(rng: np.random.Generator, held_out: bool, taken: set) -> tuple[
             return pair
 
 
-def _well_placed(things: list[Thing]) -> bool:
+def _well_placed(objects: list[SceneObject]) -> bool:
     apart = all(
-        math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2 for a, b in itertools.combinations(things, 2)
+        math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2 for a, b in itertools.combinations(objects, 2)
     )
-    return apart and (len(things) != 2 or relation(*things) is not None)
+    return apart and (len(objects) != 2 or relation(*objects) is not None)
 
 
-def relation(a: Thing, b: Thing, clear: float = 1.5) -> str | None:
+def relation(a: SceneObject, b: SceneObject, clear: float = 1.5) -> str | None:
     """The relation of a to b along the longer axis, or None where it is less than `clear` times the shorter."""
     dx, dy = a.x - b.x, a.y - b.y
     if max(abs(dx), abs(dy)) < clear * min(abs(dx), abs(dy)):
@@ -155,9 +155,9 @@ def relation(a: Thing, b: Thing, clear: float = 1.5) -> str | None:
     return "above" if dy < 0 else "below"
 
 
-def scene_at(seed: int, index: int, held_out: bool = False, n_things: int | None = None, wild: bool = False) -> Scene:
+def scene_at(seed: int, index: int, held_out: bool = False, n_objects: int | None = None, wild: bool = False) -> Scene:
     """The index-th scene of a world: a function of its arguments alone."""
-    return random_scene(np.random.default_rng([seed, index, int(held_out), n_things or 0]), held_out, n_things, wild)
+    return random_scene(np.random.default_rng([seed, index, int(held_out), n_objects or 0]), held_out, n_objects, wild)
 
 
 @cache
@@ -238,11 +238,11 @@ def render(scene: Scene) -> np.ndarray:
     elif ground.kind == "grainy":
         level += rng.normal(0, 9, level.shape).astype(np.float32)
     image = level[..., None] + np.asarray(ground.tint, np.float32)
-    for thing in scene.things:
-        colour = np.asarray(COLOURS[thing.colour], np.float32) + rng.uniform(-scene.jitter, scene.jitter, 3).astype(
+    for obj in scene.objects:
+        colour = np.asarray(COLOURS[obj.colour], np.float32) + rng.uniform(-scene.jitter, scene.jitter, 3).astype(
             np.float32
         )
-        cover = _draw_mask(thing.shape, thing.x, thing.y, thing.radius, CANVAS, SUPERSAMPLE)[..., None]
+        cover = _draw_mask(obj.shape, obj.x, obj.y, obj.radius, CANVAS, SUPERSAMPLE)[..., None]
         image = image * (1 - cover) + colour * cover
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
@@ -274,22 +274,22 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
     def say(word: str) -> str:
         return str(rng.choice(_SAID.get(word, (word,))))
 
-    def name(thing: Thing, chance: float) -> tuple[str, Thing]:
-        size = thing.size if rng.random() < chance else None
+    def name(obj: SceneObject, chance: float) -> tuple[str, SceneObject]:
+        size = obj.size if rng.random() < chance else None
         words = [say(size)] if size else []
-        words += [thing.colour, say(thing.shape)]
-        return " ".join([_article(words[0]), *words]), Thing(thing.shape, thing.colour, size)
+        words += [obj.colour, say(obj.shape)]
+        return " ".join([_article(words[0]), *words]), SceneObject(obj.shape, obj.colour, size)
 
-    order = rng.permutation(len(scene.things))
-    things = [scene.things[i] for i in order]
-    names, claims = zip(*(name(t, 0.6 if len(things) == 1 else 0.3) for t in things), strict=True)
+    order = rng.permutation(len(scene.objects))
+    objects = [scene.objects[i] for i in order]
+    names, claims = zip(*(name(t, 0.6 if len(objects) == 1 else 0.3) for t in objects), strict=True)
     link = None
-    if len(things) == 1:
+    if len(objects) == 1:
         text = names[0]
-    elif len(things) == 2 and rng.random() < 0.75:
-        link = relation(*things)
+    elif len(objects) == 2 and rng.random() < 0.75:
+        link = relation(*objects)
         text = f"{names[0]} {say(link)} {names[1]}"
-    elif len(things) == 2:
+    elif len(objects) == 2:
         text = f"{names[0]} {rng.choice(['and', 'with', 'next to'])} {names[1]}"
     else:
         text = f"{names[0]}, {names[1]} and {names[2]}"
@@ -318,15 +318,15 @@ def holds(claim: Claim, scene: Scene) -> bool:
     """Whether everything that a caption claims is true of a scene; saying less than there is stays true."""
     if claim.tone and claim.tone != scene.background.tone or claim.kind and claim.kind != scene.background.kind:
         return False
-    return match(claim, scene.things) is not None
+    return match(claim, scene.objects) is not None
 
 
-def match(claim: Claim, things: tuple[Thing, ...], with_relation: bool = True) -> tuple[Thing, ...] | None:
-    """The things of an image that a claim speaks of, in the claim's order, or None where it is not true of them."""
-    for chosen in itertools.permutations(things, len(claim.things)):
+def match(claim: Claim, objects: tuple[SceneObject, ...], with_relation: bool = True) -> tuple[SceneObject, ...] | None:
+    """The objects of an image that a claim speaks of, in the claim's order, or None where it is not true of them."""
+    for chosen in itertools.permutations(objects, len(claim.objects)):
         fits = all(
             said in (None, getattr(there, key))
-            for wanted, there in zip(claim.things, chosen, strict=True)
+            for wanted, there in zip(claim.objects, chosen, strict=True)
             for key, said in (("shape", wanted.shape), ("colour", wanted.colour), ("size", wanted.size))
         )
         if fits and (not with_relation or claim.relation is None or relation(*chosen[:2], clear=1.0) == claim.relation):

@@ -17,7 +17,19 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ..data.shapes import CANVAS, COLOURS, SHAPES, Claim, Scene, Thing, _article, _draw_mask, match, relation, scene_at
+from ..data.shapes import (
+    CANVAS,
+    COLOURS,
+    SHAPES,
+    Claim,
+    Scene,
+    SceneObject,
+    _article,
+    _draw_mask,
+    match,
+    relation,
+    scene_at,
+)
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -35,7 +47,7 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
 
 _PALETTE = _lab(np.array(list(COLOURS.values())))
 _TEMPLATE_SIDE = 24
-_MIN_AREA = 45  # pixels; the smallest thing of a real scene covers about 75
+_MIN_AREA = 45  # pixels; the smallest object of a real scene covers about 75
 _MIN_CHROMA = 24.0  # CIELAB; backgrounds stay below 12, the palest colour lies at 45
 _MIN_OVERLAP = 0.6  # intersection over union with the best template, below which a blob has no shape
 
@@ -54,8 +66,8 @@ def _boxed(mask: np.ndarray) -> np.ndarray:
     return np.asarray(box, np.float32) / 255
 
 
-def read_scene(image: np.ndarray) -> tuple[Thing, ...]:
-    """Read the things of an image, largest first.
+def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:
+    """Read the objects of an image, largest first.
 
     Args:
         image: (64, 64, 3) uint8.
@@ -80,13 +92,13 @@ def read_scene(image: np.ndarray) -> tuple[Thing, ...]:
         colours = np.flatnonzero(shares >= 0.2)
         parts = [whole] if len(colours) < 2 else [ndimage.binary_opening(whole & (nearest == c)) for c in colours]
         for part in parts:
-            thing = _read_blob(part, lab, chroma)
-            if thing:
-                found.append(thing)
+            obj = _read_blob(part, lab, chroma)
+            if obj:
+                found.append(obj)
     return tuple(sorted(found, key=lambda t: -t.radius))
 
 
-def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> Thing | None:
+def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> SceneObject | None:
     if part.sum() < _MIN_AREA:
         return None
     full = np.percentile(chroma[part], 75)
@@ -99,7 +111,7 @@ def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> Thing |
     shape = SHAPES[overlap.argmax()] if overlap.max() >= _MIN_OVERLAP else None
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     extent = max(np.ptp(rows), np.ptp(columns)) + 1
-    return Thing(
+    return SceneObject(
         shape,
         list(COLOURS)[colour],
         "small" if extent < 22.5 else "large",
@@ -117,7 +129,7 @@ class Prompt:
 
 
 def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
-    """n evaluation prompts: `one` thing, `two` things with their relation, or one thing of a `held_out` pair.
+    """n evaluation prompts: `one` object, `two` objects with their relation, or one object of a `held_out` pair.
 
     The wording is fixed ("a small red star", "a red star left of a blue ring"): sampled wording belongs to the
     captions, and a prompt must say all that is scored.
@@ -127,41 +139,41 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
     found = []
     for index in range(n):
         scene = scene_at(seed, 30_000_000 + index, kind == "held_out", 2 if kind == "two" else 1)
-        things = scene.things
+        objects = scene.objects
         if kind == "two":
-            link = relation(*things)
-            claim = Claim(tuple(Thing(t.shape, t.colour) for t in things), link)
-            text = f"{_plain(claim.things[0])} {link} {_plain(claim.things[1])}"
+            link = relation(*objects)
+            claim = Claim(tuple(SceneObject(t.shape, t.colour) for t in objects), link)
+            text = f"{_plain(claim.objects[0])} {link} {_plain(claim.objects[1])}"
         else:
-            claim = Claim((Thing(things[0].shape, things[0].colour, things[0].size),))
-            text = _plain(claim.things[0])
+            claim = Claim((SceneObject(objects[0].shape, objects[0].colour, objects[0].size),))
+            text = _plain(claim.objects[0])
         found.append(Prompt(text, claim, scene))
     return found
 
 
-def _plain(thing: Thing) -> str:
-    words = [word for word in (thing.size, thing.colour, thing.shape) if word]
+def _plain(obj: SceneObject) -> str:
+    words = [word for word in (obj.size, obj.colour, obj.shape) if word]
     return " ".join([_article(words[0]), *words])
 
 
 def right(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
     """What of a prompt an image (64, 64, 3) uint8 shows, read by the oracle: the parts of `score`."""
-    reading, things = read_scene(image), prompt.claim.things
-    if len(things) == 2:
+    reading, objects = read_scene(image), prompt.claim.objects
+    if len(objects) == 2:
         return {
             "both": match(prompt.claim, reading, with_relation=False) is not None,
             "relation": match(prompt.claim, reading) is not None,
         }
-    shown = reading[0] if reading else Thing(None, None, None)
-    found = {key: getattr(things[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
+    shown = reading[0] if reading else SceneObject(None, None, None)
+    found = {key: getattr(objects[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
     return {**found, "both": found["colour"] and found["shape"], "count": len(reading) == 1}
 
 
 def score(found: list[dict[str, bool]]) -> dict[str, float]:
     """Shares of images that show what their prompts ask for, from what is `right` in each; all prompts of one kind.
 
-    One thing asked for: `colour`, `shape`, `size` of the largest thing read, `both` (colour and shape) and `count`
-    (exactly one thing there). Two: `both` (each with shape and colour, anywhere) and `relation` (both, and placed
+    One object asked for: `colour`, `shape`, `size` of the largest object read, `both` (colour and shape) and `count`
+    (exactly one object there). Two: `both` (each with shape and colour, anywhere) and `relation` (both, and placed
     as asked; so never above `both`).
     """
     return {"n": len(found), **{key: float(np.mean([parts[key] for parts in found])) for key in found[0]}}

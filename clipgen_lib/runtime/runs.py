@@ -244,9 +244,11 @@ MERGED = ("seconds", "parameters", "skipped", "skipped_steps")  # entries of sum
 
 @dataclass(frozen=True)
 class Run:
-    """One folder under results/ and the few files every step shares."""
+    """One folder under results/ and the few files every step shares, with the seed and the device of its steps."""
 
     path: Path
+    seed: int = 0
+    device: str = "cpu"
 
     @property
     def name(self) -> str:

@@ -1,6 +1,6 @@
 """The systems that CLIP-GEN is compared with, each behind the one call that the evaluation makes.
 
-In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for each, by `draw_each`, as
+In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for each, by `generate_each`, as
 `TextToImage` has it. All use the same CLIP, and all but the GAN and retrieval the same VQGAN.
 
 - `Retrieval`: the training image nearest in CLIP space. Trains nothing and draws nothing: the floor of effort.
@@ -54,7 +54,7 @@ class Retrieval(_System):
     store: TokenStore
     images: ImageSet  # the images that the store was made of
 
-    def draw_each(
+    def generate_each(
         self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False
     ) -> torch.Tensor:
         """The training image nearest to each prompt: (P, 3, H, W) in [-1, 1]. Seeds change nothing."""
@@ -78,7 +78,7 @@ class VQGANCLIP(_System):
 
     config: VQGANCLIPConfig
 
-    def draw_each(
+    def generate_each(
         self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False
     ) -> torch.Tensor:
         embeds, parts = self.embed(prompts).detach(), []
@@ -166,7 +166,7 @@ class Supervised(_System):
     settings: SampleConfig
 
     @torch.inference_mode()
-    def draw_each(
+    def generate_each(
         self, prompts: list[str], seeds: list[int], show_progress: bool = False, **settings: object
     ) -> torch.Tensor:
         words = self.clip.tokenizer(list(prompts)).to(self.device)
@@ -283,7 +283,7 @@ class FusionGAN(_System):
     generator: FusionGenerator
 
     @torch.inference_mode()
-    def draw_each(
+    def generate_each(
         self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False
     ) -> torch.Tensor:
         uniform = row_noise(seeds, self.generator.noise_dim, self.device).clamp(1e-6, 1 - 1e-6)

@@ -249,12 +249,12 @@ TABLES = {
 
 
 def run_table(
-    bench: Workbench, table: Table, results: Path = RESULTS, steps: int = 0, only: Iterable[str] = ()
+    wb: Workbench, table: Table, results: Path = RESULTS, steps: int = 0, only: Iterable[str] = ()
 ) -> list[dict]:
     """Train and evaluate the rows that are not there yet, and write results/<table>/table.json after each.
 
     Args:
-        bench: a run with its VQGAN and store made; its preset gives all that a row does not name.
+        wb: a run with its VQGAN and store made; its preset gives all that a row does not name.
         steps: of each transformer; 0 takes the preset's.
         only: names of rows; none means all.
 
@@ -268,39 +268,39 @@ def run_table(
     chosen = [row for row in table.rows if not only or row.name in only]
     # the first seed of every row comes before the second of any: an interrupted comparison has all its rows
     for row, seed in sorted(((r, s) for r in chosen for s in r.seeds), key=lambda pair: pair[1]):
-        run_row(bench, table, row, seed, results, steps)
+        run_row(wb, table, row, seed, results, steps)
         write_json(results / table.name / "table.json", entries(results / table.name, table.rows))
     return entries(results / table.name, table.rows)
 
 
-def recipe(bench: Workbench, row: Row, seed: int = 0, steps: int = 0) -> dict:
+def recipe(wb: Workbench, row: Row, seed: int = 0, steps: int = 0) -> dict:
     """The configs of a row: the preset's, changed to the plain recipe, changed to the row's."""
     parts = {
-        "transformer": bench.preset.transformer,
-        "train": bench.preset.transformer_train,
-        "sample": bench.preset.sample,
+        "transformer": wb.preset.transformer,
+        "train": wb.preset.transformer_train,
+        "sample": wb.preset.sample,
     }
     made = {name: replace_fields(part, {**PLAIN[name], **getattr(row, name)}) for name, part in parts.items()}
     if made["transformer"].conditioning == "words":  # as many as CLIP itself reads
-        made["transformer"] = replace(made["transformer"], condition_tokens=bench.clip.tokenizer.context_length)
+        made["transformer"] = replace(made["transformer"], condition_tokens=wb.clip.tokenizer.context_length)
     if steps:
         made["train"] = replace(made["train"], steps=steps)
     if row.system in ("clip-gen", "supervised"):
         # a shift takes its text in sampling: the training is that of a row without it
         return {**made, "text": row.text if row.text == "paired" or made["train"].centre else "none", "seed": seed}
-    own = {"retrieval": None, "vqgan-clip": bench.preset.vqgan_clip, "gan": bench.preset.fusion_gan}[row.system]
+    own = {"retrieval": None, "vqgan-clip": wb.preset.vqgan_clip, "gan": wb.preset.fusion_gan}[row.system]
     return {"system": row.system, "config": own, "text": row.text, "seed": seed}
 
 
-def run_row(bench: Workbench, table: Table, row: Row, seed: int, results: Path, steps: int) -> dict:
+def run_row(wb: Workbench, table: Table, row: Row, seed: int, results: Path, steps: int) -> dict:
     """The numbers of one row and seed, from its file where that is there and of the same recipe."""
-    made, store = recipe(bench, row, seed, steps), bench.store()
+    made, store = recipe(wb, row, seed, steps), wb.store()
     of = {"vqgan": store.meta["vqgan_hash"], "clip": store.meta["clip_hash"], "data": store.meta["data_hash"]}
-    config = replace(bench.preset.evaluate, n=min(table.n_captions, bench.preset.evaluate.n))
-    classifier, n_oracle = bench.classifier(), min(table.n_oracle, bench.preset.evaluate.n_oracle)
+    config = replace(wb.preset.evaluate, n=min(table.n_captions, wb.preset.evaluate.n))
+    classifier, n_oracle = wb.classifier(), min(table.n_oracle, wb.preset.evaluate.n_oracle)
     measured = {
         "evaluate": {**asdict(config), "n_oracle": n_oracle},
-        "judge": bench.judge.weights_hash,
+        "judge": wb.judge.weights_hash,
         "classifier": module_hash(classifier) if classifier else None,
     }
     kept = _plain_json({**made, **of, **measured})
@@ -315,21 +315,19 @@ def run_row(bench: Workbench, table: Table, row: Row, seed: int, results: Path, 
     if is_there and (outside.exists() or not table.draws_outside):
         return read_json(path)
     print(f"{row.name}, seed {seed}", flush=True)
-    system, facts, seconds = _system(bench, row, made, of, results / "ablation" / "trainings")
+    system, facts, seconds = _system(wb, row, made, of, results / "ablation" / "trainings")
     path.parent.mkdir(parents=True, exist_ok=True)
     if table.draws_outside:
-        _draw_sheet(system, bench.outside_prompts(), outside)
+        _draw_sheet(system, wb.outside_prompts(), outside)
     if is_there:
         return read_json(path)
     start = time.perf_counter()
-    numbers, _ = evaluate.evaluate_generator(
-        system, bench.images("val"), bench.judge, config, bench.seed, classifier=classifier
-    )
+    numbers, _ = evaluate.evaluate_generator(system, wb.images("val"), wb.judge, config, wb.seed, classifier=classifier)
     oracle = {}
-    if bench.has_oracle and n_oracle:
+    if wb.has_oracle and n_oracle:
         asked = ("text", "image") if row.system == "clip-gen" else ("text",)
-        oracle = evaluate.evaluate_oracle(system, n_oracle, bench.seed, modalities=asked)
-    drawn, prompts = time.perf_counter(), bench.preview_prompts()
+        oracle = evaluate.evaluate_oracle(system, n_oracle, wb.seed, modalities=asked)
+    drawn, prompts = time.perf_counter(), wb.preview_prompts()
     _draw_sheet(system, prompts, path.with_suffix(".png"))
     seconds |= {"evaluate": drawn - start, "per_image": (time.perf_counter() - drawn) / len(prompts)}
     result = {
@@ -349,14 +347,14 @@ def run_row(bench: Workbench, table: Table, row: Row, seed: int, results: Path, 
 
 def _draw_sheet(system, prompts: list[str], path: Path) -> None:
     """One image for each prompt, with seeds 0, 1, ..., side by side in a file."""
-    Image.fromarray(grid(system.draw_each(prompts, list(range(len(prompts)))), columns=len(prompts))).save(path)
+    Image.fromarray(grid(system.generate_each(prompts, list(range(len(prompts)))), columns=len(prompts))).save(path)
 
 
-def _system(bench: Workbench, row: Row, made: dict, of: dict, trainings: Path):
+def _system(wb: Workbench, row: Row, made: dict, of: dict, trainings: Path):
     """What draws for a row, what is known of its transformer, and the seconds its training took."""
-    vqgan, clip, device, start = bench.vqgan(), bench.clip, bench.device, time.perf_counter()
+    vqgan, clip, device, start = wb.vqgan(), wb.clip, wb.device, time.perf_counter()
     if row.system == "retrieval":
-        return baselines.Retrieval(vqgan, clip, bench.store(), bench.images()), {}, {}
+        return baselines.Retrieval(vqgan, clip, wb.store(), wb.images()), {}, {}
     if row.system == "vqgan-clip":
         return baselines.VQGANCLIP(vqgan, clip, made["config"]), {}, {}
     needed = _plain_json({**{key: value for key, value in made.items() if key != "sample"}, **of})
@@ -365,7 +363,7 @@ def _system(bench: Workbench, row: Row, made: dict, of: dict, trainings: Path):
     if row.system == "gan":
         if not (run.path / "generator").is_dir():
             save_weights(
-                run.path / "generator", baselines.train_fusion_gan(bench.images(), clip, made["config"], made["seed"])
+                run.path / "generator", baselines.train_fusion_gan(wb.images(), clip, made["config"], made["seed"])
             )
             run.add_to_summary(seconds={"train": time.perf_counter() - start})
         generator = baselines.FusionGenerator.load(run.path / "generator", device)
@@ -373,30 +371,30 @@ def _system(bench: Workbench, row: Row, made: dict, of: dict, trainings: Path):
     if not (
         run.file("recipe.json").exists() and (run.path / "transformer").is_dir()
     ):  # weights are not in the repository
-        text_mean = bench.text_mean() if made["train"].centre else None
-        stores = [_store(bench, made, split) for split in ("train", "val")]
+        text_mean = wb.text_mean() if made["train"].centre else None
+        stores = [_store(wb, made, split) for split in ("train", "val")]
         start = time.perf_counter()
         transformer = train_transformer.train_transformer(
             run, *stores, made["transformer"], made["train"], vqgan, clip, made["seed"], device, text_mean=text_mean
         )
-        facts = train_transformer.held_out_losses(transformer.to(device), stores[1], vqgan, clip)
+        facts = train_transformer.validation_losses(transformer.to(device), stores[1], vqgan, clip)
         run.add_to_summary(seconds={"train": time.perf_counter() - start}, transformer=facts)
         write_json(run.file("recipe.json"), needed)
     transformer, summary = ImageTransformer.load(run.path / "transformer", device), run.summary()
     if row.system == "supervised":
         system = baselines.Supervised(vqgan, clip, transformer, made["sample"])
     else:
-        extras = bench.bank_and_offset(made["sample"])
-        system = TextToImage.from_parts(vqgan, transformer, clip, bench.clip_source, made["sample"], *extras)
+        extras = wb.bank_and_offset(made["sample"])
+        system = TextToImage.from_parts(vqgan, transformer, clip, wb.clip_source, made["sample"], *extras)
     return system, summary["transformer"], summary["seconds"]
 
 
-def _store(bench: Workbench, made: dict, split: str) -> TokenStore:
+def _store(wb: Workbench, made: dict, split: str) -> TokenStore:
     """What a recipe trains on: the run's store, or for a supervised one its tokens with captions beside them."""
     if made["text"] != "paired":
-        return bench.store(split)
+        return wb.store(split)
     words = made["transformer"].conditioning == "words"
-    return baselines.paired_store(bench.store(split), bench.images(split).captions, bench.clip, words)
+    return baselines.paired_store(wb.store(split), wb.images(split).captions, wb.clip, words)
 
 
 def metrics(result: dict) -> dict[str, float]:

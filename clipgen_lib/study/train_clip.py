@@ -42,25 +42,25 @@ def pool_scene(seed: int, index: int) -> shapes.Scene:
     """The index-th scene of the training pool, a wild one (`shapes.random_scene`).
 
     One scene in eight shows a held-out pair: CLIP knows every pair, the generator does not. After a scene of two
-    things comes its twin with the places exchanged, so that each batch holds "a left of b" beside "b left of a".
+    objects comes its twin with the places exchanged, so that each batch holds "a left of b" beside "b left of a".
     """
     even = index - index % 2
     scene = shapes.scene_at(seed, 50_000_000 + even, held_out=even % 16 == 0, wild=True)
     if index == even:
         return scene
-    if len(scene.things) != 2:
+    if len(scene.objects) != 2:
         return shapes.scene_at(seed, 50_000_000 + index, wild=True)
-    a, b = scene.things
-    if a.size != b.size:  # a large thing may not fit where the small one was
+    a, b = scene.objects
+    if a.size != b.size:  # a large obj may not fit where the small one was
         b, a = replace(b, size=a.size, radius=a.radius), replace(a, size=b.size, radius=b.radius)
         return replace(
             scene,
-            things=(
-                replace(a, x=scene.things[1].x, y=scene.things[1].y),
-                replace(b, x=scene.things[0].x, y=scene.things[0].y),
+            objects=(
+                replace(a, x=scene.objects[1].x, y=scene.objects[1].y),
+                replace(b, x=scene.objects[0].x, y=scene.objects[0].y),
             ),
         )
-    return replace(scene, things=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+    return replace(scene, objects=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
 
 
 class ScenePairs:
@@ -191,17 +191,19 @@ def _export(model: torch.nn.Module, text_config: dict, merges: Path, target: Pat
 
 
 @torch.inference_mode()
-def retrieval(clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_things: int | None = None) -> dict[str, float]:
+def retrieval(
+    clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_objects: int | None = None
+) -> dict[str, float]:
     """Share of held-out wild scenes whose best caption, out of one caption for each scene, is true of the scene.
 
     Args:
-        n_things: 1, 2 or 3 for scenes of that many things; None mixes them as the world does.
+        n_objects: 1, 2 or 3 for scenes of that many objects; None mixes them as the world does.
 
     Returns:
         `n`, `true_at_1` (whatever caption ranks first is true of the scene: several wordings are) and `own_at_1` (it
         is the scene's own caption to the letter).
     """
-    scenes = [shapes.scene_at(seed, 70_000_000 + i, i % 8 == 0, n_things, wild=True) for i in range(n_scenes)]
+    scenes = [shapes.scene_at(seed, 70_000_000 + i, i % 8 == 0, n_objects, wild=True) for i in range(n_scenes)]
     said = [shapes.caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
     pictures = from_arrays(np.stack([shapes.render(scene) for scene in scenes])).to(clip.device)
     images = torch.cat([clip.images(part) for part in pictures.split(250)])
