@@ -195,18 +195,7 @@ def train_vqgan(
     generator, critic, *prepared = accelerator.prepare(vqgan, discriminator, *optimizers.values())
     ema.module.to(accelerator.device)
     forward = compiled(generator, accelerator.device) if config.compile else generator
-    batches = training_batches(
-        images,
-        config.batch_size,
-        seed,
-        start,
-        config.steps,
-        config.flip,
-        config.random_crop,
-        config.workers,
-        distributed.rank(),
-        distributed.world_size(),
-    )
+    batches = training_batches(images, config, seed, start)
     log = Log(run, "vqgan", config.steps, model_config.codebook_size)
 
     with (

@@ -46,7 +46,7 @@ from .runtime.runs import (
     write_atomic,
     write_json,
 )
-from .store import TokenStore, extract, pictures_at_once
+from .store import TokenStore, extract
 from .text_to_image import TextToImage, load_run
 from .train_vqgan import PatchDiscriminator, adversarial_loss
 from .training import checkpoints
@@ -272,15 +272,8 @@ class Workbench:
         with self._timed("extract"):
             for split, flip in (("val", False), ("train", settings.flip)):
                 images = self.images(split)
-                store = extract(
-                    images,
-                    vqgan,
-                    self.clip,
-                    self.run.path / "store" / split,
-                    flip,
-                    pictures_at_once(vqgan.config, self.device),
-                    settings.workers,
-                )
+                folder = self.run.path / "store" / split
+                store = extract(images, vqgan, self.clip, folder, flip, settings.workers)
                 if images.skipped:
                     self._record(skipped=images.skipped)
         return store

@@ -312,10 +312,10 @@ def train_fusion_gan(
     ema = torch.optim.swa_utils.AveragedModel(
         generator, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
     )
-    draw, blocks = np.random.default_rng([seed, 31]), images.blocks_of(np.array([row for row, _ in pairs]))
+    draw = np.random.default_rng([seed, 31])
     with progress(config.steps, "training GAN", show_progress) as bar:
         for step in range(config.steps):
-            chosen = batch_rows(len(pairs), config.batch_size, seed, step, blocks, images.window)
+            chosen = batch_rows(len(pairs), config.batch_size, seed, step)
             rows, said = zip(*(pairs[i] for i in chosen), strict=True)
             texts = [choice[draw.integers(len(choice))] for choice in said]
             with torch.no_grad():

@@ -94,12 +94,10 @@ class ImagePairs:
         if not len(self.rows):
             raise ClipgenError(f"{images.root} has no captions beside its images: CLIP learns from pairs")
         self.corpus = sorted({text for texts in images.captions for text in texts})
-        self.blocks = images.blocks_of(self.rows)
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """As of scenes, but images with the same words all belong together (UniCL, arXiv 2204.03610)."""
-        size, window = self.config.batch_size, self.images.window
-        rows = self.rows[batch_rows(len(self.rows), size, self.seed, step, self.blocks, window)]
+        rows = self.rows[batch_rows(len(self.rows), self.config.batch_size, self.seed, step)]
         rows, pictures = augmented_rows(self.images, rows, self.seed, step, flip=self.images.is_named_by_class)
         chooser = np.random.default_rng([self.seed, step])
         texts = [self.images.captions[row][chooser.integers(len(self.images.captions[row]))] for row in rows]
