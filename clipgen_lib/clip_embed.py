@@ -29,18 +29,19 @@ def _plain(file: Path, folder: Path) -> str:
     """A weights file that open_clip reads without running code: `file`, or a copy of its tensors in `folder`.
 
     OpenAI's own files are TorchScript archives, which hold the network's code beside the tensors. Opening one runs some of
-    that code, so that no other archive is opened than those that OpenAI has published.
-
-    Raises:
-        ClipgenError: a TorchScript archive of anybody else's.
+    that code, so that no other archive is opened than those that OpenAI has published. Raises ClipgenError for any other.
     """
+    from open_clip.pretrained import get_pretrained_url, list_pretrained
+
     if not zipfile.is_zipfile(file):
         return str(file)
     with zipfile.ZipFile(file) as archive:
         if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
             return str(file)
+    # open_clip lists them by addresses that hold their SHA-256
+    published = {get_pretrained_url(name, tag).split("/")[-2] for name, tag in list_pretrained() if tag == "openai"}
     with open(file, "rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() not in _published_archives():
+        if hashlib.file_digest(stream, "sha256").hexdigest() not in published:
             raise ClipgenError(
                 f"{file} holds code (a TorchScript archive that is not one of OpenAI's own), which is not run: save its state dict as .safetensors and give that"
             )
@@ -49,13 +50,6 @@ def _plain(file: Path, folder: Path) -> str:
     tensors = {k: v.clone() for k, v in torch.jit.load(file, map_location="cpu").state_dict().items() if k not in sizes}
     save_file(tensors, folder / "model.safetensors")
     return str(folder / "model.safetensors")
-
-
-def _published_archives() -> set[str]:
-    """SHA-256 of the TorchScript archives that OpenAI has published, as open_clip lists them: it is in their addresses."""
-    from open_clip.pretrained import get_pretrained_url, list_pretrained
-
-    return {get_pretrained_url(name, tag).split("/")[-2] for name, tag in list_pretrained() if tag == "openai"}
 
 
 def _check_names(config: Path) -> None:

@@ -12,7 +12,6 @@ from clipgen_lib.data.batches import (
     batch_rows,
     image_batches,
     ordered_batches,
-    spare_workers,
     training_batches,
 )
 from clipgen_lib.data.datasets import open_images
@@ -119,12 +118,6 @@ def test_augmented_rows_are_a_function_of_seed_and_step(folder):
     assert torch.equal(before, torch.random.get_rng_state()) and len(images.skipped) == 2
     with pytest.raises(ClipgenError, match="none of 2 images"):
         augmented_rows(images, np.array([4, 6]), 1, 2, flip=True)
-
-
-def test_spare_workers_are_few():
-    cores = os.cpu_count()
-    for device in ("cpu", "cuda"):
-        assert 0 <= spare_workers(torch.device(device)) <= min(8, cores)
 
 
 # ---------------------------------------------------------------------------------------------- processes

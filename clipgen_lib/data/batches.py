@@ -6,7 +6,6 @@ with no sampler state to keep, and any number of worker processes gives the same
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,13 +150,6 @@ def augmented_rows(
     if not good:
         raise ClipgenError(f"none of {len(rows)} images of {images.root} could be read: check the data")
     return np.array(list(good)), torch.stack(list(good.values()))
-
-
-def spare_workers(device: torch.device) -> int:
-    """Processes, 8 at most, that can decode for this one beside networks on a device: cores that these leave idle."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    taken = distributed.world_size() * (1 if device.type == "cuda" else torch.get_num_threads())
-    return min(8, max(0, cores - taken) // distributed.world_size())
 
 
 @contextmanager

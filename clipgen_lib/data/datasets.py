@@ -14,7 +14,6 @@ import json
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -39,11 +38,8 @@ VAL_NAMES = ("val", "valid", "validation", "dev", "test")  # what the val split 
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentences")
 CLASS_COLUMNS = ("label", "class", "cls")
 CLASS_PROMPT = "a photo of a {}"
-
-
-Texts = tuple[
-    list[tuple[str, ...]] | None, list[str] | None
-]  # captions and class of each row, None where there are none
+# captions and class of each row, None where there are none
+Texts = tuple[list[tuple[str, ...]] | None, list[str] | None]
 
 
 class ImageSet(Dataset):
@@ -64,8 +60,10 @@ class ImageSet(Dataset):
     ):
         self.name, self.split, self.root, self.size, self._describe = name, split, root, size, describe
         self.table = None if isinstance(source, list) else source
-        relative = (p.relative_to(root).as_posix() if isinstance(p, Path) else p for p in source)
-        self.names = _member_names(source) if self.table is not None else list(relative)
+        if self.table is None:
+            self.names = [p.relative_to(root).as_posix() if isinstance(p, Path) else p for p in source]
+        else:
+            self.names = _member_names(source)
         self.skipped: dict[str, str] = {}
         self._cache: dict[int, torch.Tensor] = {}
         self._cached_bytes = 0
@@ -84,11 +82,7 @@ class ImageSet(Dataset):
         return self._cache[row]
 
     def encoded(self, row: int) -> Path | bytes:
-        """The file of an image. A path that an archive gives in place of bytes is never opened.
-
-        Raises:
-            ClipgenError: the archive has no bytes for it.
-        """
+        """The file of an image. A path that an archive gives in place of bytes is never opened: then ClipgenError is raised."""
         if self.table is None:
             return self.root / self.names[row]
         (image,) = self.table[row].values()
@@ -98,9 +92,7 @@ class ImageSet(Dataset):
 
     @property
     def paths(self) -> list[Path]:
-        """The file of each row, where the images are files."""
-        if self.table is not None:
-            raise ClipgenError(f"{self.root} is an archive, whose images have no paths: unpack it to a folder")
+        """The file of each row; an archive has none."""
         return [self.root / name for name in self.names]
 
     @cached_property
@@ -112,9 +104,8 @@ class ImageSet(Dataset):
     def captions(self) -> list[tuple[str, ...]]:
         """The captions of each row, else "a photo of a <class>"; for evaluation only. Raises ClipgenError without both."""
         if self._texts[0] is None:
-            raise ClipgenError(
-                f"{self.root} has no captions: add metadata.jsonl or name.txt beside name.jpg, sort images into a folder for each class, or use a COCO root"
-            )
+            cure = "add metadata.jsonl or name.txt beside name.jpg, or sort the images into a folder for each class"
+            raise ClipgenError(f"{self.root} has no captions: {cure}")
         return self._texts[0]
 
     @property
@@ -138,16 +129,6 @@ class ImageSet(Dataset):
         for name in self.names:
             size = "" if self.table else os.stat(self.root / name).st_size
             digest.update(f"{name}:{size};".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()[:16]
-
-    @cached_property
-    def content_hash(self) -> str:
-        """16 hex digits of the images' bytes, in order, whatever they are called."""
-        digest = hashlib.sha256()
-        for row in range(len(self)):
-            with suppress(ClipgenError, OSError):  # it is listed when it is read as an image
-                content = self.encoded(row)
-                digest.update(content if isinstance(content, bytes) else content.read_bytes())
         return digest.hexdigest()[:16]
 
 
@@ -179,21 +160,18 @@ def open_images(
     if (root / "annotations").is_dir():
         return _open_coco(root, split, size, root.resolve().name)
     if archives := _archives(root):
-        return _open_archives(root, archives, split, size, named)
+        kind = {".tar": "webdataset", ".parquet": "parquet"}[archives[0].suffix.lower()]
+        return _open_table(root, kind, split, size, named, _by_split(root, archives))
     if root.is_dir():
         return _open_folder(root, split, size, named)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not os.path.lexists(root):
-        return _open_hub(text, split, size, named)
+        return _open_table(root, text, split, size, named)
     hint = "unpack the archive and give its folder" if root.is_file() else "check the path, or use 'shapes'"
     raise ClipgenError(f"{root} is not a folder of images: {hint}")
 
 
 def _split_among(names: list[str], split: str, where: Path) -> str | None:
-    """The one of these names that is meant by `split`; None where they are no splits at all.
-
-    Raises:
-        ClipgenError: there are splits, but not this one.
-    """
+    """The one of these names that is meant by `split`; None where they are no splits. Raises ClipgenError without this one."""
     known = {name.lower(): name for name in names}
     if "train" not in known or not known.keys() & set(VAL_NAMES):
         if split not in ("train", "val"):
@@ -214,23 +192,18 @@ def _split_by_hash(names: list[str], split: str, where: Path) -> np.ndarray:
     is_val[np.argsort(order, kind="stable")[: max(count, min(FEWEST_VAL, len(names) // 2))]] = True
     rows = np.flatnonzero(is_val == (split == "val"))
     if not len(rows):
-        raise ClipgenError(
-            f"{where} has {len(names)} images, too few for a {split} split: add more, or make train/ and val/ folders"
-        )
+        cure = "add more, or make train/ and val/ folders"
+        raise ClipgenError(f"{where} has {len(names)} images, too few for a {split} split: {cure}")
     return rows
 
 
-# ---------------------------------------------------------------------------------------------- COCO
-
-
 def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
-    found = sorted(root.glob(f"annotations/captions_{split}*.json"))
-    exact = [p for p in found if p.stem == f"captions_{split}"]
-    found = exact or [p for p in found if p.stem.removeprefix(f"captions_{split}").isdigit()]
+    files = {p.stem.removeprefix("captions_"): p for p in sorted(root.glob("annotations/captions_*.json"))}
+    found = [files[split]] if split in files else [p for key, p in files.items() if key.removeprefix(split).isdigit()]
     if len(found) != 1:
-        there = ", ".join(sorted(p.stem.removeprefix("captions_") for p in root.glob("annotations/captions_*.json")))
+        there = ", ".join(files) or "none"
         raise ClipgenError(
-            f"{root} has {len(found)} caption files for split {split!r}: name one of those there ({there or 'none'})"
+            f"{root} has {len(found)} caption files for split {split!r}: name one of those there ({there})"
         )
     folder = root / found[0].stem.removeprefix("captions_")
     content = read_json(found[0])
@@ -238,15 +211,13 @@ def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
         file_names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
         texts, keys = _coco_texts(content), np.array(sorted(file_names), np.int64).tolist()
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ClipgenError(
-            f"{found[0]} is not in COCO's caption layout ({type(error).__name__}: {reason(error)}): restore the original file"
-        ) from None
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise ClipgenError(f"{found[0]} is not in COCO's caption layout ({why}): restore the original file") from None
     there = set(os.listdir(folder)) if folder.is_dir() else set()  # so no name can lead out of the folder
     used = [key for key in keys if file_names[key] in there]
     if not used:
-        raise ClipgenError(
-            f"{folder} holds none of the {len(keys)} images of {found[0].name}: unpack {folder.name}.zip there"
-        )
+        missing = f"none of the {len(keys)} images of {found[0].name}"
+        raise ClipgenError(f"{folder} holds {missing}: unpack {folder.name}.zip there")
     names = [f"{folder.name}/{file_names[key]}" for key in used]
     images = ImageSet(name, folder.name, root, names, size, partial(_describe_coco, found[0], used))
     for key in sorted(file_names.keys() - set(used)):
@@ -269,9 +240,6 @@ def _describe_coco(path: Path, keys: list[int]) -> Texts:
     """Captions of images by their ids; the file is read again, so that a training need not keep them."""
     texts = _coco_texts(read_json(path))
     return [tuple(texts.get(key, ())) for key in keys], None
-
-
-# ---------------------------------------------------------------------------------------------- folders
 
 
 def _open_folder(root: Path, split: str, size: int, named: dict[str, str]) -> ImageSet:
@@ -330,9 +298,6 @@ def _metadata(path: Path) -> list[dict]:
     return entries
 
 
-# ---------------------------------------------------------------------------------------------- archives and the hub
-
-
 def _archives(path: Path) -> list[Path]:
     """The parquet and tar files at a path: itself, or those in a folder, in its `data`, and in folders named as splits."""
     folders = [path / top / name for top in ("", "data") for name in ("", "train", *VAL_NAMES)]
@@ -341,53 +306,53 @@ def _archives(path: Path) -> list[Path]:
     return sorted(file for file in files if file.name != "metadata.parquet")
 
 
-def _open_archives(path: Path, files: list[Path], split: str, size: int, named: dict[str, str]) -> ImageSet:
-    """Archives whose names say to which split they belong (train-0001.tar, data/val-00000-of-00002.parquet), or do not."""
-    kinds = {file.suffix.lower() for file in files}
-    if len(kinds) > 1:
-        raise ClipgenError(f"{path} holds both .tar and .parquet archives: move one kind to a folder of its own")
+def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
+    """The archives of each split that their names tell (train-0001.tar, data/val-00000-of-00002.parquet), else all."""
     groups: dict[str, list[str]] = {}
     for file in files:
+        if file.suffix != files[0].suffix:
+            raise ClipgenError(
+                f"{root} holds both {files[0].name} and {file.name}: move one kind to a folder of its own"
+            )
         with open(file, "rb") as stream:
             stream.seek(max(file.stat().st_size - 512, 0))
             if file.suffix.lower() == ".tar" and stream.read().strip(b"\0"):  # tarfile would say nothing
                 raise ClipgenError(f"{file} is cut short or no tar: restore it")
-        parts = re.split(r"[-_./\d]+", os.path.relpath(file, path).lower())
-        found = next((part for part in parts if part in ("train", *VAL_NAMES)), "")
+        parts = re.split(r"[-_./\d]+", os.path.relpath(file, root).lower())
+        found = next((part for part in parts if part in ("train", *VAL_NAMES)), "images")
         groups.setdefault(found, []).append(str(file.absolute()))
-    chosen = _split_among(list(groups), split, path)
-    wanted = groups[chosen] if chosen else sum(groups.values(), [])
-    table = _load({".tar": "webdataset", ".parquet": "parquet"}[kinds.pop()], str(path), data_files=wanted)["train"]
-    return _open_table(path, table, split, size, named, chosen is not None)
+    is_split = "train" in groups and groups.keys() & set(VAL_NAMES)
+    return groups if is_split else {"train": sum(groups.values(), [])}
 
 
-def _open_hub(name: str, split: str, size: int, named: dict[str, str]) -> ImageSet:
-    import datasets as hf
-
-    splits = _load(name, f"{name} is no folder here, and as a data set of the Hugging Face hub it")
-    chosen = _split_among(list(splits), split, Path(name))
-    table = splits[chosen] if chosen else hf.concatenate_datasets(list(splits.values()))
-    return _open_table(Path(name), table, split, size, named, chosen is not None)
-
-
-def _load(name: str, where: str, **arguments: object) -> dict[str, hf.Dataset]:
-    """The splits of what lies at `where`, read by the library `datasets` into Arrow files below data/cache."""
+def _open_table(
+    root: Path, source: str, split: str, size: int, named: dict[str, str], files: dict | None = None
+) -> ImageSet:
+    """What the library `datasets` reads, a hub id or archives, as Arrow files below data/cache and an image set of them."""
     import datasets as hf
 
     if os.environ.get("CLIPGEN_PROGRESS") == "0":
         hf.disable_progress_bars()
     hf.logging.set_verbosity(hf.logging.CRITICAL)  # what it would log is in our sentence
+    cache = os.environ.get("HF_DATASETS_CACHE", str(DATA / "cache"))
     try:
-        return hf.load_dataset(name, cache_dir=os.environ.get("HF_DATASETS_CACHE", str(DATA / "cache")), **arguments)
+        splits = hf.load_dataset(source, data_files=files, cache_dir=cache)
     except Exception as error:  # of any file and any address: the library raises whatever its readers raise
+        where = root if files else f"{source} is no folder here, and as a data set of the Hugging Face hub it"
         why = reason(error.__cause__ or error)
         raise ClipgenError(f"{where} cannot be read ({why}): check its name, or restore its files") from None
+    chosen = _split_among(list(splits), split, root)
+    table = splits[chosen or ("train" if "train" in splits else next(iter(splits)))]
+    images, texts = _columns(table, named, root)
+    if chosen is None:
+        rows = _split_by_hash(_member_names(images), split, root)
+        images, texts = images.select(rows), texts.select(rows)
+    name = root.resolve().stem if root.is_file() else root.resolve().name
+    return ImageSet(name, split, root, images, size, partial(_describe_table, texts, named, root))
 
 
-def _open_table(
-    root: Path, table: hf.Dataset, split: str, size: int, named: dict[str, str], is_split: bool
-) -> ImageSet:
-    """The rows of `split` of a table with a column of images; all rows where `is_split`."""
+def _columns(table: hf.Dataset, named: dict[str, str], root: Path) -> tuple[hf.Dataset, hf.Dataset]:
+    """The column of encoded images, by name or by kind, and all that is no image."""
     import datasets as hf
 
     def is_image(feature: object) -> bool:
@@ -398,13 +363,8 @@ def _open_table(
     if image not in found:
         there = shortened(", ".join(table.column_names))
         raise ClipgenError(f"{root} has no column {image!r} of images (it has {there}): name one with ?image=COLUMN")
-    images = table.select_columns([image]).cast_column(image, hf.Image(decode=False))  # bytes, decoded by load_image
-    texts = table.remove_columns(found).flatten()
-    if not is_split:
-        rows = _split_by_hash(_member_names(images), split, root)
-        images, texts = images.select(rows), texts.select(rows)
-    name = root.resolve().stem if root.is_file() else root.resolve().name
-    return ImageSet(name, split, root, images, size, partial(_describe_table, texts, named, root))
+    images = table.select_columns([image]).cast_column(image, hf.Image(decode=False))  # load_image decodes them
+    return images, table.remove_columns(found).flatten()
 
 
 def _member_names(images: hf.Dataset) -> list[str]:
