@@ -22,7 +22,7 @@ def wb(world, preset, vqgan, tmp_path):
         fusion_gan=replace(preset.fusion_gan, channels=4, steps=2, batch_size=4, log_every=1),
         vqgan_clip=replace(preset.vqgan_clip, steps=2, cutouts=2, batch_size=4),
     )
-    wb = Workbench(open_run("base", tmp_path), small, str(world), 0, "cpu")
+    wb = Workbench(open_run("base", tmp_path), small, str(world))
     save_weights(wb.run.path / "vqgan", vqgan)
     wb.extract()
     return wb
@@ -153,7 +153,7 @@ def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
         evaluate=replace(preset.evaluate, n=8, batch_size=8, blur=(0, 1)),
         classifier=replace(preset.classifier, width=8, steps=3, batch_size=8, warmup=1),
     )
-    wb = Workbench(open_run("base", tmp_path), small, str(data), 0, "cpu")
+    wb = Workbench(open_run("base", tmp_path), small, str(data))
     torch.manual_seed(0)
     save_weights(wb.run.path / "vqgan", VQGAN(preset.vqgan).eval())
     wb.extract()
@@ -180,6 +180,6 @@ def test_a_val_split_without_classes_is_one_sentence(tmp_path, preset, world):
         (tmp_path / "data" / name).mkdir(parents=True)
         for path in sorted((world / "train").glob("*.png"))[:2]:
             shutil.copy(path, tmp_path / "data" / name)
-    wb = Workbench(open_run("r", tmp_path), preset, str(tmp_path / "data"), 0, "cpu")
+    wb = Workbench(open_run("r", tmp_path), preset, str(tmp_path / "data"))
     with pytest.raises(ClipgenError, match="no classes to try a classifier on"):
         wb.train_classifier()

@@ -22,7 +22,16 @@ from torch import nn
 from torchvision.transforms import v2
 
 from ..clip_embed import ClipEmbedder
-from ..config import Config, FusionGANConfig, SampleConfig, VQGANCLIPConfig, from_dict, replace_fields
+from ..config import (
+    Config,
+    Count,
+    FusionGANConfig,
+    SampleConfig,
+    VQGANCLIPConfig,
+    checked_dataclass,
+    from_dict,
+    replace_fields,
+)
 from ..data.batches import batch_rows
 from ..data.datasets import ImageSet
 from ..data.images import crop, to_float
@@ -209,12 +218,12 @@ class _UpBlock(nn.Module):
         return self.shortcut(x) + self.second(self.first(x, condition), condition)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class FusionGANSizes(Config):
     """What a GAN takes from its images and CLIP, beside its own config."""
 
-    image_size: int
-    clip_dim: int
+    image_size: Count
+    clip_dim: Count
 
 
 class FusionGenerator(nn.Module):

@@ -300,7 +300,7 @@ def run_row(wb: Workbench, table: Table, row: Row, seed: int, results: Path, ste
     classifier, n_oracle = wb.classifier(), min(table.n_oracle, wb.preset.evaluate.n_oracle)
     measured = {
         "evaluate": {**asdict(config), "n_oracle": n_oracle},
-        "judge": wb.judge.weights_hash,
+        "judge": wb.evaluation_clip.weights_hash,
         "classifier": module_hash(classifier) if classifier else None,
     }
     kept = _plain_json({**made, **of, **measured})
@@ -322,7 +322,7 @@ def run_row(wb: Workbench, table: Table, row: Row, seed: int, results: Path, ste
     if is_there:
         return read_json(path)
     start = time.perf_counter()
-    numbers, _ = evaluate.evaluate_generator(system, wb.images("val"), wb.judge, config, wb.seed, classifier=classifier)
+    numbers, _ = evaluate.evaluate_generator(system, wb.images("val"), wb.evaluation_clip, config, wb.seed, classifier=classifier)
     oracle = {}
     if wb.has_oracle and n_oracle:
         asked = ("text", "image") if row.system == "clip-gen" else ("text",)
