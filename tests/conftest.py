@@ -62,21 +62,14 @@ def clip():
 def preset():
     """The smoke preset, smaller still."""
     smoke = load_preset("smoke")
+    few = {"steps": 6, "warmup": 2, "log_every": 2, "save_every": 3}
+    codes = {"codebook_size": 32, "code_dim": 8, "l2_norm": True, "codebook_update": "gradient", "restart_after": 3}
     return replace(
         smoke,
-        vqgan=replace(
-            smoke.vqgan,
-            channels=8,
-            z_channels=16,
-            codebook_size=32,
-            code_dim=8,
-            l2_norm=True,
-            codebook_update="gradient",
-            restart_after=3,
-        ),
-        vqgan_train=replace(smoke.vqgan_train, steps=6, batch_size=4, warmup=2, log_every=2, save_every=3),
+        vqgan=replace(smoke.vqgan, channels=8, z_channels=16, **codes),
+        vqgan_train=replace(smoke.vqgan_train, batch_size=4, **few),
         transformer=replace(smoke.transformer, width=32, layers=2, heads=2, condition_tokens=2),
-        transformer_train=replace(smoke.transformer_train, steps=6, batch_size=8, warmup=2, log_every=2, save_every=3),
+        transformer_train=replace(smoke.transformer_train, batch_size=8, **few),
     )
 
 
