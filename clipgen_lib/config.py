@@ -398,14 +398,17 @@ def replace_fields(config: Config, values: dict) -> Config:
     return replace(config, **values)
 
 
-def from_dict(kind: type, values: dict) -> Config:
-    """Rebuild a config from its JSON form (lists for tuples).
+def from_dict(kind: type, values: dict, whole: bool = True) -> Config:
+    """Rebuild a config from its JSON form (lists for tuples); unless `whole`, a missing field has its default.
 
     Raises:
         ClipgenError: no JSON object, or a field that is missing, unknown or of another kind.
     """
     if not isinstance(values, dict):
         raise ClipgenError(f"{kind.__name__} is {_shown(values)}, not its fields: restore the original file")
-    if missing := [f.name for f in fields(kind) if f.name not in values]:
+    defaults = {f.name: f.default for f in fields(kind)}
+    if whole and (missing := [name for name in defaults if name not in values]):
         raise ClipgenError(f"{kind.__name__} lacks {', '.join(missing)}: the file was written by another version")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    made = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    parts = {name: default for name, default in defaults.items() if isinstance(default, Config) and name in values}
+    return kind(**made | {name: from_dict(type(default), values[name], whole) for name, default in parts.items()})

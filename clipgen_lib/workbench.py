@@ -19,11 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 
 from . import evaluate, train_transformer, train_vqgan
 from .clip_embed import ClipEmbedder, photo_notice
-from .config import Config, Preset, SampleConfig, checked_dataclass, load_preset
+from .config import Config, Preset, SampleConfig, checked_dataclass, from_dict, load_preset
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_images
 from .data.images import grid, to_float
@@ -38,7 +37,7 @@ from .runtime.runs import (
     Run,
     differences,
     open_run,
-    reason,
+    read_json,
     shortened,
     versions,
     write_atomic,
@@ -469,11 +468,12 @@ class Workbench:
 
 def _begun_with(path: Path) -> Begun:
     """What a run was begun with. A field that its config.json lacks has the default."""
+    found = read_json(path)
     try:
-        return TypeAdapter(Begun).validate_json(path.read_bytes())
-    except (OSError, ValidationError, ClipgenError) as error:
+        return Begun(from_dict(Preset, found.get("preset"), whole=False), found.get("data"), found.get("seed"))
+    except ClipgenError as error:
         raise ClipgenError(
-            f"{path} does not say what the run was begun with ({reason(error)}): restore it, or delete {path.parent}"
+            f"{path} does not say what the run was begun with ({error}): restore it, or delete {path.parent}"
         ) from None
 
 
