@@ -1,26 +1,27 @@
 """What this machine has, which weights are here, and which preset fits, on one page. Nothing is downloaded, no weights are read.
 
 The memory of a training is an estimate for its larger stage: 20 bytes for each trained parameter (weights, gradients, two
-moments of AdamW and the EMA, in float32), the tensors that autograd keeps of one pass (counted in float32 on the meta device,
-of which autocast keeps the share KEPT), the frozen networks, and 1.5 GB for Python and the driver. Operations are those that
-torch counts in one pass of each stage, times batch and steps; a CPU core is taken to do 10^11 in a second.
+moments of AdamW and the EMA, in float32), the float32 tensors that autograd keeps of one pass on the meta device (of which
+autocast leaves 0.85 in the VQGAN, whose norms stay in float32, and 0.35 in the transformer, whose attention keeps no maps on
+a GPU), the frozen networks, and 1.5 GB for Python and the driver. Operations are three times those that torch counts in one
+forward pass of each stage, times batch and steps; a CPU core is taken to do 10^11 in a second.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
-from .clip_embed import EMBEDDED, find_weights
+from .clip_embed import find_weights
 from .config import PRESETS, Preset
 from .runtime.checkpoints import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, hub_folder
 from .runtime.runs import DATA, RESULTS, versions
@@ -28,8 +29,7 @@ from .train_vqgan import PatchDiscriminator
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
-KEPT = {"vqgan": 0.85, "transformer": 0.35}  # norms stay in float32; attention on a GPU keeps no maps
-LONGEST = 3 * 86_400  # seconds of a training on a CPU before this page calls it too long
+LONGEST_DAYS = 3  # of a training on a CPU before this page calls it too long
 
 
 class Machine(NamedTuple):
@@ -41,15 +41,6 @@ class Machine(NamedTuple):
     gpus: tuple[tuple[str, float], ...] = ()  # name and memory of each
 
 
-class Weights(NamedTuple):
-    """Weights that something here asks for."""
-
-    name: str
-    used_by: str
-    is_here: bool
-    cure: str
-
-
 class Need(NamedTuple):
     parameters: int  # of both trained networks
     gigabytes: float
@@ -57,79 +48,70 @@ class Need(NamedTuple):
 
 
 def this_machine() -> Machine:
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    allowed = limit.read_text().strip() if limit.is_file() else ""
-    ram = min(psutil.virtual_memory().total, int(allowed) if allowed.isdigit() else 1 << 62) / 1e9
     disk = shutil.disk_usage(next(folder for folder in (RESULTS, *RESULTS.parents) if folder.exists())).free / 1e9
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return Machine(os.cpu_count() or 1, ram, disk, tuple((gpu.name, gpu.total_memory / 1e9) for gpu in gpus))
+    shown = tuple((gpu.name, gpu.total_memory / 1e9) for gpu in gpus)
+    return Machine(os.cpu_count() or 1, psutil.virtual_memory().total / 1e9, disk, shown)
 
 
-def clip_name(preset: Preset) -> str:
-    return f"{preset.clip.name}/{preset.clip.pretrained}" if preset.clip.pretrained else "data/shapes_clip"
+def weights_of(preset: Preset) -> list[str]:
+    """Names of the weights without which a preset's training does not begin."""
+    clip = f"{preset.clip.name}/{preset.clip.pretrained}" if preset.clip.pretrained else "data/shapes_clip"
+    return [clip, VGG16.file] if preset.vqgan_train.perceptual == "lpips" else [clip]
 
 
-def uses_vgg(preset: Preset) -> bool:
-    return preset.vqgan_train.perceptual == "lpips"
-
-
-def all_weights() -> list[Weights]:
-    """Every weights file that a preset or a metric asks for, whether it is here or not."""
-    found = []
-    for name, preset in {clip_name(preset): preset for preset in PRESETS.values()}.items():
-        is_here = find_weights(preset.clip.name, preset.clip.pretrained) is not None
-        cure = "open_clip downloads them on first use, or copy its Hugging Face cache here"
-        if preset.clip.name == EMBEDDED:
+def missing_weights() -> dict[str, str]:
+    """Every weights file that a preset or a metric asks for: its name, and where it is not here how to get it, else an empty text."""
+    found = {}
+    for preset in PRESETS.values():
+        cure = "open_clip downloads it on first use, or copy its Hugging Face cache here"
+        if preset.clip.pretrained is None:
             cure = f"restore {DATA / 'shapes_clip'} from the repository"
-        users = ", ".join(other for other, p in PRESETS.items() if p.clip == preset.clip)
-        found.append(Weights(name, f"CLIP of {users}", is_here, cure))
+        is_here = find_weights(preset.clip.name, preset.clip.pretrained) is not None
+        found[weights_of(preset)[0]] = "" if is_here else cure
     is_here = (DATA / "shapes_generator" / "model.safetensors").is_file()
-    cure = "restore it from the repository, or make it: clipgen run --preset reference, then clipgen export"
-    found.append(Weights("data/shapes_generator", 'TextToImage.from_pretrained("shapes")', is_here, cure))
-    for weights, used_by in (
-        (FID_INCEPTION, "FID protocols inception, clean, torchmetrics"),
-        (TORCHVISION_INCEPTION, "FID protocol dmgan"),
-        (ALEXNET, "LPIPS as a metric"),
-        (VGG16, "LPIPS as a loss: " + ", ".join(name for name, preset in PRESETS.items() if uses_vgg(preset))),
-    ):
-        cure = f"put it into {hub_folder()}, from {weights.source}"
-        found.append(Weights(weights.file, used_by, (hub_folder() / weights.file).is_file(), cure))
+    found["data/shapes_generator"] = "" if is_here else "restore it from the repository: clipgen generate needs it"
+    for file, use in {
+        VGG16: "LPIPS loss",
+        ALEXNET: "LPIPS",
+        FID_INCEPTION: "FID",
+        TORCHVISION_INCEPTION: "dmgan",
+    }.items():
+        is_here = (hub_folder() / file.file).is_file()
+        found[file.file] = "" if is_here else f"for {use}: put it into {hub_folder()}, from {file.source}"
     return found
 
 
+@cache
 def need(preset: Preset) -> Need:
     """What the two trainings of a preset take on one device; the module's docstring says what is assumed."""
-    config, size = preset.vqgan, preset.vqgan.image_size
+    config, train = preset.vqgan, preset.vqgan_train
     clip_dim, clip_size = (512, 151e6) if preset.clip.pretrained else (256, 6e6)  # ViT-B/32, the embedded CLIP
     with torch.device("meta"):
-        vqgan, transformer = (
-            VQGAN(config),
-            ImageTransformer(preset.transformer, config.codebook_size, config.side**2, clip_dim),
-        )
-        critic = PatchDiscriminator(preset.vqgan_train.discriminator_channels, preset.vqgan_train.discriminator_layers)
-        vgg = vgg16().features.requires_grad_(False) if uses_vgg(preset) else nn.Identity()
+        vqgan, critic = VQGAN(config), PatchDiscriminator(train.discriminator_channels, train.discriminator_layers)
+        transformer = ImageTransformer(preset.transformer, config.codebook_size, config.side**2, clip_dim)
+        vgg = vgg16().features.requires_grad_(False) if VGG16.file in weights_of(preset) else nn.Identity()
 
-        def vqgan_loss() -> torch.Tensor:
-            fake, quantized = vqgan(torch.empty(1, 3, size, size))
-            return quantized.commitment_loss + critic(fake).mean() + vgg(fake).mean()
+        def vqgan_pass() -> object:
+            fake, _ = vqgan(torch.empty(1, 3, config.image_size, config.image_size))
+            return critic(fake), vgg(fake)
 
-        def transformer_loss() -> torch.Tensor:
-            tokens = torch.zeros(1, config.side**2, dtype=torch.long)
-            return F.cross_entropy(transformer(torch.empty(1, clip_dim), tokens).flatten(0, 1), tokens.flatten())
+        def transformer_pass() -> object:
+            return transformer(torch.empty(1, clip_dim), torch.zeros(1, config.side**2, dtype=torch.long)).log_softmax(
+                -1
+            )
 
-        first = _stage(nn.ModuleList([vqgan, critic]), vqgan_loss, preset.vqgan_train, KEPT["vqgan"])
-        second = _stage(transformer, transformer_loss, preset.transformer_train, KEPT["transformer"])
-    frozen = 4 * (clip_size + _size(vgg)) / 1e9
-    gigabytes = 1.5 + frozen + max(first[0], second[0])
-    return Need(_size(vqgan) + _size(transformer), gigabytes, first[1] + second[1])
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+        kept, operations = zip(_one_pass(vqgan_pass), _one_pass(transformer_pass), strict=True)
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (vqgan, transformer, critic, vgg)]
+    trained, gigabytes, total = (sizes[0] + sizes[2], sizes[1]), [], 0.0
+    for i, (stage, share) in enumerate(((train, 0.85), (preset.transformer_train, 0.35))):
+        gigabytes.append((20 * trained[i] + share * kept[i] * stage.batch_size / stage.accumulate) / 1e9)
+        total += 3 * operations[i] * stage.batch_size * stage.steps
+    return Need(sizes[0] + sizes[1], 1.5 + 4 * (clip_size + sizes[3]) / 1e9 + max(gigabytes), total)
 
 
-def _stage(trained: nn.Module, loss, train, share: float) -> tuple[float, float]:
-    """GB and operations of one stage."""
+def _one_pass(forward: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that autograd keeps for the backward pass of one image, and operations of the forward pass."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,55 +119,45 @@ def _stage(trained: nn.Module, loss, train, share: float) -> tuple[float, float]
             kept[id(tensor)] = tensor  # held, so that no other tensor gets its number
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = loss()
-        value.backward()
-    activations = sum(tensor.nbytes for tensor in kept.values()) * share * train.batch_size / train.accumulate
-    return (20 * _size(trained) + activations) / 1e9, counter.get_total_flops() * train.batch_size * train.steps
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        forward()
+    return sum(tensor.nbytes for tensor in kept.values()), counter.get_total_flops()
 
 
-def verdict(preset: Preset, machine: Machine) -> tuple[bool, str]:
-    """Whether a preset fits the machine's memory, and why."""
+def fit(preset: Preset, machine: Machine) -> tuple[bool, str]:
+    """Whether the trainings of a preset fit a machine, and why."""
     parameters, gigabytes, operations = need(preset)
-    seconds = operations / (1e11 * machine.cores)
-    memory, place = (
-        min((size for _, size in machine.gpus), default=machine.ram),
-        "the GPU" if machine.gpus else "memory",
-    )
-    reason = f"{parameters / 1e6:,.1f}M parameters, {gigabytes:.1f} of {memory:.0f} GB of {place}, {operations:.1e} operations"
+    place, memory = min((("GPU", size) for _, size in machine.gpus), default=("memory", machine.ram))
+    reason = f"{parameters / 1e6:.1f}M parameters, {gigabytes:.1f} of {memory:.0f} GB of {place}, {operations:.0e} operations"
     if machine.gpus:
         return gigabytes <= memory, reason
-    return gigabytes <= memory and seconds <= LONGEST, f"{reason}: {seconds / 3600:,.1f} hours on {machine.cores} cores"
+    days = operations / (1e11 * machine.cores) / 86_400
+    return gigabytes <= memory and days <= LONGEST_DAYS, f"{reason}, {days:,.2f} days on {machine.cores} cores"
 
 
 def report(machine: Machine | None = None) -> tuple[str, str]:
     """The page, and what keeps the laptop preset from running here: a sentence, or nothing."""
-    machine, weights = machine or this_machine(), all_weights()
-    missing = {entry.name: entry for entry in weights if not entry.is_here}
+    machine, weights, problem = machine or this_machine(), missing_weights(), ""
     gpus = "".join(f"; cuda:{i} {name}, {size:.0f} GB" for i, (name, size) in enumerate(machine.gpus))
     lines = [
         f"machine    {machine.cores} cores, {machine.ram:.0f} GB of memory, {machine.disk:.0f} GB of disk free at {RESULTS}",
         f"devices    cpu{gpus or ' (torch sees no GPU)'}",
         "versions   " + ", ".join(f"{name} {found}" for name, found in versions().items()),
-        f"\n{'weights':38}{'here':6}for",
+        "\nweights",
+        *(f"{name:38}{'missing; ' + cure if cure else 'here'}" for name, cure in weights.items()),
+        f"\n{'preset':12}{'fits':6}by an estimate for its trainings; clipgen_lib/doctor.py says what it assumes",
     ]
-    for entry in weights:
-        lines.append(f"{entry.name:38}{'yes' if entry.is_here else 'no':6}{entry.used_by}")
-        lines += [] if entry.is_here else [f"{'':44}{entry.cure}"]
-    lines.append(f"\n{'preset':12}{'fits':6}an estimate for the trainings; clipgen_lib/doctor.py says what it assumes")
-    problem = ""
     for name, preset in PRESETS.items():
-        fits, reason = verdict(preset, machine)
-        wanted = [clip_name(preset)] + ([VGG16.file] if uses_vgg(preset) else [])
-        absent = [name for name in wanted if name in missing]
+        fits, reason = fit(preset, machine)
+        absent = [file for file in weights_of(preset) if weights[file]]
         lines.append(
-            f"{name:12}{'yes' if fits else 'no':6}{reason}" + (f"; needs {' and '.join(absent)}" if absent else "")
+            f"{name:12}{'yes' if fits else 'no':6}{reason}{'; needs ' if absent else ''}{' and '.join(absent)}"
         )
-        if name == "laptop" and (absent or not fits):
-            problem = (
-                f"the laptop preset lacks {absent[0]}: {missing[absent[0]].cure}"
-                if absent
-                else f"the laptop preset does not fit: {reason}"
-            )
+        if name == "laptop" and absent:
+            problem = f"the laptop preset lacks {absent[0]}: {weights[absent[0]]}"
+        elif name == "laptop" and not fits:
+            problem = f"the laptop preset does not fit: {reason}"
     return "\n".join(lines), problem
