@@ -109,7 +109,8 @@ def train_vqgan(steps: int, **run_options) -> None:
 @_run_options
 def extract(**run_options) -> None:
     """Encode every image once into tokens and an embedding."""
-    store = _open(**run_options).extract()
+    wb = _open(**run_options)
+    store = wb.extract()
     _say(f"{len(store)} rows of {store.meta['L']} tokens in {store.folder}")
 
 
