@@ -371,13 +371,13 @@ def _system(wb: Workbench, row: Row, made: dict, of: dict, trainings: Path):
     if not (
         run.file("recipe.json").exists() and (run.path / "transformer").is_dir()
     ):  # weights are not in the repository
-        text_mean = wb.text_mean() if made["train"].centre else None
+        frozen = train_transformer.Frozen(vqgan, clip, wb.text_mean() if made["train"].centre else None)
+        preset = replace(wb.preset, transformer=made["transformer"], transformer_train=made["train"])
         stores = [_store(wb, made, split) for split in ("train", "val")]
         start = time.perf_counter()
-        transformer = train_transformer.train_transformer(
-            run, *stores, made["transformer"], made["train"], vqgan, clip, made["seed"], device, text_mean=text_mean
-        )
-        facts = train_transformer.validation_losses(transformer.to(device), stores[1], vqgan, clip)
+        run = replace(run, seed=made["seed"], device=device)
+        transformer = train_transformer.train_transformer(run, *stores, preset, frozen)
+        facts = train_transformer.validation_losses(transformer.to(device), stores[1], frozen)
         run.add_to_summary(seconds={"train": time.perf_counter() - start}, transformer=facts)
         write_json(run.file("recipe.json"), needed)
     transformer, summary = ImageTransformer.load(run.path / "transformer", device), run.summary()

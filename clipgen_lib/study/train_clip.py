@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,17 +156,14 @@ def train_clip(
     mean, std = (torch.tensor(PREPROCESS[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # as in CLIP's own training
         images, texts, together = pairs.batch(step)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
             found = model(((images.to(device) + 1) / 2 - mean) / std, tokenizer(texts).to(device))[:3]
         return contrastive_loss(*(x.float() for x in found), together.to(device)), {"scale": found[2].detach()}
 
-    @torch.no_grad()
-    def bound_scale() -> None:
-        model.logit_scale.clamp_(0, math.log(100))
-
-    facts = {"config": asdict(config), "seed": seed, "data": pairs.hash}
-    fit(run, "clip", model, config, facts, loss_of, 1.0, bound_scale, show_progress)
+    fit(replace(run, seed=seed, device=device), "clip", model, config, loss_of, {"data": pairs.hash})
     return _export(model, text_config, merges, run.path / "clip")
 
 
