@@ -78,7 +78,7 @@ class PromptBox(widgets.VBox):
         if self.generator.clip.is_truncated(prompt):
             self._say("CLIP reads only the beginning of so long a prompt")
         settings = {name: getattr(self, name).value for name in ("guidance", "temperature", "top_k", "candidates")}
-        for look in self.generator.draw_progressively(prompt, n, self.seed.value, **settings):
+        for look in self.generator.generate_progressively(prompt, n, self.seed.value, **settings):
             self._show(look)
         self.images = look.images
         self.bar.bar_style = "success"
