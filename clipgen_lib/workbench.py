@@ -32,7 +32,6 @@ from .metrics import captions, oracle
 from .metrics.captions import choose_captions, split_prompts
 from .metrics.classifier import Classifier, accuracy, train_classifier
 from .runtime import distributed
-from .runtime.checkpoints import load_checkpoint, save_weights
 from .runtime.runs import (
     RESULTS,
     ROOT,
@@ -49,32 +48,8 @@ from .runtime.runs import (
 from .store import TokenStore, extract, pictures_at_once
 from .text_to_image import TextToImage, load_run
 from .train_vqgan import PatchDiscriminator, adversarial_loss
-from .training import checkpoints
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
-
-
-def take_best(run: Run, stage: str) -> dict:
-    """Put the EMA of the best checkpoint in the place of a stage's last weights; returns its `step` and `score`.
-
-    Args:
-        stage: `vqgan`, whose score is the squared error of held-out reconstructions, or `transformer`, whose score is the
-            held-out likelihood in nats a token.
-
-    Raises:
-        ClipgenError: the stage is not trained, or none of its checkpoints has a score.
-    """
-    module = {"vqgan": VQGAN, "transformer": ImageTransformer}[stage].load(run.path / stage)
-    if not (paths := checkpoints(run, stage, best_first=True)):
-        raise ClipgenError(
-            f"{run.path / 'checkpoints'} holds no checkpoint of the {stage} with a score: train it first"
-        )
-    state, meta = load_checkpoint(paths[0])
-    module.load_state_dict(state["ema"]["module"])
-    before = read_json(run.path / stage / "config.json")
-    save_weights(run.path / stage, module, **{key: value for key, value in before.items() if key == "trained_with"})
-    return {"step": meta["step"], "score": meta["score"]}
-
 
 PREVIEW_PROMPTS = (
     "a large red circle",
@@ -258,9 +233,11 @@ class Workbench:
                 f"{held_out.root} holds {len(images)} images to train on and {len(held_out)} to test on: give at least {FEWEST_HELD_OUT} of each"
             )
         with self._timed("vqgan"):
-            vqgan = train_vqgan.train_vqgan(
-                self.run, images, held_out, self.preset.vqgan, config, self.clip, self.seed, self.device
+            run, preset = (
+                replace(self.run, seed=self.seed, device=self.device),
+                replace(self.preset, vqgan_train=config),
             )
+            vqgan = train_vqgan.train_vqgan(run, images, held_out, preset, self.clip)
         data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(held_out)}
         scores = evaluate.evaluate_vqgan(vqgan.to(self.device), held_out)
         self._record(data=data, vqgan=scores)
@@ -305,21 +282,11 @@ class Workbench:
             Image.fromarray(grid(pictures, columns=len(pictures))).save(self.run.file("previews", f"{step:06d}.png"))
 
         with self._timed("transformer"):
-            transformer = train_transformer.train_transformer(
-                self.run,
-                store,
-                held_out,
-                self.preset.transformer,
-                config,
-                vqgan,
-                self.clip,
-                self.seed,
-                self.device,
-                True,
-                self.text_mean() if config.centre else None,
-                preview,
-            )
-        scores = train_transformer.validation_losses(transformer.to(self.device), held_out, vqgan, self.clip)
+            run = replace(self.run, seed=self.seed, device=self.device)
+            preset = replace(self.preset, transformer_train=config)
+            frozen = train_transformer.Frozen(vqgan, self.clip, self.text_mean() if config.centre else None)
+            transformer = train_transformer.train_transformer(run, store, held_out, preset, frozen, preview)
+        scores = train_transformer.validation_losses(transformer.to(self.device), held_out, frozen)
         clip_size = sum(p.numel() for p in self.clip.parameters())
         self._record(transformer=scores, parameters={"clip": clip_size})
 

@@ -287,22 +287,12 @@ def _system(wb: Workbench, recipe: Recipe, configs: dict, inputs: dict, training
 
 def _train(wb: Workbench, run: Run, configs: dict) -> None:
     """Train the transformer of a recipe, and put its seconds and validation losses into the run's summary."""
-    vqgan, clip = wb.vqgan(), wb.clip
+    preset = replace(wb.preset, transformer=configs["transformer"], transformer_train=configs["train"])
+    frozen = train_transformer.Frozen(wb.vqgan(), wb.clip, wb.text_mean() if configs["train"].centre else None)
     store, val_store = (_store(wb, configs, split) for split in ("train", "val"))
-    text_mean, start = wb.text_mean() if configs["train"].centre else None, time.perf_counter()
-    transformer = train_transformer.train_transformer(
-        run,
-        store,
-        val_store,
-        configs["transformer"],
-        configs["train"],
-        vqgan,
-        clip,
-        run.seed,
-        run.device,
-        text_mean=text_mean,
-    )
-    facts = train_transformer.validation_losses(transformer.to(run.device), val_store, vqgan, clip)
+    start = time.perf_counter()
+    transformer = train_transformer.train_transformer(run, store, val_store, preset, frozen)
+    facts = train_transformer.validation_losses(transformer.to(run.device), val_store, frozen)
     run.add_to_summary(seconds={"train": time.perf_counter() - start}, transformer=facts)
 
 
