@@ -10,12 +10,13 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from .config import PRESETS
-from .runtime.runs import ROOT, ClipgenError, open_run
+from .runtime.runs import ROOT, ClipgenError, open_run, progress
 
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 
@@ -63,7 +64,7 @@ def _run_options(command):
 
 
 def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
-    from .runtime.distributed import world_size, is_main, barrier
+    from .runtime.distributed import barrier, is_main, world_size
     from .workbench import Workbench
 
     _join(device)
@@ -251,7 +252,7 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
 
     from .data.images import grid
     from .runtime.distributed import is_main
-    from .text_to_image import TextToImage, generate_together
+    from .text_to_image import TextToImage
     from .workbench import Workbench, pick_device
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
@@ -264,9 +265,11 @@ def generate(prompt, run, n, seed, output, device, **settings) -> None:
     else:
         generator = TextToImage.from_pretrained("shapes").to(pick_device(device))
     chosen = {key: value for key, value in settings.items() if value is not None}
-    images = generate_together(generator, [prompt] * n, list(range(seed, seed + n)), show_progress=True, **chosen)
+    with progress(100, "generating", is_main()) as bar:
+        for preview in generator.generate_progressively(prompt, n, seed, **chosen):
+            bar.update(round(100 * preview.share) - bar.n)
     if is_main():
-        Image.fromarray(grid(images, columns=min(n, 8))).save(output)
+        Image.fromarray(grid(preview.images, columns=min(n, 8))).save(output)
     _say(f"{n} images of {prompt!r} in {output}")
 
 
@@ -324,11 +327,11 @@ def compare(table: str, run: str, steps: int, only: tuple[str, ...], data: str, 
 
     Rows that are there are kept.
     """
-    from .study.compare import TABLES, lines_of, run_table
+    from .study.compare import TABLES, run_table, table_text
     from .workbench import Workbench
 
     entries = run_table(Workbench.reopen(run, device, data), TABLES[table], steps=steps, only=only)
-    click.echo(lines_of(entries, TABLES[table].columns))
+    click.echo(table_text(entries, TABLES[table].columns))
 
 
 @main.command("train-clip")
@@ -354,7 +357,7 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
     )
     device, size = pick_device(device), MODEL["vision_cfg"]["image_size"]
     pairs = ScenePairs(config, seed) if data == "shapes" else ImagePairs(open_images(data, "train", size), config, seed)
-    folder = train(opened, pairs, config, seed, device)
+    folder = train(replace(opened, seed=seed, device=device), pairs, config)
     if data != "shapes":
         clip = ClipEmbedder.load(str(folder), device=device)
         opened.add_to_summary(

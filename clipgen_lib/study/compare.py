@@ -206,9 +206,9 @@ def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: 
     store, classifier = wb.store(), wb.classifier()
     inputs = {"vqgan": store.meta["vqgan_hash"], "clip": store.meta["clip_hash"], "data": store.meta["data_hash"]}
     config = replace(wb.preset.evaluate, n=min(table.n_captions, wb.preset.evaluate.n))
-    config = replace(config, n_oracle=min(table.n_oracle or 1, config.n_oracle))
+    n_oracle = min(table.n_oracle, config.n_oracle) if wb.has_oracle else 0
     judges = {"judge": wb.judge.weights_hash, "classifier": module_hash(classifier) if classifier else None}
-    kept = _plain_json({**configs, **inputs, "evaluate": asdict(config), **judges})
+    kept = _plain_json({**configs, **inputs, "evaluate": {**asdict(config), "n_oracle": n_oracle}, **judges})
     path = results / table.name / "rows" / f"{_slug(recipe.name)}-{seed}.json"
     outside, is_done = path.with_name(f"{path.stem}-outside.png"), False
     if path.exists():
@@ -228,7 +228,7 @@ def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: 
     if is_done:
         return read_json(path)
     start = time.perf_counter()
-    evaluation, oracle = _evaluate(wb, recipe, system, config, has_oracle=wb.has_oracle and table.n_oracle > 0)
+    evaluation, oracle = _evaluate(wb, recipe, system, config, n_oracle)
     evaluated, prompts = time.perf_counter(), wb.preview_prompts()
     _save_images(system, prompts, path.with_suffix(".png"))
     seconds |= {"evaluate": evaluated - start, "per_image": (time.perf_counter() - evaluated) / len(prompts)}
@@ -238,15 +238,15 @@ def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: 
     return result
 
 
-def _evaluate(wb: Workbench, recipe: Recipe, system, config, has_oracle: bool) -> tuple[dict, dict]:
+def _evaluate(wb: Workbench, recipe: Recipe, system, config, n_oracle: int) -> tuple[dict, dict]:
     """The evaluation and the oracle's scores of a system."""
     numbers, _ = evaluate.evaluate_generator(
         system, wb.images("val"), wb.judge, config, wb.seed, classifier=wb.classifier()
     )
-    if not has_oracle:
+    if not n_oracle:
         return numbers, {}
     modalities = ("text", "image") if recipe.system == "clip-gen" else ("text",)
-    return numbers, evaluate.evaluate_oracle(system, config.n_oracle, wb.seed, modalities=modalities)
+    return numbers, evaluate.evaluate_oracle(system, n_oracle, wb.seed, modalities=modalities)
 
 
 def _save_images(system, prompts: list[str], path: Path) -> None:

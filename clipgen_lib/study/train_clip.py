@@ -46,7 +46,7 @@ def pool_scene(seed: int, index: int) -> shapes.Scene:
     """The index-th scene of the training pool, a wild one (`shapes.random_scene`).
 
     One scene in eight shows a held-out pair: CLIP knows every pair, the generator does not. After a scene of two
-    objects comes its twin with the places exchanged, so that each batch holds "a left of b" beside "b left of a".
+    objects comes the same scene with the places exchanged, so that each batch holds "a left of b" beside "b left of a".
     """
     even = index - index % 2
     scene = shapes.scene_at(seed, 50_000_000 + even, held_out=even % 16 == 0, wild=True)

@@ -4,13 +4,11 @@ The reference below is written from the papers and the released files' names, ap
 of steps, each with its published name, from which the shapes follow and by which it is computed.
 """
 
-import hashlib
 import itertools
 import json
 import os
 import sys
-import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
@@ -18,14 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from clipgen_lib import clip_embed
-from clipgen_lib.clip_embed import ClipEmbedder
-from clipgen_lib.config import TransformerConfig, VQGANConfig, load_preset
+from clipgen_lib.config import SampleConfig, TransformerConfig, VQGANConfig, load_preset
 from clipgen_lib.runtime.checkpoints import save_weights
 from clipgen_lib.runtime.runs import ClipgenError
-from clipgen_lib.study import released as interop
+from clipgen_lib.study import released
 from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
@@ -251,11 +247,11 @@ def gpt_reference(t, embeds, tokens, heads):
 
 def filled(shapes, seed=0):
     """Random tensors under which activations neither die nor explode, biases and norms not at their initial values."""
-    draw = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     found = {}
     for name, shape in shapes.items():
         scale = 1 if len(shape) < 2 or "emb" in name else torch.Size(shape[1:]).numel() ** -0.5
-        found[name] = torch.randn(shape, generator=draw) * (0.2 if len(shape) == 1 else scale)
+        found[name] = torch.randn(shape, generator=rng) * (0.2 if len(shape) == 1 else scale)
         if len(shape) == 1 and name.endswith("weight"):
             found[name] += 1
         if name.endswith(".mask"):
@@ -284,7 +280,7 @@ RELEASED = {  # name in the manifests, published shapes, tensors that are not pa
 
 
 @pytest.fixture(scope="module")
-def released(shared):
+def facts(shared):
     if not (shared / "released").is_dir():
         pytest.skip("the facts of released models in shared/data are not on this machine")
     return shared / "released"
@@ -299,26 +295,26 @@ def count(module):
 
 
 def test_every_release_is_here():
-    assert set(RELEASED) == set(interop.RELEASES)
+    assert set(RELEASED) == set(released.RELEASES)
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_shapes_are_those_of_the_published_file(name, released):
-    manifest = json.loads((released / "manifests.json").read_text())[RELEASED[name][0]]
+def test_shapes_are_those_of_the_published_file(name, facts):
+    manifest = json.loads((facts / "manifests.json").read_text())[RELEASED[name][0]]
     published = {key: tuple(shape) for key, shape in manifest["tensors"].items()}
     assert manifest["parameters"] == RELEASED[name][3]
     assert {key: shape for key, shape in published.items() if not key.startswith("discriminator.")} == RELEASED[name][1]
-    module = interop.build(interop.RELEASES[name].build, interop.RELEASES[name].family, on_meta(published))
+    module = released.build(released.RELEASES[name].build, released.RELEASES[name].family, on_meta(published))
     assert count(module) == manifest["parameters"] - RELEASED[name][2]
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_every_key_is_consumed_and_every_parameter_filled(name):
     _, shapes, apart, total = RELEASED[name]
-    release, tensors = interop.RELEASES[name], on_meta(shapes)
+    release, tensors = released.RELEASES[name], on_meta(shapes)
     extra = {"hfai-vqgan-coco": "discriminator.head.weight"}.get(name, "loss.discriminator.main.0.weight")
     tensors |= on_meta({extra: (1, 512, 4, 4)}) if "gpt" not in name and "llamagen" not in name else {}
-    module = interop.build(release.build, release.family, tensors)
+    module = released.build(release.build, release.family, tensors)
     assert count(module) == total - apart
     first = next(iter(shapes))
     for wrong, reason in (
@@ -327,8 +323,8 @@ def test_every_key_is_consumed_and_every_parameter_filled(name):
         ({key: value for key, value in tensors.items() if key != first}, "nothing for: "),
         (tensors | {first: tensors[first][:1, :1]}, f"of another shape: {first}"),
     ):
-        with pytest.raises(interop.Mismatch, match=reason):
-            interop.build(release.build, release.family, wrong)
+        with pytest.raises(released.Mismatch, match=reason):
+            released.build(release.build, release.family, wrong)
 
 
 def test_the_coco_preset_is_the_size_of_the_released_models():
@@ -354,10 +350,10 @@ SMALL_CONFIG = VQGANConfig(
     l2_norm=False,
 )
 FAMILIES = {
-    "taming": ("taming", interop.TAMING, SMALL_CONFIG),
-    "gumbel": ("taming", interop.TAMING, replace(SMALL_CONFIG, codebook_update="gumbel")),
-    "llamagen": ("llamagen", interop.LLAMAGEN, replace(SMALL_CONFIG, l2_norm=True)),
-    "hfai": ("hfai", interop.HFAI_VQGAN, SMALL_CONFIG),
+    "taming": ("taming", released.TAMING, SMALL_CONFIG),
+    "gumbel": ("taming", released.TAMING, replace(SMALL_CONFIG, codebook_update="gumbel")),
+    "llamagen": ("llamagen", released.LLAMAGEN, replace(SMALL_CONFIG, l2_norm=True)),
+    "hfai": ("hfai", released.HFAI_VQGAN, SMALL_CONFIG),
 }
 
 
@@ -380,21 +376,21 @@ def test_a_vqgan_computes_the_published_formulas(name):
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents, tokens, reconstruction = reference(images)
     assert len(tokens.unique()) > 8 and reconstruction.std() > 0.1
-    module = interop.build(partial(VQGAN, config), family, tensors)
+    module = released.build(partial(VQGAN, config), family, tensors)
     assert max(differences(module, images, latents, tokens, reconstruction)) < 1e-4
     if style == "hfai":  # and what goes wrong without that
-        plain = interop.build(partial(VQGAN, config), family._replace(epsilon=1e-6), tensors)
+        plain = released.build(partial(VQGAN, config), family._replace(epsilon=1e-6), tensors)
         assert (plain(images)[0] - reconstruction).abs().max() > 1e-3
 
 
 def test_the_transformer_computes_the_published_formulas():
     tensors = filled(gpt_shapes(codes=40, layers=2, width=32, length=16, dim=8))
     config = TransformerConfig(layers=2, width=32, heads=4)
-    module = interop.build(partial(ImageTransformer, config, 40, 16, 8), interop.HFAI_GPT, tensors)
-    draw = torch.Generator().manual_seed(1)
+    module = released.build(partial(ImageTransformer, config, 40, 16, 8), released.HFAI_GPT, tensors)
+    rng = torch.Generator().manual_seed(1)
     embeds, tokens = (
-        F.normalize(torch.randn(3, 8, generator=draw), dim=1),
-        torch.randint(0, 40, (3, 16), generator=draw),
+        F.normalize(torch.randn(3, 8, generator=rng), dim=1),
+        torch.randint(0, 40, (3, 16), generator=rng),
     )
     wanted = gpt_reference(tensors, embeds, tokens, heads=4)
     assert wanted.std() > 0.1 and (module(embeds, tokens) - wanted).abs().max() < 1e-4
@@ -406,8 +402,8 @@ def read_small(path):
     return sizes, *({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("model.", "io."))
 
 
-def test_hfai_vqgan_as_the_original_computes_it(released):
-    sizes, tensors, io = read_small(released / "hfai_vqgan_small.safetensors")
+def test_hfai_vqgan_as_the_original_computes_it(facts):
+    sizes, tensors, io = read_small(facts / "hfai_vqgan_small.safetensors")
     config = VQGANConfig(
         image_size=sizes["resolution"],
         channels=sizes["ch"],
@@ -418,15 +414,15 @@ def test_hfai_vqgan_as_the_original_computes_it(released):
         codebook_size=sizes["codebook_size"],
         code_dim=sizes["code_dim"],
     )
-    module = interop.build(partial(VQGAN, config), interop.HFAI_VQGAN, tensors)
+    module = released.build(partial(VQGAN, config), released.HFAI_VQGAN, tensors)
     assert max(differences(module, **io)) < 1e-4
 
 
-def test_hfai_transformer_as_the_original_computes_it(released):
-    sizes, tensors, io = read_small(released / "hfai_gpt_small.safetensors")
+def test_hfai_transformer_as_the_original_computes_it(facts):
+    sizes, tensors, io = read_small(facts / "hfai_gpt_small.safetensors")
     config = TransformerConfig(layers=sizes["n_layer"], width=sizes["n_embed"], heads=sizes["n_head"])
     make = partial(ImageTransformer, config, sizes["vocab_size"], sizes["block_size"], sizes["n_cond_embed"])
-    module = interop.build(make, interop.HFAI_GPT, tensors)
+    module = released.build(make, released.HFAI_GPT, tensors)
     assert (module(io["embeddings"], io["tokens"]) - io["logits"]).abs().max() < 1e-4
 
 
@@ -438,51 +434,51 @@ class Code:
         return os.system, ("echo this must never run",)
 
 
-@pytest.fixture
-def small_release(monkeypatch, clip):
-    """HFAiLab's releases in small sizes; their published tensors."""
+def small_releases(clip):
+    """HFAiLab's releases in small sizes, and their published tensors."""
     config = replace(SMALL_CONFIG, image_size=16)  # 4 x 4 tokens
     make = partial(ImageTransformer, TransformerConfig(layers=2, width=32, heads=4), 40, 16, clip.dim)
-    for name, build in (("hfai-vqgan-coco", partial(VQGAN, config)), ("hfai-gpt-coco", make)):
-        monkeypatch.setitem(interop.RELEASES, name, interop.RELEASES[name]._replace(build=build))
-    vqgan = filled(vqgan_shapes("hfai", 40, **SMALL) | {"discriminator.head.weight": (1, 8, 4, 4)})
-    return vqgan, filled(gpt_shapes(codes=40, layers=2, width=32, length=16, dim=clip.dim))
+    vqgan = released.RELEASES["hfai-vqgan-coco"]._replace(build=partial(VQGAN, config))
+    gpt = released.RELEASES["hfai-gpt-coco"]._replace(build=make)
+    tensors = filled(vqgan_shapes("hfai", 40, **SMALL) | {"discriminator.head.weight": (1, 8, 4, 4)})
+    return vqgan, tensors, gpt, filled(gpt_shapes(codes=40, layers=2, width=32, length=16, dim=clip.dim))
 
 
-def test_broken_and_foreign_files_are_one_sentence(tmp_path, small_release, capfd):
+def test_broken_and_foreign_files_are_one_sentence(tmp_path, clip, capfd):
     path, source = tmp_path / "vqgan_coco.pt", "get it from github.com/HFAiLab/clip-gen"
+    vqgan, vqgan_tensors, _, gpt_tensors = small_releases(clip)
 
-    def refused(reason, path=path, name="hfai-vqgan-coco"):
+    def refused(reason, path=path):
         with pytest.raises(ClipgenError) as caught:
-            interop.load_released(name, path)
+            released.load_released(vqgan, path)
         assert reason in str(caught.value) and source in str(caught.value) and "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert str(tmp_path) in refused("vqgan_coco.pt of hfai-vqgan-coco is missing", tmp_path)
-    torch.save({"model": small_release[0], "epoch": 3}, path)
+    assert str(tmp_path) in refused("vqgan_coco.pt is missing", tmp_path)
+    torch.save({"model": vqgan_tensors, "epoch": 3}, path)
     whole = path.read_bytes()
-    assert torch.equal(
-        interop.load_released("hfai-vqgan-coco", path).quantizer.codebook,
-        small_release[0]["quantizer.embedding.weight"],
-    )
+    codebook = released.load_released(vqgan, path).quantizer.codebook
+    assert torch.equal(codebook, vqgan_tensors["quantizer.embedding.weight"])
     for damaged in (b"", whole[:5], whole[: len(whole) // 2], whole[:-3], b"<!DOCTYPE html><html>not found</html>"):
         path.write_bytes(damaged)
         assert str(path) in refused("cut short, damaged or no weights at all")
     for layout in (True, False):
-        torch.save({"model": small_release[0], "more": Code()}, path, _use_new_zipfile_serialization=layout)
+        torch.save({"model": vqgan_tensors, "more": Code()}, path, _use_new_zipfile_serialization=layout)
         refused("it holds code, posix.system, which is not run")
     assert "must never run" not in capfd.readouterr().out
-    torch.save(small_release[0], path)
+    torch.save(vqgan_tensors, path)
     refused("no tensors under 'model'")
-    torch.save({"model": small_release[1]}, path)
+    torch.save({"model": gpt_tensors}, path)
     refused("unknown: pos_emb, tok_emb.weight, ")
     tensors = tmp_path / "vqgan.safetensors"
-    save_file(small_release[0], tensors)
-    assert interop.load_released("hfai-vqgan-coco", tensors).config == replace(SMALL_CONFIG, image_size=16)
+    save_file(vqgan_tensors, tensors)
+    assert released.load_released(vqgan, tensors).config == replace(SMALL_CONFIG, image_size=16)
     tensors.write_bytes(tensors.read_bytes()[:-9])
     refused("cut short", tensors)
     with pytest.raises(ClipgenError, match="unknown release 'vqgan': choose one of taming-f16-1024"):
-        interop.load_released("vqgan", tmp_path)
+        released.load_released("vqgan", tmp_path)
+    with pytest.raises(ClipgenError, match="vqgan_coco.pt is missing: get it from github.com/HFAiLab/clip-gen"):
+        released.load_hfai_coco(tmp_path / "nowhere")
 
 
 def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path, monkeypatch):
@@ -495,114 +491,35 @@ def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path, monkeypatch)
     torch.save({"state_dict": tensors, "callbacks": {module.ModelCheckpoint: {"best": 0.0}}}, tmp_path / "last.ckpt")
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
-    assert interop.read_tensors(tmp_path / "last.ckpt", "state_dict").keys() == tensors.keys()
+    assert released.read_tensors(tmp_path / "last.ckpt", "state_dict").keys() == tensors.keys()
 
 
-def test_a_torchscript_archive_of_openai_is_read_for_its_tensors(tmp_path, monkeypatch):
-    """OpenAI's own CLIP files are such archives, with three sizes among the tensors; opening one runs code of its own."""
-    module = torch.nn.Linear(3, 2)
-    module.register_buffer("context_length", torch.tensor(77))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.jit.script(module).save(tmp_path / "archive.pt")
-    with pytest.raises(ClipgenError, match="holds code"):
-        clip_embed._plain(tmp_path / "archive.pt", tmp_path)
-    published = hashlib.sha256((tmp_path / "archive.pt").read_bytes()).hexdigest()
-    monkeypatch.setattr(clip_embed, "_published_archives", lambda: {published})
-    found = load_file(clip_embed._plain(tmp_path / "archive.pt", tmp_path))
-    assert torch.equal(found.pop("weight"), module.weight) and torch.equal(found.pop("bias"), module.bias) and not found
-    torch.save(module.state_dict(), tmp_path / "plain.pt")
-    assert clip_embed._plain(tmp_path / "plain.pt", tmp_path) == str(tmp_path / "plain.pt")
-
-
-# ---------------------------------------------------------------------------------------------- the generator
-
-
-@pytest.fixture
-def generator(small_release, clip, tmp_path, monkeypatch):
-    """`hfai-coco` in small sizes, with the embedded CLIP in place of OpenAI's; `asked` is what was loaded."""
-    monkeypatch.setattr(ClipEmbedder, "load", lambda **asked: (setattr(clip, "asked", asked), clip)[1])
-    torch.save({"model": small_release[0], "epoch": 3}, tmp_path / "vqgan_coco.pt")
-    torch.save({"model": small_release[1], "epoch": 3}, tmp_path / "gpt_coco.pt")
-    return TextToImage.from_released("hfai-coco", tmp_path)
-
-
-def test_a_released_generator_draws(generator, small_release, clip):
-    pictures = generator(["a red circle", "a blue star"], n=2, seed=5)
-    assert pictures.shape == (2, 2, 3, 16, 16) and not torch.equal(pictures[0], pictures[1])
-    assert torch.allclose(generator("a blue star", seed=6)[0, 0], pictures[1, 1], atol=1e-5)
-    assert asdict(generator.settings) | {"guidance": 1.0, "top_k": 500, "top_p": 0.95} == asdict(generator.settings)
+def test_a_released_generator_generates_and_is_saved(clip, tmp_path):
+    vqgan, vqgan_tensors, gpt, gpt_tensors = small_releases(clip)
+    torch.save({"model": vqgan_tensors, "epoch": 3}, tmp_path / "vqgan_coco.pt")
+    torch.save({"model": gpt_tensors, "epoch": 3}, tmp_path / "gpt_coco.pt")
+    parts = [released.load_released(release, tmp_path) for release in (vqgan, gpt)]
+    settings = SampleConfig(guidance=1.0, top_k=500, top_p=0.95)
+    generator = TextToImage.from_parts(*parts, clip, {"name": "shapes", "pretrained": None}, settings)
+    images = generator(["a red circle", "a blue star"], n=2, seed=5)
+    assert images.shape == (2, 2, 3, 16, 16) and not torch.equal(images[0], images[1])
     text, tokens = clip.texts(["a red circle"]), torch.randint(0, 40, (1, 16))
-    wanted = gpt_reference(small_release[1], text, tokens, heads=4)
+    wanted = gpt_reference(gpt_tensors, text, tokens, heads=4)
     assert (generator.transformer(text, tokens) - wanted).abs().max() < 1e-4
-    reference = Reference("hfai", small_release[0], *SMALL.values())
-    codes = small_release[0]["quantizer.embedding.weight"][tokens.view(1, 4, 4)].permute(0, 3, 1, 2)
+    reference = Reference("hfai", vqgan_tensors, *SMALL.values())
+    codes = vqgan_tensors["quantizer.embedding.weight"][tokens.view(1, 4, 4)].permute(0, 3, 1, 2)
     assert (generator.vqgan.decode_codes(codes) - reference.run(reference.decoder, codes)).abs().max() < 1e-4
-
-
-def test_which_clip_it_takes(generator, clip, tmp_path, monkeypatch):
-    openai = {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}
-    assert generator.clip_source == openai and clip.asked == openai | {"device": "cpu"}
-    file = tmp_path / "ViT-B-32.pt"
-    file.write_bytes(b"")
-    another = TextToImage.from_released("hfai-coco", tmp_path)
-    assert another.clip_source == openai | {"pretrained": str(file)} and clip.asked["pretrained"] == str(file)
-    monkeypatch.setattr(
-        clip, "weights_hash", "40d365715913c9da"
-    )  # OpenAI's own file: others may download it by its name
-    assert TextToImage.from_released("hfai-coco", tmp_path).clip_source == openai and clip.asked["pretrained"] == str(
-        file
-    )
-
-
-def test_a_generator_that_cannot_be_put_together(generator, tmp_path):
-    with pytest.raises(ClipgenError, match="unknown generator 'coco': choose one of hfai-coco"):
-        TextToImage.from_released("coco", tmp_path)
-    (tmp_path / "gpt_coco.pt").unlink()
-    with pytest.raises(
-        ClipgenError, match="gpt_coco.pt of hfai-gpt-coco is missing: get it from github.com/HFAiLab/clip-gen"
-    ):
-        TextToImage.from_released("hfai-coco", tmp_path)
-
-
-def test_saved_and_loaded_is_bit_equal(generator, tmp_path):
     generator.save_pretrained(tmp_path / "model")
     again = TextToImage.from_pretrained(str(tmp_path / "model"))
-    assert all(
-        torch.equal(a, b) for a, b in zip(generator.state_dict().values(), again.state_dict().values(), strict=True)
-    )
     assert torch.equal(again("a red circle", seed=3), generator("a red circle", seed=3))
     other = {"name": "ViT-B-32-quickgelu", "pretrained": "elsewhere/ViT-B-32.pt"}
     assert TextToImage.from_pretrained(str(tmp_path / "model"), clip=other).clip_source == other
 
 
-def test_pushed_to_a_hub_is_what_was_saved(generator, tmp_path, monkeypatch):
-    pushed = {}
-
-    class Hub:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, **_):
-            return type("Url", (), {"repo_id": repo_id})
-
-        def upload_folder(self, folder_path, **_):
-            pushed.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
-
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
-    generator.push_to_hub("someone/generator")
-    generator.save_pretrained(tmp_path / "model")
-    assert pushed.keys() >= {"config.json", "model.safetensors", "README.md"}
-    assert all(
-        pushed[name] == (tmp_path / "model" / name).read_bytes() for name in ("config.json", "model.safetensors")
-    )
-    assert str(tmp_path).encode() not in pushed["config.json"]
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_vqgan_can_be_saved_as_ours(name, tmp_path):
     style, family, config = FAMILIES[name]
-    module = interop.build(
+    module = released.build(
         partial(VQGAN, config), family, filled(vqgan_shapes(style, 40, gumbel=name == "gumbel", **SMALL))
     )
     save_weights(tmp_path / "vqgan", module)
