@@ -12,6 +12,7 @@ from clipgen_lib.config import ClipTrainConfig
 from clipgen_lib.data import shapes
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.data.images import to_float
+from clipgen_lib.metrics.oracle import read_scene
 from clipgen_lib.runtime.checkpoints import load_checkpoint
 from clipgen_lib.runtime.runs import ClipgenError, open_run
 from clipgen_lib.study.train_clip import (
@@ -66,7 +67,7 @@ def test_twins_exchange_places():
             assert (
                 shapes.relation(*a.objects) != shapes.relation(*b.objects) or a.objects[0].shape != b.objects[0].shape
             )
-            read = shapes.read_scene(shapes.render(b))
+            read = read_scene(shapes.render(b))
             readable += {(t.shape, t.colour) for t in read} == said.keys()
     assert twins > 20 and readable >= 0.95 * twins  # corners of two like-coloured objects may touch
 

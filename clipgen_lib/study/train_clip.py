@@ -54,9 +54,12 @@ def pool_scene(seed: int, index: int) -> shapes.Scene:
         return scene
     if len(scene.objects) != 2:
         return shapes.scene_at(seed, 50_000_000 + index, wild=True)
-    a, b = scene.objects  # sizes stay at their places: a large object may not fit where the small one was
-    place_a, place_b = ({key: getattr(o, key) for key in ("x", "y", "size", "radius")} for o in (a, b))
-    return replace(scene, objects=(replace(a, **place_b), replace(b, **place_a)))
+    a, b = scene.objects
+    stay = (
+        ("x", "y") if a.size == b.size else ("x", "y", "size", "radius")
+    )  # a large one may not fit a small one's place
+    at_a, at_b = ({key: getattr(one, key) for key in stay} for one in (a, b))
+    return replace(scene, objects=(replace(a, **at_b), replace(b, **at_a)))
 
 
 class ScenePairs:
