@@ -12,8 +12,7 @@ In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,12 +22,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from ..clip_embed import ClipEmbedder
-from ..config import Config, FusionGANConfig, SampleConfig, VQGANCLIPConfig, from_dict, replace_fields
+from ..config import FusionGANConfig, SampleConfig, VQGANCLIPConfig, replace_fields
 from ..data.batches import batch_rows
 from ..data.datasets import ImageSet
 from ..data.images import crop, to_float
-from ..runtime.checkpoints import built_strictly, read_weights
-from ..runtime.runs import ClipgenError, progress, read_json
+from ..runtime.runs import ClipgenError, progress
 from ..sample import decode, generate, seeded_uniforms
 from ..store import TokenStore, nearest
 from ..transformer import ImageTransformer
@@ -194,14 +192,6 @@ class UpBlock(nn.Module):
         return self.shortcut(x) + self.second(self.first(x, condition), condition)
 
 
-@dataclass(frozen=True)
-class FusionGANSizes(Config):
-    """What a GAN takes from its images and CLIP, beside its own config."""
-
-    image_size: int
-    clip_dim: int
-
-
 class FusionGenerator(nn.Module):
     """Noise (B, Z) and a text embedding (B, D) -> (B, 3, H, W) in [-1, 1], doubling from 4x4."""
 
@@ -211,7 +201,6 @@ class FusionGenerator(nn.Module):
             raise ClipgenError(f"the GAN doubles from 4 pixels and cannot reach {image_size}: choose a power of two")
         levels = (image_size // 4).bit_length() - 1
         widths = [config.channels * min(2**i, 4) for i in reversed(range(levels + 1))]
-        self.config, self.image_size, self.clip_dim = config, image_size, clip_dim
         self.noise_dim = config.noise_dim
         self.begin = nn.Linear(config.noise_dim, widths[0] * 16)
         condition = config.noise_dim + clip_dim
@@ -224,18 +213,6 @@ class FusionGenerator(nn.Module):
         for block in self.blocks:
             x = block(x, condition)
         return self.end(F.leaky_relu(x, 0.2)).tanh()
-
-    def describe(self) -> dict:
-        return {"config": asdict(self.config), "image_size": self.image_size, "clip_dim": self.clip_dim}
-
-    @classmethod
-    def load(cls, folder: Path, device: str | torch.device = "cpu") -> FusionGenerator:
-        """Read what `save_weights` wrote to a folder, in eval mode."""
-        described = read_json(folder / "config.json")
-        config = from_dict(FusionGANConfig, described.pop("config", None))
-        sizes = asdict(from_dict(FusionGANSizes, described))
-        model = built_strictly(lambda: cls(config, **sizes), read_weights(folder), folder)
-        return model.to(device).eval().requires_grad_(False)
 
 
 class Critic(nn.Module):

@@ -19,7 +19,7 @@ from PIL import Image
 from .. import evaluate, train_transformer
 from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig, replace_fields
 from ..data.images import grid
-from ..runtime.checkpoints import module_hash, save_weights
+from ..runtime.checkpoints import module_hash
 from ..runtime.runs import RESULTS, ClipgenError, Run, open_run, read_json, write_json
 from ..store import TokenStore
 from ..text_to_image import TextToImage
@@ -163,15 +163,12 @@ TABLES = {
 def run_table(
     wb: Workbench, table: Table, results: Path = RESULTS, steps: int = 0, only: Iterable[str] = ()
 ) -> list[dict]:
-    """Train and evaluate the recipes that have no result yet, and write results/<table>/table.json after each.
+    """Train and evaluate the recipes that have no result yet; write and return the table.
 
     Args:
         wb: a run with its VQGAN and store made; its preset gives all that a recipe does not name.
         steps: of each transformer; 0 takes the preset's.
         only: names of recipes; none means all.
-
-    Returns:
-        What `read_table` gives.
     """
     names = [recipe.name for recipe in table.recipes]
     if unknown := set(only) - set(names):
@@ -203,50 +200,39 @@ def configs_of(wb: Workbench, recipe: Recipe, seed: int = 0, steps: int = 0) -> 
 
 def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: dict, results: Path) -> dict:
     """The result of one recipe and seed, from its file where that is there and of the same configs."""
-    store, classifier = wb.store(), wb.classifier()
+    store, classifier, evaluate_config = wb.store(), wb.classifier(), wb.preset.evaluate
     inputs = {"vqgan": store.meta["vqgan_hash"], "clip": store.meta["clip_hash"], "data": store.meta["data_hash"]}
-    config = replace(wb.preset.evaluate, n=min(table.n_captions, wb.preset.evaluate.n))
-    n_oracle = min(table.n_oracle, config.n_oracle) if wb.has_oracle else 0
     judges = {"judge": wb.judge.weights_hash, "classifier": module_hash(classifier) if classifier else None}
+    n_oracle = min(table.n_oracle, evaluate_config.n_oracle) if wb.has_oracle else 0
+    config = replace(evaluate_config, n=min(table.n_captions, evaluate_config.n))
     kept = _plain_json({**configs, **inputs, "evaluate": {**asdict(config), "n_oracle": n_oracle}, **judges})
     path = results / table.name / "rows" / f"{_slug(recipe.name)}-{seed}.json"
-    outside, is_done = path.with_name(f"{path.stem}-outside.png"), False
     if path.exists():
-        before = read_json(path)["recipe"]
-        if other := [key for key in inputs if before[key] != inputs[key]]:
-            raise ClipgenError(
-                f"{path.parent.parent} holds rows of another run (another {other[0]}): move that folder away, or compare with the run they are of"
-            )
-        is_done = _agrees(before, kept)
-    if is_done and (outside.exists() or not table.has_outside):
-        return read_json(path)
+        before = read_json(path)
+        if other := [key for key in inputs if before["recipe"][key] != inputs[key]]:
+            cure = "move that folder away, or compare with the run they are of"
+            raise ClipgenError(f"{path.parent.parent} holds rows of another run (another {other[0]}): {cure}")
+        if _agrees(before["recipe"], kept):
+            return before
     print(f"{recipe.name}, seed {seed}", flush=True)
     system, facts, seconds = _system(wb, recipe, configs, inputs, results / "ablation" / "trainings")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if table.has_outside:
-        _save_images(system, wb.outside_prompts(), outside)
-    if is_done:
-        return read_json(path)
-    start = time.perf_counter()
-    evaluation, oracle = _evaluate(wb, recipe, system, config, n_oracle)
+    start, oracle = time.perf_counter(), {}
+    evaluation, _ = evaluate.evaluate_generator(
+        system, wb.images("val"), wb.judge, config, wb.seed, classifier=classifier
+    )
+    if n_oracle:
+        modalities = ("text", "image") if recipe.system == "clip-gen" else ("text",)
+        oracle = evaluate.evaluate_oracle(system, n_oracle, wb.seed, modalities=modalities)
     evaluated, prompts = time.perf_counter(), wb.preview_prompts()
+    path.parent.mkdir(parents=True, exist_ok=True)
     _save_images(system, prompts, path.with_suffix(".png"))
     seconds |= {"evaluate": evaluated - start, "per_image": (time.perf_counter() - evaluated) / len(prompts)}
+    if table.has_outside:
+        _save_images(system, wb.outside_prompts(), path.with_name(f"{path.stem}-outside.png"))
     result = {"name": recipe.name, "description": recipe.description, "seed": seed, "text": recipe.text, "recipe": kept}
     result |= {"evaluation": evaluation, "oracle": oracle, "transformer": facts, "seconds": seconds}
     write_json(path, result)
     return result
-
-
-def _evaluate(wb: Workbench, recipe: Recipe, system, config, n_oracle: int) -> tuple[dict, dict]:
-    """The evaluation and the oracle's scores of a system."""
-    numbers, _ = evaluate.evaluate_generator(
-        system, wb.images("val"), wb.judge, config, wb.seed, classifier=wb.classifier()
-    )
-    if not n_oracle:
-        return numbers, {}
-    modalities = ("text", "image") if recipe.system == "clip-gen" else ("text",)
-    return numbers, evaluate.evaluate_oracle(system, n_oracle, wb.seed, modalities=modalities)
 
 
 def _save_images(system, prompts: list[str], path: Path) -> None:
@@ -261,18 +247,14 @@ def _system(wb: Workbench, recipe: Recipe, configs: dict, inputs: dict, training
         return baselines.Retrieval(vqgan, clip, wb.store(), wb.images()), {}, {}
     if recipe.system == "vqgan-clip":
         return baselines.VQGANCLIP(vqgan, clip, configs["config"]), {}, {}
+    if recipe.system == "gan":
+        start = time.perf_counter()
+        generator = baselines.train_fusion_gan(wb.images(), clip, configs["config"], configs["seed"])
+        return baselines.FusionGAN(vqgan, clip, generator), {}, {"train": time.perf_counter() - start}
     # recipes that differ in sampling alone share a training, named by all that decides it
     needed = _plain_json({**{key: value for key, value in configs.items() if key != "sample"}, **inputs})
     name = hashlib.sha256(json.dumps(needed, sort_keys=True).encode()).hexdigest()[:8]
     run = replace(open_run(name, trainings), seed=configs["seed"], device=wb.device)
-    if recipe.system == "gan":
-        if not (run.path / "generator").is_dir():
-            start = time.perf_counter()
-            generator = baselines.train_fusion_gan(wb.images(), clip, configs["config"], run.seed)
-            save_weights(run.path / "generator", generator)
-            run.add_to_summary(seconds={"train": time.perf_counter() - start})
-        generator = baselines.FusionGenerator.load(run.path / "generator", wb.device)
-        return baselines.FusionGAN(vqgan, clip, generator), {}, run.summary()["seconds"]
     if not (run.file("recipe.json").exists() and (run.path / "transformer").is_dir()):  # a clone has no weights
         _train(wb, run, configs)
         write_json(run.file("recipe.json"), needed)
