@@ -43,7 +43,7 @@ from .runtime.runs import (
     write_atomic,
     write_json,
 )
-from .store import TokenStore, extract, pictures_at_once
+from .store import TokenStore, extract
 from .text_to_image import TextToImage, load_run
 from .vqgan import VQGAN
 
@@ -263,8 +263,7 @@ class Workbench:
         with self._timed("extract"):
             for split, flip in (("val", False), ("train", train.flip)):
                 images, folder = self.images(split), self.run.path / "store" / split
-                batch_size = pictures_at_once(vqgan.config, self.device)
-                store = extract(images, vqgan, self.clip, folder, flip, batch_size, train.workers)
+                store = extract(images, vqgan, self.clip, folder, flip, train.workers)
                 if images.skipped:
                     self._record(skipped=images.skipped)
         return store

@@ -28,11 +28,10 @@ def test_unit_norm_and_shape(clip):
 @pytest.mark.parametrize("size", [(64, 64), (150, 100), (40, 90), (301, 203)])
 def test_preprocessing_is_that_of_open_clip(clip, size):
     """Against the model's own transform, which works on 8-bit PIL images: equal up to its rounding."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
-        size, Image.BICUBIC
-    )
-    wanted = image_transform_v2(PreprocessCfg(**clip.model.visual.preprocess_cfg), is_train=False)(picture)
-    ours = clip.preprocess(from_arrays(np.asarray(picture)[None]))[0]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    image = noise.resize(size, Image.BICUBIC)
+    wanted = image_transform_v2(PreprocessCfg(**clip.model.visual.preprocess_cfg), is_train=False)(image)
+    ours = clip.preprocess(from_arrays(np.asarray(image)[None]))[0]
     assert ours.shape == wanted.shape == (3, 64, 64)
     assert (ours - wanted).abs().max() * clip.std.min() < 2.1 / 255  # bicubic in 8 bits rounds twice
 
@@ -61,7 +60,7 @@ def test_long_texts_are_noticed(clip):
     assert clip.texts(["a small red circle " * 20]).shape == (1, clip.dim)
 
 
-def test_missing_and_wrong_models(tmp_path, monkeypatch):
+def test_missing_and_wrong_models(tmp_path):
     with pytest.raises(ClipgenError, match="needs `pretrained`"):
         ClipEmbedder.load("ViT-B-32")
     with pytest.raises(ClipgenError, match="cannot be loaded"):
@@ -100,3 +99,20 @@ def test_local_checkpoint_file_of_a_known_architecture(tmp_path):
     }
     assert all(torch.equal(embedder.model.state_dict()[k], v) for k, v in weights.items())
     assert embedder.images(images).shape == (2, 256) and embedder.name.startswith("tiny-shapes/")
+
+
+def test_no_code_is_run_from_weights(tmp_path):
+    """A TorchScript archive that OpenAI has not published, and configs that name a model elsewhere."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "archive.pt")
+    with pytest.raises(ClipgenError, match="holds code"):
+        ClipEmbedder.load("ViT-B-32", str(tmp_path / "archive.pt"))
+    for name in ("hf-hub:somebody/model", "local-dir:/tmp"):
+        with pytest.raises(ClipgenError, match="names a place"):
+            ClipEmbedder.load(name, "openai")
+    shutil.copytree(EMBEDDED, tmp_path / "clip")
+    config = json.loads((EMBEDDED / "open_clip_config.json").read_text())
+    for place in ("hf-hub:somebody/model", "/tmp/model", "../model"):
+        config["model_cfg"]["text_cfg"]["hf_model_name"] = place
+        (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(config))
+        with pytest.raises(ClipgenError, match="a place and not a model"):
+            ClipEmbedder.load(str(tmp_path / "clip"))
