@@ -6,7 +6,7 @@ seen neither CLIP nor a drawn image, so that, unlike CapS, it is not the judge i
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -78,8 +78,8 @@ def train_classifier(
             logits = model(to_float(pictures).to(device))
         return F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1), {}
 
-    facts = {**model.describe(), "seed": seed, "data": images.hash}
-    fit(run, "classifier", model, config, facts, loss_of, show_progress=show_progress)
+    run = replace(run, seed=seed, device=device)
+    fit(run, "classifier", model, config, loss_of, {**model.describe(), "data": images.hash})
     save_weights(run.path / "classifier", model)
     return model.eval().requires_grad_(False)
 
