@@ -161,7 +161,7 @@ def test_killed_and_started_again_it_is_the_same(images, broken, tmp_path, is_wh
 def test_a_signal_saves_the_batch_and_stops(broken, tmp_path, number):
     whole = contents(extract(broken, Codes(), Embeds(), tmp_path / "whole", flip=True).folder)
     first, second = Codes(8, lambda: os.kill(os.getpid(), number)), Codes()
-    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+    with pytest.raises(Stopped, match="the same command resumes") as stopped:
         extract(broken, first, Embeds(), tmp_path / "store", flip=True)
     assert stopped.value.exit_code == 128 + number and len(first.calls) == 8
     assert contents(extract(broken, second, Embeds(), tmp_path / "store", flip=True).folder) == whole
