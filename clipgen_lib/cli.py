@@ -171,7 +171,7 @@ def evaluate(
     """Score a run, or with --images any folder of images.
 
     Of a run: FID-k, rFID, KID, CapS, R-precision and, on shapes, the oracle. Of a folder: the same without rFID and oracle,
-    against --reference, with --clip as the judge, under every --protocol whose weights are on this machine.
+    against --reference, with --clip as the evaluation CLIP, under every --protocol whose weights are on this machine.
     """
     if images is None:
         if reference or captions or protocols or size or output:
@@ -179,34 +179,39 @@ def evaluate(
                 "--reference, --captions, --protocol, --size and --output are for a folder: name it by --images"
             )
         from .metrics.report import table
-        from .runtime.distributed import is_main
 
         wb = _open(**run_options)
         wb.evaluate(guidance)
-        if is_main():
-            click.echo(table(wb.run.summary()))
+        _say(table(wb.run.summary()))
         return
     if reference is None:
-        raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR, SHARDS or stats.npz")
+        raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR or stats.npz")
     from .clip_embed import ClipEmbedder
-    from .evaluate import evaluate_folder
-    from .metrics.report import folder_table
+    from .config import EvaluateConfig
+    from .evaluate import Evaluators, Provenance, open_folder, open_reference, score_images
+    from .metrics.captions import caption_list, texts_of
+    from .metrics.report import score_table
     from .runtime.distributed import is_main
-    from .runtime.runs import write_atomic, write_json
+    from .runtime.runs import write_json
     from .workbench import clip_fields, pick_device
 
     _join(run_options["device"])
-    judge = ClipEmbedder.load(**clip_fields(run_options["clip"] or "shapes"), device=pick_device(run_options["device"]))
-    given = {"protocols": protocols} if protocols else {}
-    result = evaluate_folder(
-        images, reference, judge, captions=captions, size=size, split=split, seed=run_options["seed"], **given
-    )
-    listed = result.pop("caption_list", "")
-    _say(folder_table(result))
-    if output and is_main():
-        write_json(output, result)
-        if listed:
-            write_atomic(output.with_suffix(".captions.txt"), listed)
+    if not is_main():  # one process scores
+        return
+    clip = ClipEmbedder.load(**clip_fields(run_options["clip"] or "shapes"), device=pick_device(run_options["device"]))
+    scored = open_folder(images, size)
+    real, texts = open_reference(reference, scored.size, split), {}
+    if captions:
+        texts = texts_of(scored, captions, run_options["seed"])
+    listed = caption_list((scored.names[row], text) for row, text in texts.items())
+    provenance = Provenance(texts, seed=run_options["seed"], captions=listed)
+    configs = [EvaluateConfig(protocol=protocol) for protocol in protocols or ("inception", "clip")]
+    scores = {c.protocol: score_images(scored, real, c, Evaluators(clip), provenance) for c in configs}
+    if not texts and not any(found["fid"] for found in scores.values()):
+        raise ClipgenError(" ".join(sentence for found in scores.values() for sentence in found["missing"]))
+    click.echo("\n\n".join(map(score_table, scores.values())))
+    if output:
+        write_json(output, scores)
 
 
 @main.command("captions")

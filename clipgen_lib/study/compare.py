@@ -322,11 +322,14 @@ def run_row(wb: Workbench, table: Table, row: Row, seed: int, results: Path, ste
     if is_there:
         return read_json(path)
     start = time.perf_counter()
-    numbers, _ = evaluate.evaluate_generator(system, wb.images("val"), wb.judge, config, wb.seed, classifier=classifier)
+    evaluators, generated = evaluate.Evaluators(wb.judge, classifier), results / table.name / "generated" / path.stem
+    numbers, _ = evaluate.evaluate_generator(
+        system, wb.images("val"), evaluators, config, generated / "captions", wb.seed
+    )
     oracle = {}
     if wb.has_oracle and n_oracle:
         asked = ("text", "image") if row.system == "clip-gen" else ("text",)
-        oracle = evaluate.evaluate_oracle(system, n_oracle, wb.seed, modalities=asked)
+        oracle = evaluate.evaluate_oracle(system, generated / "oracle", n_oracle, wb.seed, asked)
     drawn, prompts = time.perf_counter(), wb.preview_prompts()
     _draw_sheet(system, prompts, path.with_suffix(".png"))
     seconds |= {"evaluate": drawn - start, "per_image": (time.perf_counter() - drawn) / len(prompts)}
