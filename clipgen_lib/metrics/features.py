@@ -24,6 +24,7 @@ from ..runtime.checkpoints import (
     FID_INCEPTION,
     TORCHVISION_INCEPTION,
     MissingWeights,
+    Weights,
     weights_alone,
     weights_file,
 )
@@ -38,6 +39,7 @@ DEFINITIONS = {
     "clip": "CLIP-FID: image features of the evaluation CLIP before normalisation, behind CLIP's own resize",
 }
 PROTOCOLS = tuple(DEFINITIONS)
+WEIGHTS = {name: FID_INCEPTION for name in ("inception", "clean", "torchmetrics")} | {"dmgan": TORCHVISION_INCEPTION}
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
     return images
 
 
-def feature_network(protocol: str, clip: ClipEmbedder) -> FeatureNetwork:
+def feature_network(protocol: str, clip: ClipEmbedder, weights: dict[str, Weights] = WEIGHTS) -> FeatureNetwork:
     """The feature network that a protocol names, on the CLIP's device.
 
     Raises:
@@ -102,12 +104,11 @@ def feature_network(protocol: str, clip: ClipEmbedder) -> FeatureNetwork:
         raise ClipgenError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
     if protocol == "clip":
         return FeatureNetwork(protocol, clip.features, clip.name, clip.weights_hash)
-    weights = TORCHVISION_INCEPTION if protocol == "dmgan" else FID_INCEPTION
-    path = weights_file(weights, f"protocol {protocol!r}", "choose protocol 'clip'")
+    path = weights_file(weights[protocol], f"protocol {protocol!r}", "choose protocol 'clip'")
     load = {"torchmetrics": _torchmetrics_network, "dmgan": _torchvision_network}.get(protocol, _pytorch_fid_network)
     module, head = load(protocol, path)
     module = module.eval().requires_grad_(False).to(clip.device)
-    return FeatureNetwork(protocol, module, weights.file, file_hash(path), head)
+    return FeatureNetwork(protocol, module, path.name, file_hash(path), head)
 
 
 def _pytorch_fid_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
