@@ -23,9 +23,9 @@ from .config import EvaluateConfig
 from .data import shapes
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_images
-from .data.images import EXTENSIONS, blur, eight_bit, from_arrays, jpeg, load_image, png, to_arrays, to_float
+from .data.images import EXTENSIONS, eight_bit, from_arrays, load_image, png, to_arrays, to_float
 from .metrics import oracle
-from .metrics.captions import caption_facts, caption_list, caption_scores, choose_captions, clip_score
+from .metrics.captions import PAIRS, caption_facts, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
 from .metrics.distances import frechet_distance, reconstruction_scores
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
@@ -39,7 +39,6 @@ from .vqgan import VQGAN, codebook_statistics
 __all__ = ["frechet_distance", "feature_network"]  # part of this module's interface, defined elsewhere
 BLUR = "Gaussian, sigma = k pixels at the evaluation resolution, kernel to 4 sigma, reflected border, on both sets, before the network's resize"
 RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size"
-PAIRS = 10_000  # of image and caption, on which R-precision and shuffled captions are measured
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -274,45 +273,17 @@ def _count(images: ImageSet) -> int:
 def _caption_fit(
     images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbedder, batch_size: int, provenance: Provenance
 ) -> dict:
-    """CapS over all pairs; R-precision and the cosine with shuffled captions over the first PAIRS of them."""
+    """CapS of the images, and between which values of real images it lies."""
     pairs, owners, seed = list(provenance.texts.items()), provenance.rows, provenance.seed
-    first, total, n = {}, 0.0, 0
-    for start in range(0, len(pairs), PAIRS):
-        embeds, texts, kept = _embed_pairs(images, pairs[start : start + PAIRS], clip, batch_size)
-        total, n = total + float((embeds * texts).sum(1).double().sum()), n + len(kept)
-        described = [owners[row] for row, _ in kept] if owners else ()
-        first = first or caption_scores(embeds, texts, [text for _, text in kept], seed, described)
-    numbers = {
-        "caps": total / n,
-        "caps_shuffled": first["shuffled"],
-        "clip_score": clip_score(total / n),
-        "r_precision": first["r_precision"],
-        "truncated_captions": sum(clip.is_truncated(text) for _, text in pairs),
-        "judged": min(n, PAIRS),
-    }
-    if isinstance(reference, Moments) or not reference.has_captions:
-        return numbers
-    chosen = [(owners[row], text) for row, text in pairs] if owners else choose_captions(reference, len(pairs), seed)
-    embeds, texts, kept = _embed_pairs(reference, chosen[:PAIRS], clip, batch_size)
-    real = caption_scores(embeds, texts, [text for _, text in kept], seed, [row for row, _ in kept])
-    names = {"caps_ceiling": "caps", "caps_floor": "shuffled", "r_precision_real": "r_precision"}
-    return numbers | {name: real[key] for name, key in names.items()}
-
-
-def _embed_pairs(
-    images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder, batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, str]]]:
-    """CLIP embeddings (N, D) of images and of texts for (row, text) pairs, and the pairs whose image can be read."""
-    embeds: dict[int, torch.Tensor] = {}
-    for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), batch_size):
-        embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu() if rows else (), strict=True)
-    kept = [(row, text) for row, text in pairs if row in embeds]
-    if not kept:
-        raise ClipgenError(
-            f"none of {len(pairs)} images of {images.root} with a caption could be read: check the files"
-        )
-    texts = [clip.texts([text for _, text in kept[i : i + 256]]).cpu() for i in range(0, len(kept), 256)]
-    return torch.stack([embeds[row] for row, _ in kept]), torch.cat(texts), kept
+    scores = caption_scores(images, pairs, clip, batch_size, seed, owners)
+    numbers = {"clip_score": max(100 * scores["caps"], 0.0), **scores}  # CLIPScore as torchmetrics defines it
+    if isinstance(reference, ImageSet) and reference.has_captions:
+        chosen = [(owners[row], text) for row, text in pairs] if owners else []
+        chosen = chosen or choose_captions(reference, len(pairs), seed)
+        real = caption_scores(reference, chosen[:PAIRS], clip, batch_size, seed, range(len(reference)))
+        numbers |= {"caps_ceiling": real["caps"], "caps_floor": real["caps_shuffled"]}
+        numbers["r_precision_real"] = real["r_precision"]
+    return numbers
 
 
 def _class_shares(images: ImageSet, reference: ImageSet, classifier: Classifier, provenance: Provenance) -> dict:
@@ -432,35 +403,3 @@ def evaluate_vqgan(
     codes = codebook_statistics(torch.cat([t.flatten() for t in tokens]), vqgan.config.codebook_size)
     means = {key: float(torch.cat(values).mean()) for key, values in scores.items()}
     return {**means, "n": sum(map(len, scores["psnr"])), **codes, **missing}
-
-
-CORRUPTIONS: dict[str, Change] = {
-    "none": lambda x: x,
-    "JPEG 50": lambda x: jpeg(x, 50),
-    "blur": lambda x: blur(x, 2),
-    "noise": lambda x: x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x),
-}
-
-
-def corruption_scores(
-    images: ImageSet, network: FeatureNetwork, limit: int = 1_000, device: str = "cpu"
-) -> dict[str, dict[str, float]]:
-    """One half of a set, corrupted more and more, against the other half: do the metrics order the corruptions?
-
-    Returns:
-        corruption -> `fid`, `kid`, precision, recall, density, coverage against the other half, and `psnr` and `ssim`
-        against the same half as it was. `none` is the floor, real against real.
-    """
-    rows = range(min(limit, len(images)))
-    if len(rows) < 16:
-        raise ClipgenError(f"{images.root} has {len(rows)} images, too few to halve and compare: use at least 16")
-    whole = torch.cat([to_float(batch) for _, batch in ordered_batches(images, rows, 64)]).to(device)
-    reference, scores = set_statistics(whole[::2].split(64), network, (0,)), {}
-    for name, corrupt in CORRUPTIONS.items():
-        parts = [corrupt(part) for part in whole[1::2].split(64)]
-        found = set_scores(set_statistics(parts, network, (0,)), reference)
-        pairs = reconstruction_scores(whole[1::2], torch.cat(parts))
-        scores[name] = {"fid": found["fid"]["0"], "kid": found["kid"]["mean"], **found["manifold"]}
-        scores[name] |= {key: float(values.mean()) for key, values in pairs.items()}
-        del scores[name]["n"]
-    return scores

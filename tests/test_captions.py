@@ -12,8 +12,7 @@ from clipgen_lib.evaluate import open_folder
 from clipgen_lib.metrics.captions import (
     caption_scores,
     choose_captions,
-    clip_score,
-    r_precision,
+    fit_scores,
     read_captions,
     texts_of,
 )
@@ -37,20 +36,21 @@ def test_captions_of_one_picture_are_not_each_others_rivals():
     pictures = torch.nn.functional.normalize(torch.randn(20, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     embeds, owners = pictures.repeat(5, 1), list(range(20)) * 5
     texts = [f"caption {i}" for i in range(100)]
-    assert r_precision(embeds, embeds, texts) < 0.5  # the same embedding is never above itself
-    assert r_precision(embeds, embeds, texts, owners=owners) == 1.0
-    scores = caption_scores(embeds, embeds, texts, owners=owners)
-    assert scores["r_precision"] == 1.0 and scores["shuffled"] < 0.5
+    assert fit_scores(embeds, embeds, texts)["r_precision"] < 0.5  # the same embedding is never above itself
+    assert fit_scores(embeds, embeds, texts, owners=owners)["r_precision"] == 1.0
+    scores = fit_scores(embeds, embeds, texts, owners=owners)
+    assert scores["r_precision"] == 1.0 and scores["caps_shuffled"] < 0.5
 
 
 def test_r_precision_from_perfect_to_chance():
     texts = [str(i) for i in range(300)]
     embeds = torch.nn.functional.normalize(normal(300, 32), dim=1)
-    assert r_precision(embeds, embeds, texts) == 1.0
-    assert r_precision(embeds.roll(1, 0), embeds, texts) < 0.05
-    assert r_precision(embeds, embeds, ["same"] * 150 + texts[150:]) == 1.0  # equal captions are no mistakes
-    found = caption_scores(embeds, embeds, texts)
-    assert found["caps"] == pytest.approx(1) and abs(found["shuffled"]) < 0.1
+    assert fit_scores(embeds, embeds, texts)["r_precision"] == 1.0
+    assert fit_scores(embeds.roll(1, 0), embeds, texts)["r_precision"] < 0.05
+    assert (
+        fit_scores(embeds, embeds, ["same"] * 150 + texts[150:])["r_precision"] == 1.0
+    )  # equal captions are no mistakes
+    assert abs(fit_scores(embeds, embeds, texts)["caps_shuffled"]) < 0.1
 
 
 def test_clip_score_is_that_of_torchmetrics(clip, world):
@@ -77,9 +77,9 @@ def test_clip_score_is_that_of_torchmetrics(clip, world):
     (_, batch), texts = next(ordered_batches(images, range(12), 12)), [c[0] for c in images.captions]
     theirs = CLIPScore(lambda: (model, processor))
     theirs.update(batch, texts)
-    caps = caption_scores(clip.images(to_float(batch)), clip.texts(texts), texts)["caps"]
-    assert clip_score(caps) == pytest.approx(theirs.compute().item(), rel=1e-6) and caps > 0.5
-    assert clip_score(-0.2) == 0.0
+    found = caption_scores(images, list(enumerate(texts)), clip, batch_size=5)
+    assert 100 * found["caps"] == pytest.approx(theirs.compute().item(), rel=1e-6) and found["caps"] > 0.5
+    assert found["judged"] == 12 and found["truncated_captions"] == 0
 
 
 def test_caption_files(world, tmp_path):

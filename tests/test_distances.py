@@ -2,10 +2,17 @@ import numpy as np
 import pytest
 import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
+from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from clipgen_lib.data.images import to_uint8
-from clipgen_lib.metrics.distances import frechet_distance, kernel_distance, manifold_scores, reconstruction_scores
+from clipgen_lib.metrics.distances import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    manifold_scores,
+    reconstruction_scores,
+)
 from clipgen_lib.runtime.runs import ClipgenError
 
 
@@ -78,6 +85,24 @@ def test_kernel_distance_is_unbiased():
     assert (
         abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(200) and min(values) < 0
     )  # the same Gaussian: 0 on average
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_inception_score_is_that_of_torchmetrics(monkeypatch, splits):
+    logits = 3 * normal(200, 10)
+    theirs = InceptionScore(Identity(), splits=splits).set_dtype(torch.float64)
+    theirs.update(logits.double())
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # their parts are runs of a shuffled order
+    mean, std = theirs.compute()
+    found = inception_score(logits, splits)
+    assert found["mean"] == pytest.approx(mean.item(), rel=1e-9)
+    assert splits == 1 or found["std"] == pytest.approx(std.item(), rel=1e-9)
+
+
+def test_inception_score_closed_forms():
+    sure, unsure = inception_score(100 * torch.eye(8).repeat(4, 1), 2), inception_score(torch.zeros(32, 8), 2)
+    assert sure == {"mean": pytest.approx(8.0), "std": pytest.approx(0.0), "splits": 2}
+    assert unsure["mean"] == pytest.approx(1.0)
 
 
 def by_hand(real, fake, k, k_density):

@@ -2,12 +2,10 @@ import numpy as np
 import pytest
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
 
 from clipgen_lib.metrics.distances import frechet_distance
 from clipgen_lib.metrics.features import FeatureNetwork
 from clipgen_lib.metrics.statistics import (
-    ClassSums,
     FeatureSample,
     GaussianStatistics,
     fid_by_radius,
@@ -107,29 +105,6 @@ def test_a_full_sample_is_that_of_the_smallest_keys():
     assert sample.compute()[:, 0].tolist() == np.argsort(keys)[:20].tolist()
 
 
-@pytest.mark.parametrize("splits", [1, 5])
-def test_inception_score_is_that_of_torchmetrics(monkeypatch, splits):
-    logits, ours = 3 * normal(200, 10), ClassSums(splits)
-    for part in logits.split(32):
-        ours.update(part)
-    theirs = InceptionScore(Identity(), splits=splits).set_dtype(torch.float64)
-    theirs.update(logits.double())
-    order = torch.cat([torch.arange(200)[i::splits] for i in range(splits)])  # their parts are runs of a shuffled order
-    monkeypatch.setattr(torch, "randperm", lambda n: order)
-    mean, std = theirs.compute()
-    assert ours.compute()["mean"] == pytest.approx(mean.item(), rel=1e-9)
-    assert splits == 1 or ours.compute()["std"] == pytest.approx(std.item(), rel=1e-9)
-
-
-def test_inception_score_closed_forms():
-    sure, unsure = ClassSums(2), ClassSums(2)
-    sure.update(100 * torch.eye(8).repeat(4, 1))
-    unsure.update(torch.zeros(32, 8))
-    score = sure.compute()  # half of 8 classes in a part
-    assert score["mean"] == pytest.approx(4.0) and score["std"] == pytest.approx(0.0) and score["splits"] == 2
-    assert unsure.compute()["mean"] == pytest.approx(1.0)
-
-
 class StandIn(torch.nn.Module):
     """A fixed small network in the place of Inception: (B, 3, H, W) -> (B, 10)."""
 
@@ -149,7 +124,7 @@ def network(head=False):
 def test_one_pass_over_a_set_gives_what_its_parts_give():
     x = torch.rand(23, 3, 20, 20, generator=torch.Generator().manual_seed(3)) * 2 - 1
     whole = set_statistics(x.split(3), network(head=True), (0, 2))
-    assert whole.dim == 10 and whole.sample.n == 23 and whole.classes.n == 23
+    assert whole.dim == 10 and whole.sample.n == 23
     first, second = (set_statistics([x[i::2]], network(), (0, 2)) for i in (0, 1))
     assert set_scores(whole, whole)["floor"] == pytest.approx(fid_by_radius(first, second), rel=1e-5)
     other = set_statistics(x.split(7), network(), (0, 2))

@@ -7,64 +7,95 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..clip_embed import ClipEmbedder
+from ..data.batches import ordered_batches
 from ..data.datasets import ImageSet
+from ..data.images import to_float
 from ..runtime.runs import ClipgenError, read_json, reason, shortened
 
-
-def clip_score(caps: float) -> float:
-    """CLIPScore as torchmetrics defines it (after arXiv 2104.08718): the mean cosine times 100, not below 0.
-
-    The paper itself has 2.5 max(cosine, 0) and a prefix "A photo depicts"; neither is here.
-    """
-    return max(100 * caps, 0.0)
+PAIRS = 10_000  # of image and caption, on which R-precision and shuffled captions are measured
 
 
+@torch.inference_mode()
 def caption_scores(
+    images: ImageSet,
+    pairs: list[tuple[int, str]],
+    clip: ClipEmbedder,
+    batch_size: int = 64,
+    seed: int = 0,
+    owners: Mapping[int, int] | Sequence[int] = (),
+) -> dict[str, float]:
+    """How images fit their captions under a CLIP: CapS, the mean cosine, over all pairs; the rest over the first PAIRS.
+
+    Args:
+        pairs: (row, caption); those whose image cannot be read are left out.
+        owners: row -> the real image that its caption describes, where some share one.
+
+    Returns:
+        `caps`, `caps_shuffled` (with captions of other images), `r_precision`, `judged` (pairs the two are of), and
+        `truncated_captions`.
+    """
+    scores, total, n = {}, 0.0, 0
+    for start in range(0, len(pairs), PAIRS):
+        embeds, texts, kept = _embed(images, pairs[start : start + PAIRS], clip, batch_size)
+        total, n = total + float((embeds * texts).sum(1).double().sum()), n + len(kept)
+        described = [owners[row] for row, _ in kept] if len(owners) else range(len(kept))
+        scores = scores or fit_scores(embeds, texts, [text for _, text in kept], seed, described)
+    truncated = sum(clip.is_truncated(text) for _, text in pairs)
+    return {**scores, "caps": total / n, "judged": min(n, PAIRS), "truncated_captions": truncated}
+
+
+def _embed(
+    images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, str]]]:
+    """CLIP embeddings (N, D) of images and of texts, and the pairs whose image could be read."""
+    embeds: dict[int, torch.Tensor] = {}
+    for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), batch_size):
+        embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu() if rows else (), strict=True)
+    kept = [(row, text) for row, text in pairs if row in embeds]
+    if not kept:
+        raise ClipgenError(
+            f"none of {len(pairs)} images of {images.root} with a caption could be read: check the files"
+        )
+    texts = [clip.texts([text for _, text in kept[i : i + 256]]).cpu() for i in range(0, len(kept), 256)]
+    return torch.stack([embeds[row] for row, _ in kept]), torch.cat(texts), kept
+
+
+def fit_scores(
     images: torch.Tensor, texts: torch.Tensor, wording: list[str], seed: int = 0, owners: Sequence[int] = ()
 ) -> dict[str, float]:
-    """How N images fit N captions: `caps` with their own, `shuffled` with those of others, and R-precision.
+    """How N images fit captions that are not their own.
+
+    R-precision is the share of images whose own caption ranks first among itself and 99 captions of other images: AttnGAN's
+    protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker. Captions of the same wording, or of the same image,
+    are not chosen as others; a small set has fewer.
 
     Args:
         images, texts: (N, D) embeddings of unit norm; row i of both belongs together.
         owners: the real image that each caption describes, where one image has several captions.
+
+    Returns:
+        `caps_shuffled`, the mean cosine with captions of other images, and `r_precision`.
     """
-    owner = np.asarray(owners) if len(owners) else np.arange(len(wording))
+    owner, same = (np.unique(np.array(x, dtype=object), return_inverse=True)[1] for x in (owners, wording))
+    owner = owner if len(owner) else np.arange(len(wording))
     shift = int(np.random.default_rng([seed, 19]).integers(1, max(len(wording), 2)))
-    other = torch.from_numpy(owner != np.roll(owner, shift)) if len(wording) > 1 else torch.ones(1, dtype=torch.bool)
-    return {
-        "caps": float((images * texts).sum(1).mean()),
-        "shuffled": float((images * texts.roll(shift, 0)).sum(1)[other].mean()),
-        "r_precision": r_precision(images, texts, wording, owners=owner),
-    }
-
-
-def r_precision(
-    images: torch.Tensor, texts: torch.Tensor, wording: list[str], others: int = 99, owners: Sequence[int] = ()
-) -> float:
-    """Share of images whose own caption ranks first among itself and `others` captions of other images.
-
-    AttnGAN's protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker. Captions of the same wording, or of the same
-    image, are not chosen as others. There may be fewer others in a small set; chance is 1 / (others + 1).
-
-    Args:
-        images, texts, owners: as in `caption_scores`.
-    """
+    other = torch.from_numpy((owner != np.roll(owner, shift)) | (len(wording) == 1))
+    shuffled = float((images * texts.roll(shift, 0)).sum(1)[other].mean())
     rng, hits = np.random.default_rng(23), []
-    same = np.unique(np.array(wording, dtype=object), return_inverse=True)[1]
-    owner = np.asarray(owners) if len(owners) else np.arange(len(wording))
     for first in range(0, len(wording), 1_000):
         similarity = (images[first : first + 1_000] @ texts.T).cpu().numpy()
         for i, row in enumerate(similarity, first):
             candidates = np.flatnonzero((same != same[i]) & (owner != owner[i]))
-            chosen = rng.choice(candidates, min(others, len(candidates)), replace=False)
+            chosen = rng.choice(candidates, min(99, len(candidates)), replace=False)
             hits.append(bool((row[i] > row[chosen]).all()))
-    return float(np.mean(hits))
+    return {"caps_shuffled": shuffled, "r_precision": float(np.mean(hits))}
 
 
 def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]]:

@@ -59,6 +59,24 @@ def kernel_distance(
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "subsets": subsets, "subset_size": size}
 
 
+def inception_score(logits: torch.Tensor, splits: int = 10) -> dict[str, float]:
+    """Inception Score (arXiv 1606.03498, equation 1): exp of the mean KL divergence of p(class | image) from p(class).
+
+    Args:
+        logits: (N, classes) in random order, cut into `splits` parts.
+
+    Returns:
+        `mean` and `std` over the parts, `splits`.
+    """
+    scores = []
+    for log_p in logits.double().log_softmax(1).chunk(splits):
+        mean = log_p.exp().mean(0)
+        divergence = (log_p.exp() * log_p).sum(1).mean() - torch.xlogy(mean, mean).sum()
+        scores.append(divergence.exp().item())
+    std = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+    return {"mean": float(np.mean(scores)), "std": std, "splits": len(scores)}
+
+
 def manifold_scores(real: torch.Tensor, fake: torch.Tensor, k: int = 3, k_density: int = 5, chunk: int = 1_000) -> dict:
     """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797); each set's manifold is made of balls.
 

@@ -1,7 +1,7 @@
 """Statistics of one set of images, from one pass over it, and the scores that compare two sets.
 
 In: batches of images and a feature network. Out: sums in float64 that do not grow with N. What needs the features themselves
-(KID, precision, recall, density, coverage, FID over N) looks at a sample of at most SAMPLE rows, chosen by seed.
+(KID, precision, recall, density, coverage, Inception Score, FID over N) looks at a sample of at most SAMPLE rows, chosen by seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ..data.images import blur, eight_bit
 from ..runtime.checkpoints import MissingWeights
 from ..runtime.runs import ClipgenError, reason
-from .distances import frechet_distance, kernel_distance, manifold_scores
+from .distances import frechet_distance, inception_score, kernel_distance, manifold_scores
 from .features import FeatureNetwork
 
 SAMPLE = 10_000  # rows of features that are kept of a set
@@ -86,35 +86,6 @@ class FeatureSample:
         return torch.stack([row for _, _, row in sorted(self.heap, key=lambda entry: -entry[0])])
 
 
-class ClassSums:
-    """What the Inception Score (arXiv 1606.03498, equation 1) needs of logits; row i belongs to part i mod splits."""
-
-    def __init__(self, splits: int = 10):
-        self.n = 0
-        self.counts = torch.zeros(splits, dtype=torch.float64)
-        self.negentropy = torch.zeros(splits, dtype=torch.float64)  # sum over rows of sum_c p log p
-        self.probability: torch.Tensor | float = 0.0  # (splits, classes), sum over rows of p
-
-    def update(self, logits: torch.Tensor) -> None:
-        """logits: (B, classes)."""
-        log_p = logits.detach().cpu().double().log_softmax(1)
-        part = torch.nn.functional.one_hot((torch.arange(len(log_p)) + self.n) % len(self.counts), len(self.counts))
-        part = part.T.double()  # (splits, B)
-        self.counts = self.counts + part.sum(1)
-        self.negentropy = self.negentropy + part @ (log_p.exp() * log_p).sum(1)
-        self.probability = self.probability + part @ log_p.exp()
-        self.n += len(log_p)
-
-    def compute(self) -> dict[str, float]:
-        """exp of the mean KL divergence of p(class | image) from p(class): mean and standard deviation over the parts."""
-        there = self.counts > 0
-        mean = self.probability[there] / self.counts[there, None]
-        divergence = self.negentropy[there] / self.counts[there] - torch.xlogy(mean, mean).sum(1)
-        scores = divergence.exp().numpy()
-        std = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
-        return {"mean": float(scores.mean()), "std": std, "splits": len(scores)}
-
-
 def read_statistics(path: Path) -> Moments:
     """Mean and covariance from an npz file of pytorch-fid's (`mu`, `sigma`), without running pickled code."""
     again = "make it again by pytorch-fid's --save-stats"
@@ -160,7 +131,7 @@ class SetStatistics(NamedTuple):
 
     halves: dict[int, tuple[GaussianStatistics, GaussianStatistics]]  # blur radius -> sums of every other image
     sample: FeatureSample  # features of unblurred images
-    classes: ClassSums | None  # where the network has a head
+    network: FeatureNetwork
 
     @property
     def dim(self) -> int:
@@ -175,18 +146,16 @@ class SetStatistics(NamedTuple):
 def set_statistics(batches: Iterable[torch.Tensor], network: FeatureNetwork, radii: Iterable[int]) -> SetStatistics:
     """Statistics of images (B, 3, H, W) in [-1, 1], rounded to 8 bits first, at every blur radius at once."""
     halves = {k: (GaussianStatistics(), GaussianStatistics()) for k in radii}
-    statistics, n = SetStatistics(halves, FeatureSample(), None if network.head is None else ClassSums()), 0
+    sample, n = FeatureSample(), 0
     for images in map(eight_bit, batches):
         for k, (first, second) in halves.items():
             features = network(blur(images, k)).cpu()
             first.update(features[n % 2 :: 2])
             second.update(features[(n + 1) % 2 :: 2])
             if k == 0:
-                statistics.sample.update(features)
-            if k == 0 and statistics.classes is not None:
-                statistics.classes.update(network.logits(features))
+                sample.update(features)
         n += len(images)
-    return statistics
+    return SetStatistics(halves, sample, network)
 
 
 def fid_by_radius(scored: SetStatistics, reference: SetStatistics | Moments) -> dict[str, float]:
@@ -226,6 +195,6 @@ def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dic
         n = min(len(real), len(fake))
         scores["kid"] = kernel_distance(real, fake)
         scores["manifold"] = {**manifold_scores(real[:n], fake[:n]), "n": n}  # their order is random
-    if scored.classes is not None:
-        scores["inception_score"] = scored.classes.compute()
+    if scored.sample.n and scored.network.head is not None:
+        scores["inception_score"] = inception_score(scored.network.logits(scored.sample.compute()))
     return scores
