@@ -151,7 +151,6 @@ def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
     assert card["reference"] == {"name": "world", "split": "val", "n": 12, "codec": "PNG"} and card["scored"]["n"] == 24
     assert card["captions"] == {**caption_facts(shown["captions"]), "seed": 0} and "torch" in card["versions"]
     assert "KID" in table({"run": "x", "evaluation": numbers}) and json.loads(json.dumps(numbers)) == numbers
-    assert evaluate_generator(generator, images, Evaluators(clip), config, tmp_path / "g")[0] == numbers
     alone = score_images(tmp_path / "g", open_reference(world, 64), config, Evaluators(clip))
     assert alone["fid"] == numbers["fid"] and alone["floor"] == numbers["floor"] and "caps" not in alone
     guided, _ = evaluate_generator(generator, images, Evaluators(clip), config, tmp_path / "g", guidance=5.0)
