@@ -77,8 +77,7 @@ def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Cl
             logits = model(to_float(batch).to(run.device))
         return F.cross_entropy(logits.float(), labels[rows].to(run.device), label_smoothing=0.1), {}
 
-    facts = {**model.describe(), "seed": run.seed, "data": images.hash}
-    fit(run, "classifier", model, config, loss_of=loss_of, facts=facts)
+    fit(run, "classifier", model, config, loss_of, {**model.describe(), "data": images.hash})
     save_weights(run.path / "classifier", model)
     return model.eval().requires_grad_(False)
 
