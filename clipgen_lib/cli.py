@@ -179,7 +179,8 @@ def _evaluate_folder(
         texts = texts_of(scored, folder_options["captions"], run_options["seed"])
     listed = caption_list((scored.names[row], text) for row, text in texts.items())
     provenance = Provenance(texts, seed=run_options["seed"], captions=listed)
-    configs = [EvaluateConfig(protocol=protocol) for protocol in folder_options["protocols"] or ("inception", "clip")]
+    default = ("inception",) if reference.suffix == ".npz" else ("inception", "clip")  # pytorch-fid's are of Inception
+    configs = [EvaluateConfig(protocol=protocol) for protocol in folder_options["protocols"] or default]
     scores = {c.protocol: score_images(scored, real, c, Evaluators(clip), provenance) for c in configs}
     if not texts and not any(found["fid"] for found in scores.values()):
         raise ClipgenError(" ".join(sentence for found in scores.values() for sentence in found["missing"]))

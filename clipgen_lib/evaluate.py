@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .clip_embed import ClipEmbedder
 from .config import EvaluateConfig
 from .data import shapes
 from .data.batches import ordered_batches
-from .data.datasets import ImageSet, open_images
-from .data.images import EXTENSIONS, eight_bit, from_arrays, load_image, png, to_arrays, to_float
+from .data.datasets import ImageSet
+from .data.images import eight_bit, from_arrays, load_image, png, to_arrays, to_float
 from .metrics import oracle
 from .metrics.captions import PAIRS, caption_facts, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
 from .metrics.distances import frechet_distance, reconstruction_scores
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
-from .metrics.statistics import Moments, few_images, fid_by_radius, read_statistics, set_scores, set_statistics
+from .metrics.folders import codec, open_folder, open_reference
+from .metrics.statistics import Moments, few_images, fid_by_radius, set_scores, set_statistics
 from .runtime import distributed
 from .runtime.checkpoints import MissingWeights, module_hash
 from .runtime.runs import ClipgenError, progress, read_json, versions, write_atomic, write_json
@@ -80,9 +79,8 @@ def generate_images(
     if distributed.is_main():
         _prepare(folder, _facts(generator, prompts, {"seed": seed, "settings": settings}))
         if not isinstance(prompts, torch.Tensor):
-            write_atomic(
-                folder / "captions.txt", caption_list((p.name, t) for p, t in zip(paths, prompts, strict=True))
-            )
+            pairs = zip((path.name for path in paths), prompts, strict=True)
+            write_atomic(folder / "captions.txt", caption_list(pairs))
     distributed.barrier()
     size = settings.get("batch_size") or getattr(getattr(generator, "settings", None), "batch_size", 64)
     batches = [range(first, min(first + size, len(paths))) for first in range(0, len(paths), size)]
@@ -118,51 +116,6 @@ def _prepare(folder: Path, facts: dict) -> None:
         for path in folder.glob("*.png"):
             path.unlink()
         write_json(mark, facts)
-
-
-def open_folder(root: Path, size: int = 0) -> ImageSet:
-    """Every image below a folder, without splits and captions.
-
-    Args:
-        size: short side in pixels; 0 takes the images' own.
-
-    Raises:
-        ClipgenError: no folder, fewer than 2 images, or images of different sizes and no `size`.
-    """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise ClipgenError(f"{root} is not a folder of images: check the path, or unpack the archive")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    if len(paths) < 2:
-        raise ClipgenError(f"{root} holds {len(paths)} images, too few to compare: give a folder of at least 2")
-    sizes = set()
-    for path in paths if not size else ():
-        with suppress(OSError, Image.DecompressionBombError), Image.open(path) as image:  # reading it will say why
-            sizes.add(image.size)
-    if not size and len(sizes) != 1:
-        some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
-        raise ClipgenError(
-            f"the images in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which side they are brought to"
-        )
-    return ImageSet(root.resolve().name, "all", root, paths, size or min(*sizes.pop()))
-
-
-def open_reference(reference: str | Path, size: int, split: str = "val") -> ImageSet | Moments:
-    """What images are scored against: pytorch-fid's statistics (.npz), a data set's split, or every image below a folder."""
-    path = Path(reference)
-    if path.suffix == ".npz":
-        return read_statistics(path)
-    is_folder = any(file.suffix.lower() in EXTENSIONS for file in path.rglob("*"))
-    return (
-        open_folder(path, size) if is_folder and not (path / "annotations").is_dir() else open_images(path, split, size)
-    )
-
-
-def codec(names: Iterable[str]) -> str:
-    """PNG, JPEG, ..., or mixed with their names, by the endings of file names."""
-    known, endings = Image.registered_extensions(), {Path(name).suffix for name in names}
-    codecs = sorted({known.get(ending.lower(), ending) for ending in endings})
-    return codecs[0] if len(codecs) == 1 else "mixed: " + ", ".join(codecs)
 
 
 @torch.inference_mode()
@@ -204,7 +157,7 @@ def score_images(
     except MissingWeights as error:
         numbers["missing"] = [str(error)]
     if provenance.texts:
-        numbers |= _caption_fit(images, reference, clip, config.batch_size, provenance)
+        numbers |= _caption_fit(images, reference, clip, provenance)
         if without := len(images) - len(provenance.texts):
             numbers["warnings"].append(f"{without} of {len(images)} images have no caption: CapS is of the others")
         if truncated := numbers["truncated_captions"]:
@@ -270,17 +223,15 @@ def _count(images: ImageSet) -> int:
     return len(images) - sum(name in images.skipped for name in images.names)
 
 
-def _caption_fit(
-    images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbedder, batch_size: int, provenance: Provenance
-) -> dict:
-    """CapS of the images, and between which values of real images it lies."""
+def _caption_fit(images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbedder, provenance: Provenance) -> dict:
+    """CapS of the images, and the values of real images between which it lies."""
     pairs, owners, seed = list(provenance.texts.items()), provenance.rows, provenance.seed
-    scores = caption_scores(images, pairs, clip, batch_size, seed, owners)
-    numbers = {"clip_score": max(100 * scores["caps"], 0.0), **scores}  # CLIPScore as torchmetrics defines it
+    numbers = caption_scores(images, pairs, clip, seed, owners)
+    numbers["clip_score"] = max(100 * numbers["caps"], 0.0)  # CLIPScore as torchmetrics defines it
     if isinstance(reference, ImageSet) and reference.has_captions:
         chosen = [(owners[row], text) for row, text in pairs] if owners else []
         chosen = chosen or choose_captions(reference, len(pairs), seed)
-        real = caption_scores(reference, chosen[:PAIRS], clip, batch_size, seed, range(len(reference)))
+        real = caption_scores(reference, chosen[:PAIRS], clip, seed, range(len(reference)))
         numbers |= {"caps_ceiling": real["caps"], "caps_floor": real["caps_shuffled"]}
         numbers["r_precision_real"] = real["r_precision"]
     return numbers
@@ -321,9 +272,11 @@ def evaluate_generator(
         pairs = choose_captions(images, config.n, seed)
         rows, prompts = [row for row, _ in pairs], [text for _, text in pairs]
     else:
-        batches = list(ordered_batches(images, range(min(config.n, len(images))), config.batch_size))
-        rows = [row for kept, _ in batches for row in kept]
-        prompts = torch.cat([generator.clip.images(to_float(x).to(generator.device)) for kept, x in batches if kept])
+        rows, parts = [], []
+        for kept, batch in ordered_batches(images, range(min(config.n, len(images))), config.batch_size):
+            rows += kept
+            parts += [generator.clip.images(to_float(batch).to(generator.device))] if kept else []
+        prompts = torch.cat(parts)
     paths = generate_images(generator, prompts, folder, seed, **settings)
     if not distributed.is_main():
         return distributed.broadcast(None)

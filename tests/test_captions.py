@@ -77,7 +77,7 @@ def test_clip_score_is_that_of_torchmetrics(clip, world):
     (_, batch), texts = next(ordered_batches(images, range(12), 12)), [c[0] for c in images.captions]
     theirs = CLIPScore(lambda: (model, processor))
     theirs.update(batch, texts)
-    found = caption_scores(images, list(enumerate(texts)), clip, batch_size=5)
+    found = caption_scores(images, list(enumerate(texts)), clip)
     assert 100 * found["caps"] == pytest.approx(theirs.compute().item(), rel=1e-6) and found["caps"] > 0.5
     assert found["judged"] == 12 and found["truncated_captions"] == 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,47 +24,33 @@ PAIRS = 10_000  # of image and caption, on which R-precision and shuffled captio
 
 @torch.inference_mode()
 def caption_scores(
-    images: ImageSet,
-    pairs: list[tuple[int, str]],
-    clip: ClipEmbedder,
-    batch_size: int = 64,
-    seed: int = 0,
-    owners: Mapping[int, int] | Sequence[int] = (),
+    images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder, seed: int = 0, owners: dict | range = range(0)
 ) -> dict[str, float]:
-    """How images fit their captions under a CLIP: CapS, the mean cosine, over all pairs; the rest over the first PAIRS.
+    """How images fit their captions under a CLIP.
 
     Args:
         pairs: (row, caption); those whose image cannot be read are left out.
         owners: row -> the real image that its caption describes, where some share one.
 
     Returns:
-        `caps`, `caps_shuffled` (with captions of other images), `r_precision`, `judged` (pairs the two are of), and
-        `truncated_captions`.
+        `caps` (CapS, the mean cosine), `truncated_captions`, and of the first PAIRS pairs what `fit_scores` gives and their
+        number as `judged`.
     """
-    scores, total, n = {}, 0.0, 0
-    for start in range(0, len(pairs), PAIRS):
-        embeds, texts, kept = _embed(images, pairs[start : start + PAIRS], clip, batch_size)
-        total, n = total + float((embeds * texts).sum(1).double().sum()), n + len(kept)
-        described = [owners[row] for row, _ in kept] if len(owners) else range(len(kept))
-        scores = scores or fit_scores(embeds, texts, [text for _, text in kept], seed, described)
-    truncated = sum(clip.is_truncated(text) for _, text in pairs)
-    return {**scores, "caps": total / n, "judged": min(n, PAIRS), "truncated_captions": truncated}
-
-
-def _embed(
-    images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder, batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, str]]]:
-    """CLIP embeddings (N, D) of images and of texts, and the pairs whose image could be read."""
     embeds: dict[int, torch.Tensor] = {}
-    for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), batch_size):
+    for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), 64):
         embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu() if rows else (), strict=True)
     kept = [(row, text) for row, text in pairs if row in embeds]
     if not kept:
-        raise ClipgenError(
-            f"none of {len(pairs)} images of {images.root} with a caption could be read: check the files"
-        )
-    texts = [clip.texts([text for _, text in kept[i : i + 256]]).cpu() for i in range(0, len(kept), 256)]
-    return torch.stack([embeds[row] for row, _ in kept]), torch.cat(texts), kept
+        raise ClipgenError(f"none of {len(pairs)} images of {images.root} could be read: check the files")
+    wording, described = [text for _, text in kept], [owners[row] for row, _ in kept] if owners else []
+    texts = torch.cat([clip.texts(wording[i : i + 256]).cpu() for i in range(0, len(kept), 256)])
+    shown = torch.stack([embeds[row] for row, _ in kept])
+    return {
+        "caps": float((shown * texts).sum(1).double().mean()),
+        "truncated_captions": sum(map(clip.is_truncated, wording)),
+        "judged": len(kept[:PAIRS]),
+        **fit_scores(shown[:PAIRS], texts[:PAIRS], wording[:PAIRS], seed, described[:PAIRS]),
+    }
 
 
 def fit_scores(

@@ -25,7 +25,7 @@ CORRUPTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def corruption_scores(
     images: ImageSet, network: FeatureNetwork, limit: int = 1_000, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """One half of a set, corrupted more and more, against the other half: do the metrics order the corruptions?
+    """One half of a set, corrupted, against the other half.
 
     Returns:
         corruption -> `fid`, `kid`, precision, recall, density, coverage against the other half, and `psnr` and `ssim`

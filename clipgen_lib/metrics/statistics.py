@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from ..data.images import blur, eight_bit
-from ..runtime.checkpoints import MissingWeights
 from ..runtime.runs import ClipgenError, reason
 from .distances import frechet_distance, inception_score, kernel_distance, manifold_scores
 from .features import FeatureNetwork
@@ -159,19 +158,9 @@ def set_statistics(batches: Iterable[torch.Tensor], network: FeatureNetwork, rad
 
 
 def fid_by_radius(scored: SetStatistics, reference: SetStatistics | Moments) -> dict[str, float]:
-    """FID-k for every blur radius k; against statistics of a file for k = 0 alone.
-
-    Raises:
-        MissingWeights: the file has statistics of another network.
-    """
-    if isinstance(reference, SetStatistics):
-        known = {k: reference.moments(k) for k in reference.halves}
-    else:
-        known = {0: reference}
-        if len(reference.mu) != scored.dim:
-            raise MissingWeights(
-                f"the reference holds statistics of {len(reference.mu)} dimensions, the protocol's network gives {scored.dim}: give statistics of the same network"
-            )
+    """FID-k for every blur radius k; against statistics of a file for k = 0 alone."""
+    is_file = isinstance(reference, Moments)
+    known = {0: reference} if is_file else {k: reference.moments(k) for k in reference.halves}
     return {str(k): frechet_distance(*scored.moments(k), *known[k]) for k in scored.halves if k in known}
 
 
