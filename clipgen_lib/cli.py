@@ -11,12 +11,13 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from .config import PRESETS
-from .runtime.runs import ROOT, ClipgenError, open_run
+from .runtime.runs import ROOT, ClipgenError, open_run, progress
 
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 
@@ -196,7 +197,7 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
 
     from .data.images import grid
     from .runtime.distributed import is_main
-    from .text_to_image import TextToImage, generate_together
+    from .text_to_image import TextToImage
     from .workbench import Workbench, pick_device
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
@@ -208,10 +209,12 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
         generator = Workbench.reopen(run, device).generator()
     else:
         generator = TextToImage.from_pretrained("shapes").to(pick_device(device))
-    given = {key: value for key, value in settings.items() if value is not None}
-    images = generate_together(generator, [prompt] * n, list(range(seed, seed + n)), show_progress=True, **given)
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    with progress(100, "generating", is_main()) as bar:
+        for preview in generator.generate_progressively(prompt, n, seed, **chosen):
+            bar.update(round(100 * preview.share) - bar.n)
     if is_main():
-        Image.fromarray(grid(images, columns=min(n, 8))).save(output)
+        Image.fromarray(grid(preview.images, columns=min(n, 8))).save(output)
     _say(f"{n} images of {prompt!r} in {output}")
 
 
@@ -248,11 +251,11 @@ def train_classifier(**run_options) -> None:
 @DEVICE
 def compare(table: str, run: str, steps: int, only: tuple[str, ...], data: str, device: str) -> None:
     """Make a table of the comparison: ablations, systems, or both recipes on photos. Rows that are there are kept."""
-    from .study.compare import TABLES, lines_of, run_table
+    from .study.compare import TABLES, run_table, table_text
     from .workbench import Workbench
 
     entries = run_table(Workbench.reopen(run, device, data), TABLES[table], steps=steps, only=only)
-    click.echo(lines_of(entries, TABLES[table].columns))
+    click.echo(table_text(entries, TABLES[table].columns))
 
 
 @main.command("train-clip")
@@ -272,12 +275,13 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
     from .workbench import pick_device
 
     config = load_preset(preset, **({"clip_train": {"steps": steps}} if steps else {})).clip_train
-    opened, device, size = open_run(run), pick_device(device), study.MODEL["vision_cfg"]["image_size"]
+    device, size = pick_device(device), study.MODEL["vision_cfg"]["image_size"]
+    opened = replace(open_run(run), seed=seed, device=device)
     if data == "shapes":
         pairs = study.ScenePairs(config, seed)
     else:
         pairs = study.ImagePairs(open_images(data, "train", size), config, seed)
-    folder = study.train_clip(opened, pairs, config, seed, device)
+    folder = study.train_clip(opened, pairs, config)
     if data != "shapes":
         clip = ClipEmbedder.load(str(folder), device=device)
         accuracy = {s: study.caption_accuracy(clip, open_images(data, s, size)) for s in ("train", "val")}

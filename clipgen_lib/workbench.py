@@ -43,7 +43,7 @@ from .runtime.runs import (
     write_atomic,
     write_json,
 )
-from .store import TokenStore, extract, pictures_at_once
+from .store import TokenStore, extract
 from .text_to_image import TextToImage, load_run
 from .vqgan import VQGAN
 
@@ -252,7 +252,7 @@ class Workbench:
             )
         with self._timed("vqgan"):
             vqgan = train_vqgan.train_vqgan(
-                self.run, images, val_images, self.preset.vqgan, config, self.clip, self.seed, self.device
+                self.run, images, val_images, replace(self.preset, vqgan_train=config), self.clip
             )
         data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
         self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
@@ -264,8 +264,7 @@ class Workbench:
         with self._timed("extract"):
             for split, flip in (("val", False), ("train", train.flip)):
                 images, folder = self.images(split), self.run.path / "store" / split
-                batch_size = pictures_at_once(vqgan.config, self.device)
-                store = extract(images, vqgan, self.clip, folder, flip, batch_size, train.workers)
+                store = extract(images, vqgan, self.clip, folder, flip, train.workers)
                 if images.skipped:
                     self._record(skipped=images.skipped)
         return store
@@ -286,21 +285,10 @@ class Workbench:
             Image.fromarray(grid(images, columns=len(images))).save(self.run.file("previews", f"{step:06d}.png"))
 
         with self._timed("transformer"):
-            transformer = train_transformer.train_transformer(
-                self.run,
-                store,
-                val_store,
-                self.preset.transformer,
-                config,
-                vqgan,
-                self.clip,
-                self.seed,
-                self.device,
-                True,
-                self.text_mean() if config.centre else None,
-                preview,
-            )
-        scores = train_transformer.validation_losses(transformer.to(self.device), val_store, vqgan, self.clip)
+            preset = replace(self.preset, transformer_train=config)
+            frozen = train_transformer.Frozen(vqgan, self.clip, self.text_mean() if config.centre else None)
+            transformer = train_transformer.train_transformer(self.run, store, val_store, preset, frozen, preview)
+        scores = train_transformer.validation_losses(transformer.to(self.device), val_store, frozen)
         clip_size = sum(p.numel() for p in self.clip.parameters())
         self._record(transformer=scores, parameters={"clip": clip_size})
 

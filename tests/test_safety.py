@@ -35,7 +35,6 @@ from clipgen_lib.runtime.checkpoints import (
     weights_file,
 )
 from clipgen_lib.runtime.runs import DATA, ClipgenError
-from clipgen_lib.study.baselines import FusionGenerator
 from clipgen_lib.study.released import RELEASES, load_released
 from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.transformer import ImageTransformer
@@ -145,13 +144,11 @@ def test_folders_with_code_for_weights(armed, tmp_path):
     save_weights(tmp_path / "classifier", Classifier(ClassifierConfig(width=8), ["a", "b"]))
     save_weights(tmp_path / "vqgan", VQGAN(smoke.vqgan))
     save_weights(tmp_path / "transformer", ImageTransformer(smoke.transformer, 32, 4, 16))
-    save_weights(tmp_path / "gan", FusionGenerator(smoke.fusion_gan, 16, 16))
     shutil.copytree(DATA / "shapes_generator", tmp_path / "generator")
     loads = {
         "classifier": Classifier.load,
         "vqgan": VQGAN.load,
         "transformer": ImageTransformer.load,
-        "gan": FusionGenerator.load,
         "generator": TextToImage.from_pretrained,
     }
     for name, load in loads.items():
@@ -161,7 +158,7 @@ def test_folders_with_code_for_weights(armed, tmp_path):
         refused(lambda load=load, folder=folder: load(folder), fired)
         (folder / "model.safetensors").unlink()
         refused(lambda load=load, folder=folder: load(folder), fired)
-    refused(lambda: read_weights(arm(tmp_path / "gan" / "model.safetensors").parent), fired)
+    refused(lambda: read_weights(arm(tmp_path / "vqgan" / "model.safetensors").parent), fired)
     refused(lambda: load_checkpoint(arm(tmp_path / "checkpoint.safetensors")), fired)
 
 
