@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 from clipgen_lib.cli import default_run, main, parameters_of, parse_parameter
-from clipgen_lib.data import shapes
+from clipgen_lib.metrics.oracle import read_scene
 from clipgen_lib.runtime.runs import ClipgenError
 
 
@@ -119,7 +119,7 @@ def test_the_generator_of_the_project_generates(clipgen, tmp_path):
     done = clipgen("generate", "a large red circle", "-n", 2, "--candidates", 4, "-o", out, results=tmp_path)
     assert done.returncode == 0, done.stderr
     shown = np.asarray(Image.open(out))
-    objects = [shapes.read_scene(shown[:, left : left + 64])[0] for left in (0, 66)]
+    objects = [read_scene(shown[:, left : left + 64])[0] for left in (0, 66)]
     assert all((one.colour, one.shape) == ("red", "circle") for one in objects)
 
 
