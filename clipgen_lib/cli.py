@@ -325,13 +325,11 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
     for key in ("DATA", "CLIP"):  # notebooks run in their own folder
         if values.get(key, "shapes") != "shapes" and Path(values[key]).expanduser().exists():
             values[key] = str(Path(values[key]).expanduser().resolve())
-    default = chosen[0].partition("_")[2]
-    if "PRESET" in everything:
-        default = default_run(values["PRESET"], values.get("DATA", "shapes"))
+    of_preset = default_run(values["PRESET"], values.get("DATA", "shapes"))
+    default = of_preset if "PRESET" in everything else chosen[0].partition("_")[2]
     values["RUN"] = run or values.get("RUN") or default
     notice = _check(values)
-    if notice:
-        click.echo(notice, err=True)
+    click.echo(notice, err=True, nl=bool(notice))
     opened = open_run(values["RUN"])
     for index, name in enumerate(chosen):
         click.echo(f"{name}.ipynb ({index + 1} of {len(chosen)})", err=True)
@@ -406,6 +404,7 @@ def _execute(name: str, values: dict, output: Path) -> None:
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    given = [Path(values.get(key, "")) for key in ("DATA", "CLIP")]
     source = ROOT / "notebooks" / f"{name}.ipynb"
     options = {"progress_bar": False, "stderr_file": sys.stderr, "kernel_name": "python3"}
     options["extra_arguments"] = ["--IPKernelApp.log_level=40"]
@@ -418,9 +417,8 @@ def _execute(name: str, values: dict, output: Path) -> None:
     finally:
         if output.exists():
             text = output.read_text(encoding="utf-8")
-            for path in (Path(values.get(key, "")) for key in ("DATA", "CLIP")):
-                if path.is_absolute():  # a copy to share names the data, not where they lie on this machine
-                    text = text.replace(str(path), path.name)
+            for path in filter(Path.is_absolute, given):  # a copy names the data, not where they lie on this machine
+                text = text.replace(str(path), path.name)
             nbformat.write(tidied(nbformat.reads(text, as_version=4)), output)
 
 

@@ -124,7 +124,8 @@ class Workbench:
             ClipgenError: the run was begun with another preset, data, seed or CLIP.
         """
         chosen = load_preset(preset, **({"clip": clip_fields(clip)} if clip else {}))
-        opened = replace(open_run(run), seed=seed, device=pick_device(device))
+        device = pick_device(device)
+        opened = replace(open_run(run), seed=seed, device=device)
         begun, path = asdict(Begun(chosen, _portable(data), seed)), opened.file("config.json")
         if path.exists():
             if differing := differences(asdict(_begun_with(path)), begun):

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .. import evaluate, train_transformer
-from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig, replace_fields
+from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig
 from ..data.images import grid
 from ..runtime.checkpoints import module_hash
 from ..runtime.runs import RESULTS, ClipgenError, Run, open_run, read_json, write_json
@@ -188,7 +188,7 @@ def configs_of(wb: Workbench, recipe: Recipe, seed: int = 0, steps: int = 0) -> 
         config = {"retrieval": None, "vqgan-clip": preset.vqgan_clip, "gan": preset.fusion_gan}[recipe.system]
         return {"system": recipe.system, "config": config, "text": recipe.text, "seed": seed}
     parts = {"transformer": preset.transformer, "train": preset.transformer_train, "sample": preset.sample}
-    made = {name: replace_fields(part, {**PLAIN[name], **getattr(recipe, name)}) for name, part in parts.items()}
+    made = {name: replace(part, **{**PLAIN[name], **getattr(recipe, name)}) for name, part in parts.items()}
     if made["transformer"].conditioning == "words":  # as many as CLIP itself reads
         made["transformer"] = replace(made["transformer"], condition_tokens=wb.clip.tokenizer.context_length)
     if steps:
