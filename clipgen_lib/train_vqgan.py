@@ -171,7 +171,7 @@ def generator_step(
         reconstruction = config.l1_weight * l1 + config.l2_weight * l2 + config.perceptual_weight * feature_distance
         codebook = quantized.codebook_loss + config.beta * quantized.commitment_loss
         loss = surrogate_loss = reconstruction + codebook
-        scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance, "psnr": 10 * torch.log10(4 / l2.detach())}
+        scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance}
 
         if adv_weight > 0:
             adversarial = adversarial_loss(distributed.unwrapped(discriminator)(fake))  # eq. 5, the generator's side
