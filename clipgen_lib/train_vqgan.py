@@ -6,7 +6,7 @@ to 7) with the hinge form of its code, as CLIP-GEN (arXiv 2203.00386, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from typing import NamedTuple
@@ -224,7 +224,7 @@ def train_vqgan(
     if config.compile:
         compile_in_place(vqgan, device)
     generator, critic = distributed.data_parallel(vqgan, discriminator)
-    batches = _batches(images, config, run.seed, start)
+    batches = training_batches(images, config, run.seed, start)
 
     def validate(step: int) -> float:
         scores = validation_reconstruction(ema.module, val_images)
@@ -252,22 +252,6 @@ def train_vqgan(
                 vqgan.quantizer.update_codebook(vectors, tokens, rng)
                 ema.update_parameters(vqgan)
     return finish(run, "vqgan", ema.module, images.skipped)
-
-
-def _batches(images: ImageSet, config: VQGANTrainConfig, seed: int, start: int) -> Iterator[torch.Tensor]:
-    """This process's share of every batch from step `start` on, uint8."""
-    return training_batches(
-        images,
-        config.batch_size,
-        seed,
-        start,
-        config.steps,
-        config.flip,
-        config.random_crop,
-        config.workers,
-        distributed.rank(),
-        distributed.world_size(),
-    )
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ embedding's place, for the supervised system of the comparison, and D is the siz
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -21,19 +21,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import Config, TransformerConfig, from_dict
+from .config import Config, Count, TransformerConfig, checked_dataclass, from_dict
 from .runtime.checkpoints import built_strictly, read_weights
 from .runtime.kernels import attend
 from .runtime.runs import ClipgenError, read_json
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class TransformerSizes(Config):
     """What a transformer takes from its store, beside its own config."""
 
-    codebook_size: int
-    n_tokens: int
-    clip_dim: int
+    codebook_size: Count
+    n_tokens: Count
+    clip_dim: Count
 
 
 class KVCache:

@@ -1,6 +1,9 @@
 """Small worlds and models, made once; everything on the CPU."""
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +13,16 @@ import torch
 os.environ["CLIPGEN_PROGRESS"] = "0"
 
 from clipgen_lib.clip_embed import ClipEmbedder
-from clipgen_lib.config import ShapesConfig, load_preset
+from clipgen_lib.config import SampleConfig, ShapesConfig, load_preset
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.data.shapes import make_world
+from clipgen_lib.store import extract
+from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +43,16 @@ def images(world):
     return open_images(world, "train", 64, ShapesConfig())
 
 
+@pytest.fixture
+def images_folder(world, tmp_path):
+    """A plain folder of 40 PNG images, without captions, that a test may change."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted((world / "train").glob("*.png")):
+        shutil.copy(path, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def clip():
     return ClipEmbedder.load("shapes")
@@ -46,21 +62,14 @@ def clip():
 def preset():
     """The smoke preset, smaller still."""
     smoke = load_preset("smoke")
+    few = {"steps": 6, "warmup": 2, "log_every": 2, "save_every": 3}
+    codes = {"codebook_size": 32, "code_dim": 8, "l2_norm": True, "codebook_update": "gradient", "restart_after": 3}
     return replace(
         smoke,
-        vqgan=replace(
-            smoke.vqgan,
-            channels=8,
-            z_channels=16,
-            codebook_size=32,
-            code_dim=8,
-            l2_norm=True,
-            codebook_update="gradient",
-            restart_after=3,
-        ),
-        vqgan_train=replace(smoke.vqgan_train, steps=6, batch_size=4, warmup=2, log_every=2, save_every=3),
+        vqgan=replace(smoke.vqgan, channels=8, z_channels=16, **codes),
+        vqgan_train=replace(smoke.vqgan_train, batch_size=4, **few),
         transformer=replace(smoke.transformer, width=32, layers=2, heads=2, condition_tokens=2),
-        transformer_train=replace(smoke.transformer_train, steps=6, batch_size=8, warmup=2, log_every=2, save_every=3),
+        transformer_train=replace(smoke.transformer_train, batch_size=8, **few),
     )
 
 
@@ -76,3 +85,37 @@ def transformer(preset, clip):
     model = ImageTransformer(preset.transformer, preset.vqgan.codebook_size, preset.vqgan.side**2, clip.dim)
     torch.nn.init.normal_(model.head.weight, std=0.5)  # a fresh head is all but uniform; here choices must matter
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def store(images, vqgan, clip, tmp_path):
+    """The token store of `images`: 40 rows."""
+    return extract(images, vqgan, clip, tmp_path / "store")
+
+
+@pytest.fixture
+def generator(vqgan, transformer, clip):
+    """The untrained networks put together."""
+    settings = SampleConfig(guidance=2.0, top_p=0.9)
+    return TextToImage.from_parts(vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, settings)
+
+
+@pytest.fixture(scope="session")
+def clipgen():
+    """`clipgen(*arguments, results=...)`: the command in a process of its own; returns what `subprocess.run` returns."""
+
+    def run(*arguments, results, timeout=400):
+        command = [sys.executable, "-m", "clipgen_lib", *map(str, arguments)]
+        environment = {**os.environ, "CLIPGEN_RESULTS": str(results)}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smoke_run(clipgen, tmp_path_factory):
+    """The folder of a run `smoke` of preset smoke, made once by the notebooks 01 to 04."""
+    results = tmp_path_factory.mktemp("results")
+    done = clipgen("run", "--preset", "smoke", "--run", "smoke", results=results)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return results / "smoke"

@@ -72,7 +72,7 @@ def train_classifier(
     labels = torch.tensor([model.names.index(name) for name in images.classes])
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
-        rows = batch_rows(len(images), config.batch_size, seed, step, images.blocks, images.window)
+        rows = batch_rows(len(images), config.batch_size, seed, step)
         rows, pictures = augmented_rows(images, rows, seed, step, flip=True)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
             logits = model(to_float(pictures).to(device))
