@@ -195,9 +195,7 @@ class Log:
         self.run, self.stage, self.most = run, stage, min(MOST_SKIPPED, steps)
         self.scalars: dict[str, list[torch.Tensor]] = {}
         self.counts: torch.Tensor | None = None  # of the codes used since the last line
-        self.skipped = self.in_a_row = (
-            0  # steps that were not finite, since the last line and since the last finite one
-        )
+        self.skipped, self.in_a_row = 0, 0  # steps that were not finite: since the last line, since the last that was
 
     def add(self, **scalars: torch.Tensor) -> None:
         for key, value in scalars.items():

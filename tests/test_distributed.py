@@ -22,7 +22,6 @@ from clipgen_lib.data.datasets import open_images
 from clipgen_lib.runtime import distributed
 from clipgen_lib.runtime.checkpoints import module_hash, save_weights
 from clipgen_lib.runtime.runs import ClipgenError, open_run
-from clipgen_lib.store import extract
 from clipgen_lib.train_transformer import Frozen, train_transformer
 from clipgen_lib.train_vqgan import train_vqgan
 from clipgen_lib.transformer import ImageTransformer
@@ -49,7 +48,7 @@ class Dying:
 
 
 @pytest.fixture
-def stages(images, preset, vqgan, clip, tmp_path):
+def stages(images, preset, vqgan, clip, store, tmp_path):
     """Both trainings as functions of a run's name; float32, everything that is random or reduced between processes switched on."""
     few = {"steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "precision": "no"}
     preset = replace(
@@ -60,7 +59,6 @@ def stages(images, preset, vqgan, clip, tmp_path):
         ),
         transformer_train=replace(preset.transformer_train, **few, embedding_share=0.25, noise_cos=0.5, accumulate=2),
     )
-    store = extract(images, vqgan, clip, tmp_path / "store")
 
     def run(name):
         return replace(open_run(name, tmp_path), seed=1)

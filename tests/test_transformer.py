@@ -6,7 +6,7 @@ import torch
 from clipgen_lib.config import TransformerConfig
 from clipgen_lib.runtime.checkpoints import save_weights
 from clipgen_lib.runtime.runs import ClipgenError
-from clipgen_lib.sample import Decoder
+from clipgen_lib.sample import CachedDecoder
 from clipgen_lib.transformer import ImageTransformer, KVCache
 
 SMALL = TransformerConfig(layers=2, width=32, heads=2, condition_tokens=1)
@@ -49,7 +49,7 @@ def test_decoding_agrees_with_forward(conditioning, known):
     if conditioning == "words":
         embeds = torch.arange(12).view(3, 4) % 8
     with torch.inference_mode():
-        whole, decoder = model(embeds, tokens), Decoder(model)
+        whole, decoder = model(embeds, tokens), CachedDecoder(model)
         for _ in range(2):  # a second batch begins anew
             parts = [decoder.start(embeds, tokens[:, :known])]
             parts += [decoder.step(tokens[:, i]) for i in range(known, 8)]
@@ -60,7 +60,7 @@ def test_decoding_agrees_with_forward(conditioning, known):
 def test_decoding_in_bfloat16_is_near_float32():
     model, (embeds, tokens) = build(condition_tokens=4), inputs()
     with torch.inference_mode():
-        whole, decoder = model(embeds, tokens), Decoder(model.bfloat16())
+        whole, decoder = model(embeds, tokens), CachedDecoder(model.bfloat16())
         parts = [decoder.start(embeds, tokens[:, :2])] + [decoder.step(tokens[:, i]) for i in range(2, 8)]
         found = torch.stack(parts, 1)
     assert found.dtype == torch.float32 and (found - whole[:, 2:]).abs().max() < 0.02 * whole.abs().max()
