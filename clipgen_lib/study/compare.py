@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .. import evaluate, train_transformer
-from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig, replace_fields
+from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig
 from ..data.images import grid
 from ..runtime.checkpoints import module_hash
 from ..runtime.runs import RESULTS, ClipgenError, Run, open_run, read_json, write_json
@@ -187,7 +187,7 @@ def configs_of(wb: Workbench, recipe: Recipe, seed: int = 0, steps: int = 0) -> 
         config = {"retrieval": None, "vqgan-clip": preset.vqgan_clip, "gan": preset.fusion_gan}[recipe.system]
         return {"system": recipe.system, "config": config, "text": recipe.text, "seed": seed}
     parts = {"transformer": preset.transformer, "train": preset.transformer_train, "sample": preset.sample}
-    made = {name: replace_fields(part, {**PLAIN[name], **getattr(recipe, name)}) for name, part in parts.items()}
+    made = {name: replace(part, **{**PLAIN[name], **getattr(recipe, name)}) for name, part in parts.items()}
     if made["transformer"].conditioning == "words":  # as many as CLIP itself reads
         made["transformer"] = replace(made["transformer"], condition_tokens=wb.clip.tokenizer.context_length)
     if steps:
@@ -216,12 +216,13 @@ def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: 
     print(f"{recipe.name}, seed {seed}", flush=True)
     system, facts, seconds = _system(wb, recipe, configs, inputs, results / "ablation" / "trainings")
     start, oracle = time.perf_counter(), {}
+    evaluators, folder = evaluate.Evaluators(wb.evaluation_clip, classifier), path.parents[1] / "generated" / path.stem
     evaluation, _ = evaluate.evaluate_generator(
-        system, wb.images("val"), wb.evaluation_clip, config, wb.seed, classifier=classifier
+        system, wb.images("val"), evaluators, config, folder / "captions", wb.seed
     )
     if n_oracle:
         modalities = ("text", "image") if recipe.system == "clip-gen" else ("text",)
-        oracle = evaluate.evaluate_oracle(system, n_oracle, wb.seed, modalities=modalities)
+        oracle = evaluate.evaluate_oracle(system, folder / "oracle", n_oracle, wb.seed, modalities)
     evaluated, prompts = time.perf_counter(), wb.preview_prompts()
     path.parent.mkdir(parents=True, exist_ok=True)
     _save_images(system, prompts, path.with_suffix(".png"))
