@@ -154,7 +154,7 @@ class OptimConfig(Config):
     weight_decay: Amount = 0.05
     clip_norm: Amount = 1.0
     ema_decay: Share = 0.999
-    precision: Literal["bf16", "fp16", "no"] = "bf16"  # of autocast
+    precision: Literal["bf16", "no"] = "bf16"  # of autocast
     compile: bool = False
     log_every: Count = 100
     save_every: Count = 5_000

@@ -98,14 +98,14 @@ class TextToImage(
             dims = f"{transformer.clip_dim} dimensions and CLIP {clip.name} has {clip.dim}"
             raise ClipgenError(f"the transformer takes embeddings of {dims}: use the CLIP of its training")
         bank = torch.zeros(0, clip.dim) if bank is None else bank
-        whole = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), len(bank))
-        whole.bank.copy_(bank)
+        generator = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), len(bank))
+        generator.bank.copy_(bank)
         if offset is not None:
-            whole.offset.copy_(offset)
-        whole.vqgan.load_state_dict(vqgan.state_dict())
-        whole.transformer.load_state_dict(transformer.state_dict())
-        whole._clip.append(clip)
-        return whole.to(clip.device)
+            generator.offset.copy_(offset)
+        generator.vqgan.load_state_dict(vqgan.state_dict())
+        generator.transformer.load_state_dict(transformer.state_dict())
+        generator._clip.append(clip)
+        return generator.to(clip.device)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: object) -> TextToImage:
