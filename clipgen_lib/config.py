@@ -393,11 +393,6 @@ def load_preset(name: str, **overrides: dict) -> Preset:
     return replace(_changed(PRESETS[name], **overrides), name=name)
 
 
-def replace_fields(config: Config, values: dict) -> Config:
-    """A copy of a config with some fields replaced; raises `ClipgenError` for an unknown one."""
-    return replace(config, **values)
-
-
 def from_dict(kind: type, values: dict, whole: bool = True) -> Config:
     """Rebuild a config from its JSON form (lists for tuples); unless `whole`, a missing field has its default.
 
