@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= demo
 INSTALLED = $(VENV)/.installed
+PYTEST = CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test notebooks install
+.PHONY: install demo test notebooks bench chaos
 
 install: $(INSTALLED)
 
@@ -12,17 +13,29 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/pip install --quiet --editable ".[notebooks,test]"
 	touch $@
 
-# Notebooks 01 to 04 on the Shapes world; an interrupted demo goes on where it stopped.
+# Notebooks 01 to 04 on the Shapes world; an interrupted demo resumes from its last checkpoint.
 demo: $(INSTALLED)
 	$(VENV)/bin/clipgen run --preset laptop --run $(RUN)
 
+# The tests and the notebooks, both to the end; fails if either failed.
 test: $(INSTALLED)
 	rm -rf results/smoke results/smoke-clip  # notebooks run from the beginning
-	CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest tests
-	CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest -p no:cacheprovider --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300
+	failed=0; \
+	$(PYTEST) tests || failed=1; \
+	$(PYTEST) -p no:cacheprovider --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300 || failed=1; \
+	exit $$failed
 
-# Execute the saved notebooks again, at preset smoke, and keep their outputs.
+# Run the saved notebooks again, at preset smoke, and keep their outputs.
 notebooks: $(INSTALLED)
 	rm -rf results/smoke results/smoke-clip
 	CLIPGEN_PROGRESS=0 $(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 	$(VENV)/bin/python -c "import nbformat, pathlib, clipgen_lib.cli as c; [nbformat.write(c.tidied(nbformat.read(p, 4)), p) for p in pathlib.Path('notebooks').glob('*.ipynb')]"
+
+# Speed beside the plain ways, into results/speed/cpu.json.
+bench: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet --editable ".[bench]"
+	$(VENV)/bin/python tests/speed.py
+
+# Faults injected into runs, into results/chaos/table.json.
+chaos: $(INSTALLED)
+	$(VENV)/bin/python tests/chaos.py

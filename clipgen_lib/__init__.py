@@ -1,6 +1,15 @@
 """CLIP-GEN workbench: language-free text-to-image training, sampling and evaluation (arXiv 2203.00386).
 
-The heavy names are loaded on first use, so that `import clipgen_lib` stays light.
+The pipeline in order, a module for each step:
+
+    vqgan, train_vqgan              images <-> tokens (stage 1)
+    store                           every image once into tokens and a CLIP embedding
+    transformer, train_transformer  p(tokens | embedding) (stage 2)
+    sample, text_to_image           a prompt or an image -> images
+    evaluate                        images -> FID-k, CapS, accuracies
+
+`config` holds the presets, `workbench` runs one step after the other. The public names below are loaded on first use, so that
+`import clipgen_lib` imports no torch.
 """
 
 from importlib import import_module

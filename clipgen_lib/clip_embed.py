@@ -29,18 +29,19 @@ def _plain(file: Path, folder: Path) -> str:
     """A weights file that open_clip reads without running code: `file`, or a copy of its tensors in `folder`.
 
     OpenAI's own files are TorchScript archives, which hold the network's code beside the tensors. Opening one runs some of
-    that code, so that no other archive is opened than those that OpenAI has published.
-
-    Raises:
-        ClipgenError: a TorchScript archive of anybody else's.
+    that code, so that no other archive is opened than those that OpenAI has published. Raises ClipgenError for any other.
     """
+    from open_clip.pretrained import get_pretrained_url, list_pretrained
+
     if not zipfile.is_zipfile(file):
         return str(file)
     with zipfile.ZipFile(file) as archive:
         if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
             return str(file)
+    # open_clip lists them by addresses that hold their SHA-256
+    published = {get_pretrained_url(name, tag).split("/")[-2] for name, tag in list_pretrained() if tag == "openai"}
     with open(file, "rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() not in _published_archives():
+        if hashlib.file_digest(stream, "sha256").hexdigest() not in published:
             raise ClipgenError(
                 f"{file} holds code (a TorchScript archive that is not one of OpenAI's own), which is not run: save its state dict as .safetensors and give that"
             )
@@ -51,21 +52,15 @@ def _plain(file: Path, folder: Path) -> str:
     return str(folder / "model.safetensors")
 
 
-def _published_archives() -> set[str]:
-    """SHA-256 of the TorchScript archives that OpenAI has published, as open_clip lists them: it is in their addresses."""
-    from open_clip.pretrained import get_pretrained_url, list_pretrained
-
-    return {get_pretrained_url(name, tag).split("/")[-2] for name, tag in list_pretrained() if tag == "openai"}
-
-
 def _check_names(config: Path) -> None:
     """Refuse a folder's config that names a model elsewhere (`hf-hub:...`, a path) as one of its towers."""
     content = read_json(config).get("model_cfg")
     for part in content.values() if isinstance(content, dict) else ():
         for key in ("timm_model_name", "hf_model_name") if isinstance(part, dict) else ():
             if not re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*", str(part.get(key, "none"))):
+                named = shortened(str(part[key]))
                 raise ClipgenError(
-                    f"{config} names {shortened(str(part[key]))!r} as {key}, a place and not a model: restore the original file"
+                    f"{config} names {named!r} as {key}, a place and not a model: restore the original file"
                 )
 
 
@@ -85,10 +80,8 @@ def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | 
     for known in [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]:
         if repository and isinstance(cached := try_to_load_from_cache(repository, known), str):
             return Path(cached)
-    beside = (
-        Path("~/.cache/clip").expanduser() / Path(source.get("url", "")).name
-    )  # where it keeps what comes by address
-    return beside if not repository and beside.is_file() else None
+    downloaded = Path("~/.cache/clip").expanduser() / Path(source.get("url", "")).name  # from an address, not the hub
+    return downloaded if not repository and downloaded.is_file() else None
 
 
 def photo_notice(name: str, data: str) -> str:
@@ -96,7 +89,7 @@ def photo_notice(name: str, data: str) -> str:
     if data == "shapes" or _folder(name) != _folder(EMBEDDED):
         return ""
     return (
-        "This run's CLIP knows coloured shapes, not photos: what is drawn will take after your images, but prompts mean "
+        "This run's CLIP knows coloured shapes, not photos: what is generated will resemble your images, but prompts mean "
         "little to it. Name another with -p CLIP=ViT-B-32-quickgelu/openai (open_clip downloads it), or train one on images "
         "with captions or in class folders: clipgen train-clip --data FOLDER --run my-clip, then -p CLIP=results/my-clip/clip."
     )
@@ -116,18 +109,12 @@ class ClipEmbedder(nn.Module):
         self.name = name
         self.weights_hash = weights_hash
         preprocess = model.visual.preprocess_cfg
-        if preprocess["resize_mode"] not in ("shortest", "squash"):
-            raise ClipgenError(
-                f"CLIP {name} wants resize mode {shortened(repr(preprocess['resize_mode']))}: use a model of 'shortest' or 'squash'"
-            )
-        if preprocess["interpolation"] not in ("bicubic", "bilinear"):
-            raise ClipgenError(
-                f"CLIP {name} wants interpolation {shortened(repr(preprocess['interpolation']))}: use a model of 'bicubic' or 'bilinear'"
-            )
-        words, table = (
-            getattr(tokenizer, "vocab_size", 0),
-            getattr(getattr(model, "text", model), "token_embedding", None),
-        )
+        for key, known in (("resize_mode", ("shortest", "squash")), ("interpolation", ("bicubic", "bilinear"))):
+            if preprocess[key] not in known:
+                wanted, modes = shortened(repr(preprocess[key])), f"{known[0]!r} or {known[1]!r}"
+                raise ClipgenError(f"CLIP {name} wants {key.replace('_', ' ')} {wanted}: use a model of {modes}")
+        words = getattr(tokenizer, "vocab_size", 0)
+        table = getattr(getattr(model, "text", model), "token_embedding", None)
         if table is not None and words > table.num_embeddings:
             raise ClipgenError(
                 f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}: put the merges file of its training (bpe_merges.txt.gz) beside the weights"
@@ -158,12 +145,10 @@ class ClipEmbedder(nn.Module):
         """
         import open_clip
 
+        tag = shortened(f"{name}/{pretrained}")
         if not isinstance(name, str) or not isinstance(pretrained, str | None):
-            raise ClipgenError(
-                f"CLIP {shortened(f'{name}/{pretrained}')} is not named by texts: restore the original config"
-            )
-        folder = _folder(name)
-        arguments = {}
+            raise ClipgenError(f"CLIP {tag} is not named by texts: restore the original config")
+        folder, is_file, arguments = _folder(name), os.path.isfile(pretrained or ""), {}
         if name == EMBEDDED or os.path.isdir(folder):
             weights = folder / "open_clip_model.safetensors"
             if not weights.exists():
@@ -173,37 +158,31 @@ class ClipEmbedder(nn.Module):
             _check_names(folder / "open_clip_config.json")
             merges = folder / "bpe_merges.txt.gz"
             arguments = {"bpe_path": str(merges)} if merges.exists() else {}
-            source, pretrained, digest = f"local-dir:{folder}", None, file_hash(weights)
+            source, pretrained, is_file, digest = f"local-dir:{folder}", None, False, file_hash(weights)
         elif ":" in name:  # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files
-            raise ClipgenError(
-                f"CLIP {shortened(name)!r} names a place: give a folder, or an open_clip model and its weights"
-            )
+            raise ClipgenError(f"CLIP {tag} names a place: give a folder, or an open_clip model and its weights")
         elif pretrained is None:
             raise ClipgenError(
                 f"CLIP {shortened(name)!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file"
             )
         else:
-            source, digest = name, file_hash(Path(pretrained)) if os.path.isfile(pretrained) else f"{name}/{pretrained}"
+            source, digest = name, file_hash(Path(pretrained)) if is_file else tag
         try:
             with warnings.catch_warnings(), tempfile.TemporaryDirectory() as beside:
                 warnings.filterwarnings("error", message=".*QuickGELU.*")
-                weights = (
-                    _plain(Path(pretrained), Path(beside)) if pretrained and os.path.isfile(pretrained) else pretrained
-                )
+                weights = _plain(Path(pretrained), Path(beside)) if is_file else pretrained
                 model = open_clip.create_model(source, pretrained=weights, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source, **arguments)
-            shown = name if not Path(name).is_absolute() else Path(name).name  # results name no place on a machine
-            shown = shown if pretrained is None else f"{shown}/{Path(pretrained).name}"
+            shown = Path(name).name if Path(name).is_absolute() else name  # results name no place on a machine
+            shown = f"{shown}/{Path(pretrained).name}" if pretrained else shown
             return cls(model, tokenizer, shown, digest).to(device)
         except UserWarning as warning:
-            raise ClipgenError(
-                f"CLIP {name}/{pretrained}: {warning} Use the '-quickgelu' model name for these weights."
-            ) from None
+            raise ClipgenError(f"CLIP {tag}: {warning} Use the '-quickgelu' model name for these weights.") from None
         except ClipgenError:
             raise
         except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
             raise ClipgenError(
-                f"CLIP {shortened(f'{name}/{pretrained or folder}')} cannot be loaded ({reason(error)}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file"
+                f"CLIP {tag} cannot be loaded ({reason(error)}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file"
             ) from error
 
     @property

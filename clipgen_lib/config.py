@@ -1,157 +1,133 @@
-"""Every number that shapes a run: frozen dataclasses and the presets made of them.
+"""Every number that shapes a run: frozen dataclasses, checked by pydantic, and the presets made of them.
 
-In: a preset's name. Out: a `Preset`. The same code serves a laptop and a cluster; nothing differs but the preset.
-No field is read by nobody: a test walks them all. Importing this module imports no torch.
+In: a preset's name. Out: a `Preset`. The same code serves a laptop and a cluster; only the preset differs.
+A test checks that some module reads every field. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
-from numbers import Integral, Real
-from typing import get_args, get_origin, get_type_hints
+from dataclasses import fields, replace
+from functools import partial
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from .runtime.runs import ClipgenError, shortened
 
-# Counts are from 1, these from 0; other numbers are not below zero, and these not above one, or of either sign.
-FROM_ZERO = {"steps", "warmup", "workers", "restart_after", "top_k", "neighbours", "n_oracle", "blur"}
-SHARES = {
-    "beta2",
-    "codebook_decay",
-    "ema_decay",
-    "dropout",
-    "condition_dropout",
-    "embedding_share",
-    "top_p",
-    "adversarial_ramp",
-    "guidance_interval",
-}
+checked_dataclass = partial(
+    pydantic.dataclasses.dataclass, frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+)
 
-
-SIGNED = {"guidance", "noise_cos"}
-DEPTHS = {"layers", "res_blocks", "discriminator_layers"}  # not above a thousand: each is a loop of modules to build
 MOST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountFromZero = Annotated[int, Field(ge=0, le=MOST)]
+Depth = Annotated[int, Field(ge=1, le=1_000)]  # of a loop that builds modules
+Amount = Annotated[float, Field(ge=0, le=MOST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
+@checked_dataclass
 class Config:
-    """What every part of a preset is: a dataclass of numbers, names, switches and rows of numbers, each of its own kind."""
+    """Base of every part of a preset. A wrong value raises `ClipgenError` with its field and what to give."""
 
-    def __post_init__(self):
-        for name, hint in _hints(type(self)).items():
-            if wanted := _misfit(name, getattr(self, name), hint):
-                raise ClipgenError(f"{name} of {type(self).__name__} is {_shown(getattr(self, name))}: give {wanted}")
-
-
-_hints = cache(get_type_hints)
-
-
-def _misfit(name: str, value: object, hint: type) -> str:
-    """What a field takes, where the value is none of it; else nothing."""
-    if get_origin(hint) is tuple:
-        kind, *others = get_args(hint)
-        length, count = (range(1, 17), "1 to 16 values") if Ellipsis in others else ([2], "2 values")
-        good = isinstance(value, tuple) and len(value) in length and not any(_misfit(name, v, kind) for v in value)
-        return "" if good else f"{count}, each {_misfit(name, None, kind)}"
-    if hint in (int, float):
-        low = -MOST if name in SIGNED else int(hint is int and name not in FROM_ZERO)
-        high = 1 if name in SHARES else 1_000 if name in DEPTHS else MOST
-        good = (
-            isinstance(value, Integral if hint is int else Real)
-            and not isinstance(value, bool)
-            and low <= value <= high
-        )
-        return "" if good else f"a {'whole ' if hint is int else ''}number from {low} to {high}"
-    return "" if isinstance(value, hint) else {bool: "true or false", str: "a text"}.get(hint, "a text or nothing")
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, values: object, validate):
+        try:
+            return validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        known, name = [f.name for f in fields(cls)], next(iter(first["loc"]), "the value")
+        if first["type"] == "unexpected_keyword_argument":
+            raise ClipgenError(f"{cls.__name__} has no field {_shown(name)}: choose one of {', '.join(known)}")
+        name = known[name] if isinstance(name, int) else name  # of a positional argument
+        wanted = first["msg"].replace("Input should", "it should").replace("Tuple", "it")
+        raise ClipgenError(f"{name} of {cls.__name__} is {_shown(first['input'])}: {wanted}")
 
 
 def _shown(value: object) -> str:
     try:
         return shortened(repr(value), 80)
     except (ValueError, RecursionError):  # Python writes no numbers of more than 4,300 digits
-        return "too much to be shown"
+        return "too long to show"
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ShapesConfig(Config):
-    """Size of the embedded Shapes world."""
+    """Size of the embedded Shapes world, in images."""
 
-    n_train: int = 20_000
-    n_val: int = 1_000
+    n_train: Count = 20_000
+    n_val: Count = 1_000
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ClipConfig(Config):
-    """Which CLIP conditions, and which one judges CapS and R-precision (None: the same one, and the result says so)."""
+    """Which CLIP conditions, and which one evaluates CapS and R-precision (None: the same one, and the result says so)."""
 
     name: str = "shapes"
     pretrained: str | None = None
-    judge_name: str | None = None
-    judge_pretrained: str | None = None
+    evaluation_name: str | None = None
+    evaluation_pretrained: str | None = None
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class FitConfig(Config):
     """What the trainings of CLIP and of the classifier share: AdamW on one device, linear warm-up then cosine."""
 
-    steps: int = 1_200
-    batch_size: int = 128
-    lr: float = 2e-3
-    warmup: int = 100
-    weight_decay: float = 0.05
+    steps: CountFromZero = 1_200
+    batch_size: Count = 128
+    lr: Amount = 2e-3
+    warmup: CountFromZero = 100
+    weight_decay: Amount = 0.05
     bfloat16: bool = True
-    log_every: int = 20
-    save_every: int = 400
+    log_every: Count = 20
+    save_every: Count = 400
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ClassifierConfig(FitConfig):
-    """The classifier that judges drawn images of classes: a resnet18, `width` channels in its first stage."""
+    """The classifier of generated images of classes: a resnet18, `width` channels in its first stage."""
 
-    width: int = 32
+    width: Count = 32
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ClipTrainConfig(FitConfig):
     """Training of the embedded CLIP (notebooks/appendix_train_clip.ipynb)."""
 
-    scenes: int = 160_000
-    steps: int = 2_000
-    batch_size: int = 512
-    lr: float = 1.5e-3
-    warmup: int = 150
-    weight_decay: float = 0.1
-    save_every: int = 200
+    scenes: Count = 160_000
+    steps: CountFromZero = 2_000
+    batch_size: Count = 512
+    lr: Amount = 1.5e-3
+    warmup: CountFromZero = 150
+    weight_decay: Amount = 0.1
+    save_every: Count = 200
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class VQGANConfig(Config):
     """Architecture of stage 1; the downsampling factor is patch * 2^(levels - 1)."""
 
-    image_size: int = 64
-    patch: int = 1  # side of the pixel square folded into channels before the first convolution
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    local: bool = False  # a token depends on its own square of pixels alone: equal squares get equal tokens, which are easier to predict
-    z_channels: int = 256
-    codebook_size: int = 16_384
-    code_dim: int = 8
+    image_size: Count = 64
+    patch: Count = 1  # side of the pixel square folded into channels before the first convolution
+    channels: Count = 128
+    channel_mult: Annotated[tuple[Count, ...], Field(min_length=1, max_length=16)] = (1, 1, 2, 2, 4)
+    res_blocks: Depth = 2
+    local: bool = False  # a token depends on its own square of pixels alone; such tokens are easier to predict
+    z_channels: Count = 256
+    codebook_size: Annotated[int, Field(ge=1, le=65_536)] = 16_384  # the token store keeps 16 bits a token
+    code_dim: Count = 8
     l2_norm: bool = True  # nearest code by cosine (else euclidean)
-    codebook_update: str = "gradient"  # or "ema"; or "gumbel": tokens by a learnt projection, in released weights only
-    codebook_decay: float = 0.99  # of the EMA codebook
-    restart_after: int = 200  # training steps without use before a code is restarted; 0 never
+    codebook_update: Literal["gradient", "ema", "gumbel"] = "gradient"  # gumbel: in released weights only
+    codebook_decay: Share = 0.99  # of the EMA codebook
+    restart_after: CountFromZero = 200  # training steps without use before a code is restarted; 0 never
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.codebook_update not in ("gradient", "ema", "gumbel"):
-            raise ClipgenError(f"codebook_update is {_shown(self.codebook_update)}: choose 'gradient' or 'ema'")
         if self.image_size % self.factor:
             raise ClipgenError(
                 f"image_size {self.image_size} does not divide by the downsampling factor {self.factor}: change one of them"
-            )
-        if self.codebook_size > 65_536:
-            raise ClipgenError(
-                f"codebook_size {self.codebook_size} does not fit the token store's 16 bits: use at most 65536"
             )
 
     @property
@@ -164,332 +140,242 @@ class VQGANConfig(Config):
         return self.image_size // self.factor
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class OptimConfig(Config):
     """What both stages share. Linear warm-up then cosine, gradient clipping, EMA of the weights."""
 
-    steps: int = 100_000
-    batch_size: int = 32  # over all processes
-    accumulate: int = 1  # backward passes to an optimiser step
-    optimizer: str = "adamw"  # or "muon", which learns a small model in far fewer steps; of generator and transformer
-    lr: float = 1e-4
-    warmup: int = 1_000
-    beta2: float = 0.95
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    precision: str = "bf16"  # autocast: bf16, fp16 or no
+    steps: CountFromZero = 100_000
+    batch_size: Count = 32  # over all processes
+    accumulate: Count = 1  # backward passes to an optimiser step
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon trains a small model in far fewer steps
+    lr: Amount = 1e-4
+    warmup: CountFromZero = 1_000
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    weight_decay: Amount = 0.05
+    clip_norm: Amount = 1.0
+    ema_decay: Share = 0.999
+    precision: Literal["bf16", "fp16", "no"] = "bf16"  # of autocast
     compile: bool = False
-    log_every: int = 100
-    save_every: int = 5_000
-    workers: int = 8  # processes that decode images; 0 decodes in the loop and keeps what fits in memory
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.precision not in ("bf16", "fp16", "no"):
-            raise ClipgenError(f"precision is {_shown(self.precision)}: choose 'bf16', 'fp16' or 'no'")
-        if self.beta2 == 1:
-            raise ClipgenError("beta2 is 1, with which Adam never learns the size of a gradient: give a number below 1")
+    log_every: Count = 100
+    save_every: Count = 5_000
+    workers: CountFromZero = 8  # processes that decode images; 0 decodes in the loop and keeps what fits in memory
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class VQGANTrainConfig(OptimConfig):
-    beta: float = 0.25  # of the commitment loss
-    l1_weight: float = 1.0
-    l2_weight: float = 0.0  # of the mean squared error beside it; small coloured things are learnt sooner with it
-    perceptual: str = "lpips"  # or "clip" or "none"
-    perceptual_weight: float = 1.0
-    adversarial_weight: float = 0.1
-    adversarial_ramp: tuple[float, float] = (
-        0.2,
-        0.4,
-    )  # shares of the training: 0 before the first, full after the second
-    adaptive_max: float = 10.0  # clamp of the adaptive weight
-    discriminator_channels: int = 64
-    discriminator_layers: int = 3
-    discriminator_lr: float = 1e-4
+    """Training of stage 1."""
+
+    beta: Amount = 0.25  # of the commitment loss
+    l1_weight: Amount = 1.0
+    l2_weight: Amount = 0.0  # of the mean squared error; with it small coloured objects are learnt sooner
+    perceptual: Literal["lpips", "clip", "none"] = "lpips"
+    perceptual_weight: Amount = 1.0
+    adversarial_weight: Amount = 0.1
+    adversarial_ramp: tuple[Share, Share] = (0.2, 0.4)  # shares of the training: 0 before, full after
+    adaptive_max: Amount = 10.0  # clamp of the adaptive weight
+    discriminator_channels: Count = 64
+    discriminator_layers: Depth = 3
+    discriminator_lr: Amount = 1e-4
     flip: bool = True
     random_crop: bool = True
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class TransformerConfig(Config):
     """Architecture of stage 2; codebook, token count and CLIP dimension come from the store."""
 
-    layers: int = 24
-    width: int = 1_024
-    heads: int = 16
-    conditioning: str = (
-        "prefix"  # or "adaln": adaptive layer norm in every block; or "words": text tokens as the prefix
-    )
-    condition_tokens: int = 1  # inputs before the first image token
-    dropout: float = 0.0
+    layers: Depth = 24
+    width: Count = 1_024
+    heads: Count = 16
+    # adaln: adaptive layer norm in every block; words: text tokens as the prefix
+    conditioning: Literal["prefix", "adaln", "words"] = "prefix"
+    condition_tokens: Count = 1  # inputs before the first image token
+    dropout: Share = 0.0
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.conditioning not in ("prefix", "adaln", "words"):
-            raise ClipgenError(f"conditioning is {_shown(self.conditioning)}: choose 'prefix', 'adaln' or 'words'")
         if self.width % self.heads:
             raise ClipgenError(f"width {self.width} does not divide by {self.heads} heads: change one of them")
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class TransformerTrainConfig(OptimConfig):
-    condition_dropout: float = 0.1  # share of rows trained without condition, for guidance
-    noise_cos: float = 1.0  # lowest target cosine of the noised and the clean embedding; 1 adds no noise
-    centre: bool = False  # take each modality's mean off its embeddings; needs some texts, of whatever images
-    embedding_weight: float = 0.1  # of the CLIP embedding reconstruction loss
-    embedding_share: float = 0.125  # of the batch that it is computed on
-    embedding_path: str = "straight-through"  # gradient through the likeliest tokens; or "gumbel": through sampled ones
-    embedding_form: str = "cosine"  # 1 - similarity; or "log": -log of it
+    """Training of stage 2."""
+
+    condition_dropout: Share = 0.1  # share of rows trained without condition, for guidance
+    noise_cos: Cosine = 1.0  # lowest target cosine of the noised and the clean embedding; 1 adds no noise
+    centre: bool = False  # subtract each modality's mean from its embeddings; needs some texts, of whatever images
+    embedding_weight: Amount = 0.1  # of the CLIP embedding reconstruction loss
+    embedding_share: Share = 0.125  # of the batch that it is computed on
+    embedding_path: Literal["straight-through", "gumbel"] = (
+        "straight-through"  # gradient through likeliest tokens, or sampled
+    )
+    embedding_form: Literal["cosine", "log"] = "cosine"  # 1 - similarity, or -log of it
     flip: bool = True  # horizontally flipped images as extra rows of the store
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.embedding_path not in ("straight-through", "gumbel"):
-            raise ClipgenError(
-                f"embedding_path is {_shown(self.embedding_path)}: choose 'straight-through' or 'gumbel'"
-            )
-        if self.embedding_form not in ("cosine", "log"):
-            raise ClipgenError(f"embedding_form is {_shown(self.embedding_form)}: choose 'cosine' or 'log'")
 
-
-@dataclass(frozen=True)
+@checked_dataclass
 class SampleConfig(Config):
-    temperature: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0
-    guidance: float = 3.0  # 1 is no guidance
-    guidance_schedule: str = "constant"  # or "linear", "cosine": from 1 at the first token up to `guidance` at the last
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the tokens between which there is guidance
-    neighbours: int = 0  # training images whose mean embedding takes the place of a text's; 0 takes the text's own
+    """How images are sampled; every field may be replaced in a call."""
+
+    temperature: Amount = 1.0
+    top_k: CountFromZero = 0  # 0 keeps all
+    top_p: Share = 1.0
+    guidance: Annotated[float, Field(ge=-MOST, le=MOST)] = 3.0  # 1 is no guidance
+    # linear and cosine rise from 1 at the first token to `guidance` at the last
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)  # shares of the tokens between which there is guidance
+    neighbours: CountFromZero = 0  # training images whose mean embedding replaces a text's; 0 takes the text's own
     shift: bool = False  # move a text's embedding by mean image minus mean text; needs some texts, of whatever images
-    candidates: int = 1  # images drawn for each one kept, the one that CLIP finds nearest to the prompt
-    batch_size: int = 64
+    candidates: Count = 1  # images sampled for each one kept, the one that CLIP finds nearest to the prompt
+    batch_size: Count = 64
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.guidance_schedule not in ("constant", "linear", "cosine"):
-            raise ClipgenError(
-                f"guidance_schedule is {_shown(self.guidance_schedule)}: choose 'constant', 'linear' or 'cosine'"
-            )
-        first, last = self.guidance_interval
-        if not 0 <= first < last <= 1:
+        if self.guidance_interval[0] >= self.guidance_interval[1]:
             raise ClipgenError(f"guidance_interval is {self.guidance_interval}: give two rising shares between 0 and 1")
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class FusionGANConfig(Config):
     """The conditional GAN of the comparison, and its training (DF-GAN's rates)."""
 
-    channels: int = 16  # at full resolution, up to four times as many below
-    noise_dim: int = 64
-    steps: int = 1_500
-    batch_size: int = 32
-    generator_lr: float = 1e-4
-    critic_lr: float = 4e-4
-    ema_decay: float = 0.99
-    log_every: int = 50
+    channels: Count = 16  # at full resolution, up to four times as many below
+    noise_dim: Count = 64
+    steps: CountFromZero = 1_500
+    batch_size: Count = 32
+    generator_lr: Amount = 1e-4
+    critic_lr: Amount = 4e-4
+    ema_decay: Share = 0.99
+    log_every: Count = 50
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class VQGANCLIPConfig(Config):
     """Optimisation of VQGAN's latents for CLIP, in the comparison; rate and noise are those of the released notebook."""
 
-    steps: int = 100
-    cutouts: int = 4
-    lr: float = 0.1
-    noise: float = 0.1
-    batch_size: int = 32  # images optimised side by side
+    steps: CountFromZero = 100
+    cutouts: Count = 4
+    lr: Amount = 0.1
+    noise: Amount = 0.1
+    batch_size: Count = 32  # images optimised side by side
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class EvaluateConfig(Config):
-    n: int = 30_000  # captions
-    n_oracle: int = 512  # prompts of each kind (Shapes world only)
-    blur: tuple[int, ...] = (0, 1, 2, 4, 8)  # k of FID-k, pixels
-    protocol: str = "inception"  # feature network of FID: inception or clip
-    batch_size: int = 64
+    """How a run is evaluated."""
+
+    n: Count = 30_000  # captions
+    n_oracle: CountFromZero = 512  # prompts of each kind (Shapes world only)
+    blur: Annotated[tuple[CountFromZero, ...], Field(min_length=1, max_length=16)] = (
+        0,
+        1,
+        2,
+        4,
+        8,
+    )  # k of FID-k, pixels
+    protocol: Literal["inception", "clean", "torchmetrics", "dmgan", "clip"] = "inception"  # feature network of FID
+    batch_size: Count = 64
 
 
-@dataclass(frozen=True)
-class Preset:
+@checked_dataclass
+class Preset(Config):
+    """All parts of a run's configuration."""
+
     name: str = "custom"
-    shapes: ShapesConfig = field(default_factory=ShapesConfig)
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    clip_train: ClipTrainConfig = field(default_factory=ClipTrainConfig)
-    vqgan: VQGANConfig = field(default_factory=VQGANConfig)
-    vqgan_train: VQGANTrainConfig = field(default_factory=VQGANTrainConfig)
-    transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    transformer_train: TransformerTrainConfig = field(default_factory=TransformerTrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    fusion_gan: FusionGANConfig = field(default_factory=FusionGANConfig)
-    vqgan_clip: VQGANCLIPConfig = field(default_factory=VQGANCLIPConfig)
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    shapes: ShapesConfig = ShapesConfig()
+    clip: ClipConfig = ClipConfig()
+    clip_train: ClipTrainConfig = ClipTrainConfig()
+    vqgan: VQGANConfig = VQGANConfig()
+    vqgan_train: VQGANTrainConfig = VQGANTrainConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    transformer_train: TransformerTrainConfig = TransformerTrainConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    fusion_gan: FusionGANConfig = FusionGANConfig()
+    vqgan_clip: VQGANCLIPConfig = VQGANCLIPConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
 
 
-def _laptop() -> Preset:
-    return Preset(
-        shapes=ShapesConfig(n_train=20_000, n_val=1_000),
-        vqgan=VQGANConfig(
-            image_size=64,
-            patch=4,
-            channels=64,
-            channel_mult=(1, 1),
-            res_blocks=1,
-            local=True,
-            z_channels=64,
-            codebook_size=256,
-            code_dim=16,
-            l2_norm=False,
-            codebook_update="ema",
-            codebook_decay=0.97,
-            restart_after=20,
-        ),
-        vqgan_train=VQGANTrainConfig(
-            steps=3_500,
-            batch_size=16,
-            optimizer="muon",
-            lr=1.5e-3,
-            warmup=50,
-            beta2=0.99,
-            weight_decay=0.01,
-            ema_decay=0.99,
-            log_every=50,
-            save_every=500,
-            workers=0,
-            l1_weight=0.3,
-            l2_weight=1.0,
-            perceptual="none",
-            adversarial_weight=0.05,
-            adversarial_ramp=(0.75, 0.9),
-            discriminator_channels=16,
-            discriminator_lr=2e-4,
-            flip=False,
-            random_crop=False,
-        ),
-        transformer=TransformerConfig(layers=6, width=128, heads=4),
-        transformer_train=TransformerTrainConfig(
-            steps=8_000,
-            batch_size=32,
-            optimizer="muon",
-            lr=4e-3,
-            warmup=50,
-            ema_decay=0.99,
-            log_every=50,
-            save_every=1_000,
-            workers=0,
-            noise_cos=0.85,
-            embedding_weight=0.0,
-            embedding_share=0.0625,  # what pays here: results/ablation
-        ),
-        sample=SampleConfig(guidance=2.0, guidance_schedule="linear", top_p=0.95, batch_size=128),
-        evaluate=EvaluateConfig(n=1_000, n_oracle=512, protocol="clip", batch_size=125),
-    )
+def _changed(preset: Preset, **parts: dict) -> Preset:
+    """A copy of a preset with some fields of some parts replaced."""
+    return replace(preset, **{part: replace(getattr(preset, part), **values) for part, values in parts.items()})
 
 
-def _reference() -> Preset:
-    """`laptop` with five times the scenes, four times the codes and hours instead of minutes: the weights of `shapes`."""
-    laptop = _laptop()
-    return replace(
-        laptop,
-        shapes=ShapesConfig(n_train=100_000, n_val=1_000),
-        vqgan=replace(laptop.vqgan, codebook_size=1_024, restart_after=100),
-        vqgan_train=replace(laptop.vqgan_train, steps=12_000),
-        transformer=replace(laptop.transformer, width=256, condition_tokens=4),
-        transformer_train=replace(
-            laptop.transformer_train, steps=10_000, batch_size=64, lr=3e-3, warmup=100, ema_decay=0.995
-        ),
-        sample=replace(
-            laptop.sample, temperature=0.9
-        ),  # chosen on prompts of another seed than the one that is reported
-        evaluate=replace(laptop.evaluate, n_oracle=1_000),
-    )
+SMALL = dict(optimizer="muon", warmup=50, ema_decay=0.99, log_every=50, workers=0)
+LAPTOP = _changed(
+    Preset(),
+    vqgan=dict(patch=4, channels=64, channel_mult=(1, 1), res_blocks=1, local=True, z_channels=64)
+    | dict(codebook_size=256, code_dim=16, l2_norm=False, codebook_update="ema", codebook_decay=0.97, restart_after=20),
+    vqgan_train=SMALL
+    | dict(steps=3_500, batch_size=16, lr=1.5e-3, beta2=0.99, weight_decay=0.01, save_every=500)
+    | dict(l1_weight=0.3, l2_weight=1.0, perceptual="none", adversarial_weight=0.05, adversarial_ramp=(0.75, 0.9))
+    | dict(discriminator_channels=16, discriminator_lr=2e-4, flip=False, random_crop=False),
+    transformer=dict(layers=6, width=128, heads=4),
+    transformer_train=SMALL
+    | dict(steps=8_000, batch_size=32, lr=4e-3, save_every=1_000)
+    | dict(noise_cos=0.85, embedding_weight=0.0, embedding_share=0.0625),  # what helps here: results/ablation
+    sample=dict(guidance=2.0, guidance_schedule="linear", top_p=0.95, batch_size=128),
+    evaluate=dict(n=1_000, protocol="clip", batch_size=125),
+)
 
+# `laptop` with five times the scenes, four times the codes and hours instead of minutes: the weights of `shapes`.
+REFERENCE = _changed(
+    LAPTOP,
+    shapes=dict(n_train=100_000),
+    vqgan=dict(codebook_size=1_024, restart_after=100),
+    vqgan_train=dict(steps=12_000),
+    transformer=dict(width=256, condition_tokens=4),
+    transformer_train=dict(steps=10_000, batch_size=64, lr=3e-3, warmup=100, ema_decay=0.995),
+    sample=dict(temperature=0.9),  # chosen on prompts of another seed than the reported ones
+    evaluate=dict(n_oracle=1_000),
+)
 
-def _smoke() -> Preset:
-    """Everything of `laptop`, so small that each notebook takes seconds; its images are not worth looking at."""
-    laptop = _laptop()
-    return replace(
-        laptop,
-        shapes=ShapesConfig(n_train=256, n_val=64),
-        clip_train=replace(laptop.clip_train, scenes=512, steps=6, batch_size=64, warmup=2, log_every=2, save_every=3),
-        vqgan=replace(laptop.vqgan, channels=16, codebook_size=128),
-        vqgan_train=replace(
-            laptop.vqgan_train,
-            perceptual="clip",
-            perceptual_weight=0.1,
-            steps=40,
-            batch_size=16,
-            warmup=10,
-            ema_decay=0.9,
-            log_every=5,
-            save_every=20,
-        ),
-        transformer=replace(laptop.transformer, layers=2, width=64, heads=2),
-        transformer_train=replace(
-            laptop.transformer_train,
-            embedding_weight=0.1,
-            steps=40,
-            batch_size=32,
-            warmup=10,
-            ema_decay=0.9,
-            log_every=5,
-            save_every=20,
-        ),
-        evaluate=replace(laptop.evaluate, n=64, n_oracle=16, batch_size=32),
-    )
+# Everything of `laptop`, so small that each notebook takes seconds; its images are not worth looking at.
+TINY = dict(steps=40, warmup=10, ema_decay=0.9, log_every=5, save_every=20)
+SMOKE = _changed(
+    LAPTOP,
+    shapes=dict(n_train=256, n_val=64),
+    clip_train=dict(scenes=512, steps=6, batch_size=64, warmup=2, log_every=2, save_every=3),
+    vqgan=dict(channels=16, codebook_size=128),
+    vqgan_train=dict(perceptual="clip", perceptual_weight=0.1, **TINY),
+    transformer=dict(layers=2, width=64, heads=2),
+    transformer_train=dict(embedding_weight=0.1, **TINY),
+    evaluate=dict(n=64, n_oracle=16, batch_size=32),
+)
 
+# 64x64 photos on one GPU: 256 tokens of 4,096 codes and an 85M transformer.
+VIT_B_32 = dict(name="ViT-B-32-quickgelu", pretrained="openai")
+GPU64 = _changed(
+    Preset(),
+    clip=VIT_B_32,
+    vqgan=dict(channel_mult=(1, 2, 2), codebook_size=4_096),
+    vqgan_train=dict(steps=60_000, batch_size=128, lr=2e-4, compile=True),
+    transformer=dict(layers=12, width=768, heads=12, condition_tokens=4, dropout=0.1),
+    transformer_train=dict(steps=60_000, batch_size=256, accumulate=4, lr=4e-4, noise_cos=0.32, compile=True),
+    sample=dict(batch_size=256),
+    evaluate=dict(n=10_000),
+)
 
-def _gpu64() -> Preset:
-    """64x64 photos on one GPU: 256 tokens of 4,096 codes and an 85M transformer."""
-    return Preset(
-        clip=ClipConfig("ViT-B-32-quickgelu", "openai"),
-        vqgan=VQGANConfig(image_size=64, channels=128, channel_mult=(1, 2, 2), codebook_size=4_096),
-        vqgan_train=VQGANTrainConfig(steps=60_000, batch_size=128, lr=2e-4, compile=True),
-        transformer=TransformerConfig(layers=12, width=768, heads=12, condition_tokens=4, dropout=0.1),
-        transformer_train=TransformerTrainConfig(
-            steps=60_000, batch_size=256, accumulate=4, lr=4e-4, noise_cos=0.32, compile=True
-        ),
-        sample=SampleConfig(guidance=3.0, batch_size=256),
-        evaluate=EvaluateConfig(n=10_000),
-    )
+# The paper's scale on MS-COCO: 256x256, f16, 16,384 codes, ViT-B/32, 24 blocks of width 1,024.
+COCO = _changed(
+    Preset(),
+    clip=VIT_B_32,
+    vqgan=dict(image_size=256),
+    vqgan_train=dict(steps=250_000, batch_size=64, accumulate=2),
+    transformer=dict(gradient_checkpointing=True),
+    transformer_train=dict(steps=200_000, batch_size=256, lr=2e-4, noise_cos=0.32, accumulate=4),
+    sample=dict(top_k=4_096, batch_size=32),
+)
 
+# `coco` with the longer training that a million images need.
+IMAGENET = _changed(
+    COCO,
+    vqgan_train=dict(steps=500_000, batch_size=128, accumulate=4),
+    transformer_train=dict(steps=500_000, batch_size=512, accumulate=8),
+    evaluate=dict(n=50_000),
+)
 
-def _coco() -> Preset:
-    """The paper's scale on MS-COCO: 256x256, f16, 16,384 codes, ViT-B/32, 24 blocks of width 1,024."""
-    return Preset(
-        clip=ClipConfig("ViT-B-32-quickgelu", "openai"),
-        vqgan=VQGANConfig(image_size=256),
-        vqgan_train=VQGANTrainConfig(steps=250_000, batch_size=64, accumulate=2),
-        transformer=TransformerConfig(gradient_checkpointing=True),
-        transformer_train=TransformerTrainConfig(steps=200_000, batch_size=256, lr=2e-4, noise_cos=0.32, accumulate=4),
-        sample=SampleConfig(guidance=3.0, top_k=4_096, batch_size=32),
-        evaluate=EvaluateConfig(n=30_000),
-    )
-
-
-def _imagenet() -> Preset:
-    """The coco preset with the longer training that a million images ask for."""
-    coco = _coco()
-    return replace(
-        coco,
-        vqgan_train=replace(coco.vqgan_train, steps=500_000, batch_size=128, accumulate=4),
-        transformer_train=replace(coco.transformer_train, steps=500_000, batch_size=512, accumulate=8),
-        evaluate=replace(coco.evaluate, n=50_000),
-    )
-
-
-PRESETS = {
-    "smoke": _smoke,
-    "laptop": _laptop,
-    "reference": _reference,
-    "gpu64": _gpu64,
-    "coco": _coco,
-    "imagenet": _imagenet,
-}
+PRESETS = dict(smoke=SMOKE, laptop=LAPTOP, reference=REFERENCE, gpu64=GPU64, coco=COCO, imagenet=IMAGENET)
 
 
 def load_preset(name: str, **overrides: dict) -> Preset:
@@ -500,35 +386,29 @@ def load_preset(name: str, **overrides: dict) -> Preset:
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ClipgenError(f"unknown preset {_shown(name)}: choose one of {', '.join(PRESETS)}")
-    preset = replace(PRESETS[name](), name=name)
-    for part, values in overrides.items():
-        if part not in {f.name for f in fields(preset)} or not is_dataclass(getattr(preset, part)):
-            raise ClipgenError(
-                f"preset {name!r} has no part {part!r}: choose one of {', '.join(f.name for f in fields(preset)[1:])}"
-            )
-        preset = replace(preset, **{part: replace_fields(getattr(preset, part), values)})
-    return preset
+    parts = [f.name for f in fields(Preset)[1:]]
+    for part in overrides:
+        if part not in parts:
+            raise ClipgenError(f"preset {name!r} has no part {part!r}: choose one of {', '.join(parts)}")
+    return replace(_changed(PRESETS[name], **overrides), name=name)
 
 
-def replace_fields(config: object, values: dict) -> object:
-    """A copy of a config with some fields replaced; an unknown one is refused by name."""
-    known = {f.name for f in fields(config)}
-    for key in values:
-        if key not in known:
-            raise ClipgenError(
-                f"{type(config).__name__} has no field {_shown(key)}: choose one of {', '.join(sorted(known))}"
-            )
+def replace_fields(config: Config, values: dict) -> Config:
+    """A copy of a config with some fields replaced; raises `ClipgenError` for an unknown one."""
     return replace(config, **values)
 
 
-def from_dict(kind: type, values: dict) -> object:
-    """Rebuild a config from its JSON form, lists to tuples; an unknown field is refused, a missing one too, one of another kind too."""
+def from_dict(kind: type, values: dict, whole: bool = True) -> Config:
+    """Rebuild a config from its JSON form (lists for tuples); unless `whole`, a missing field has its default.
+
+    Raises:
+        ClipgenError: no JSON object, or a field that is missing, unknown or of another kind.
+    """
     if not isinstance(values, dict):
-        raise ClipgenError(f"{kind.__name__} is {_shown(values)} where its fields should be: restore the original file")
-    if missing := [f.name for f in fields(kind) if f.name not in values]:
+        raise ClipgenError(f"{kind.__name__} is {_shown(values)}, not its fields: restore the original file")
+    defaults = {f.name: f.default for f in fields(kind)}
+    if whole and (missing := [name for name in defaults if name not in values]):
         raise ClipgenError(f"{kind.__name__} lacks {', '.join(missing)}: the file was written by another version")
-    if unknown := [key for key in values if key not in _hints(kind)]:
-        raise ClipgenError(
-            f"{kind.__name__} has no field {shortened(', '.join(map(str, unknown)))}: the file was written by another version"
-        )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    made = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    parts = {name: default for name, default in defaults.items() if isinstance(default, Config) and name in values}
+    return kind(**made | {name: from_dict(type(default), values[name], whole) for name, default in parts.items()})

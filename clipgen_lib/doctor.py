@@ -1,243 +1,163 @@
-"""What this machine has and which preset fits it, before anything is trained.
+"""What this machine has, which weights are here, and which preset fits, on one page. Nothing is downloaded, no weights are read.
 
-In: nothing, or a `Machine`. Out: facts as plain data, and a table of them as text. Nothing is downloaded, no network is asked
-and no weights are read.
+The memory of a training is an estimate for its larger stage: 20 bytes for each trained parameter (weights, gradients, two
+moments of AdamW and the EMA, in float32), the float32 tensors that autograd keeps of one pass on the meta device (of which
+autocast leaves 0.85 in the VQGAN, whose norms stay in float32, and 0.35 in the transformer, whose attention keeps no maps on
+a GPU), the frozen networks, and 1.5 GB for Python and the driver. Operations are three times those that torch counts in one
+forward pass of each stage, times batch and steps; a CPU core is taken to do 10^11 in a second.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
+import psutil
 import torch
-from packaging.requirements import Requirement
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import vgg16
 
-from .clip_embed import EMBEDDED, find_weights
-from .config import PRESETS, ClipConfig, Preset, load_preset
-from .cost import count, need
-from .runtime.checkpoints import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, Weights, hub_folder
-from .runtime.runs import DATA, RESULTS, ROOT, versions
+from .clip_embed import find_weights
+from .config import PRESETS, Preset
+from .runtime.checkpoints import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, hub_folder
+from .runtime.runs import DATA, RESULTS, versions
+from .train_vqgan import PatchDiscriminator
+from .transformer import ImageTransformer
+from .vqgan import VQGAN
 
-CORE_SPEED = (
-    100e9  # operations a second and core that the trainings of `laptop` and `reference` reach or pass in bfloat16
-)
-
-
-LONGEST_DAYS = 3.0  # of a training on a CPU before this page calls it too long
+LONGEST_DAYS = 3  # of a training on a CPU before this page calls it too long
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """Sizes are in GB of 10^9 bytes."""
 
     cores: int
     ram: float
     disk: float  # free where results/ lies
-    gpus: tuple[tuple[str, float], ...] = ()  # name and memory of each that torch sees
-    others: tuple[str, ...] = ()  # devices that torch sees beside these, such as mps
+    gpus: tuple[tuple[str, float], ...] = ()  # name and memory of each
 
 
-@dataclass(frozen=True)
-class File:
-    """Weights that something here asks for."""
-
-    name: str
-    serves: str
-    path: Path | None  # where they lie; None where they are not on this machine
-    cure: str
+class Need(NamedTuple):
+    parameters: int  # of both trained networks
+    gigabytes: float
+    operations: float  # of both trainings
 
 
 def this_machine() -> Machine:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    place = next(folder for folder in (RESULTS, *RESULTS.parents) if folder.exists())
+    disk = shutil.disk_usage(next(folder for folder in (RESULTS, *RESULTS.parents) if folder.exists())).free / 1e9
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    others = ("mps",) if torch.backends.mps.is_available() else ()
-    return Machine(
-        cores, _ram(), shutil.disk_usage(place).free / 1e9, tuple((g.name, g.total_memory / 1e9) for g in gpus), others
-    )
+    shown = tuple((gpu.name, gpu.total_memory / 1e9) for gpu in gpus)
+    return Machine(os.cpu_count() or 1, psutil.virtual_memory().total / 1e9, disk, shown)
 
 
-def _ram() -> float:
-    """GB of memory, or what the container is allowed of it."""
-    import psutil
-
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.is_file() else ""
-    return min(psutil.virtual_memory().total, int(allowed) if allowed.isdigit() else 1 << 62) / 1e9
+def weights_of(preset: Preset) -> list[str]:
+    """Names of the weights without which a preset's training does not begin."""
+    clip = f"{preset.clip.name}/{preset.clip.pretrained}" if preset.clip.pretrained else "data/shapes_clip"
+    return [clip, VGG16.file] if preset.vqgan_train.perceptual == "lpips" else [clip]
 
 
-def weights_here(presets: tuple[str, ...] = tuple(PRESETS)) -> list[File]:
-    """Every weights file that a preset, a protocol or a metric asks for, whether it is here or not."""
-    users: dict[ClipConfig, list[str]] = {}
-    for name in presets:
-        users.setdefault(load_preset(name).clip, []).append(name)
-    found = []
-    for clip, names in users.items():
-        cure = (
-            "restore data/shapes_clip from the repository"
-            if clip.name == EMBEDDED
-            else "open_clip downloads them on first use, or copy its Hugging Face cache here"
-        )
-        found.append(
-            File(clip_name(clip), f"CLIP of {', '.join(names)}", find_weights(clip.name, clip.pretrained), cure)
-        )
-    folder = DATA / "shapes_generator"
-    whole = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
-    cure = "restore it from the repository, or make it: clipgen run --preset reference, then clipgen export --to data/shapes_generator"
-    found.append(File(_short(folder), 'TextToImage.from_pretrained("shapes")', folder if whole else None, cure))
-    for weights, serves in (
-        (FID_INCEPTION, "FID protocols inception, clean, torchmetrics"),
-        (TORCHVISION_INCEPTION, "FID protocol dmgan"),
-        (ALEXNET, "LPIPS as a metric"),
-        (VGG16, "LPIPS as a loss: " + ", ".join(name for name in presets if _needs_vgg(load_preset(name)))),
+def missing_weights() -> dict[str, str]:
+    """Every weights file that a preset or a metric asks for: its name, and where it is not here how to get it, else an empty text."""
+    found = {}
+    for preset in PRESETS.values():
+        cure = "open_clip downloads it on first use, or copy its Hugging Face cache here"
+        if preset.clip.pretrained is None:
+            cure = f"restore {DATA / 'shapes_clip'} from the repository"
+        is_here = find_weights(preset.clip.name, preset.clip.pretrained) is not None
+        found[weights_of(preset)[0]] = "" if is_here else cure
+    is_here = (DATA / "shapes_generator" / "model.safetensors").is_file()
+    found["data/shapes_generator"] = "" if is_here else "restore it from the repository: clipgen generate needs it"
+    for file, use in {
+        VGG16: "LPIPS loss",
+        ALEXNET: "LPIPS",
+        FID_INCEPTION: "FID",
+        TORCHVISION_INCEPTION: "dmgan",
+    }.items():
+        is_here = (hub_folder() / file.file).is_file()
+        found[file.file] = "" if is_here else f"for {use}: put it into {hub_folder()}, from {file.source}"
+    return found
+
+
+@cache
+def need(preset: Preset) -> Need:
+    """What the two trainings of a preset take on one device; the module's docstring says what is assumed."""
+    config, train = preset.vqgan, preset.vqgan_train
+    clip_dim, clip_size = (512, 151e6) if preset.clip.pretrained else (256, 6e6)  # ViT-B/32, the embedded CLIP
+    with torch.device("meta"):
+        vqgan, critic = VQGAN(config), PatchDiscriminator(train.discriminator_channels, train.discriminator_layers)
+        transformer = ImageTransformer(preset.transformer, config.codebook_size, config.side**2, clip_dim)
+        vgg = vgg16().features.requires_grad_(False) if VGG16.file in weights_of(preset) else nn.Identity()
+
+        def vqgan_pass() -> object:
+            fake, _ = vqgan(torch.empty(1, 3, config.image_size, config.image_size))
+            return critic(fake), vgg(fake)
+
+        def transformer_pass() -> object:
+            return transformer(torch.empty(1, clip_dim), torch.zeros(1, config.side**2, dtype=torch.long)).log_softmax(
+                -1
+            )
+
+        kept, operations = zip(_one_pass(vqgan_pass), _one_pass(transformer_pass), strict=True)
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (vqgan, transformer, critic, vgg)]
+    trained, gigabytes, total = (sizes[0] + sizes[2], sizes[1]), [], 0.0
+    for i, (stage, share) in enumerate(((train, 0.85), (preset.transformer_train, 0.35))):
+        gigabytes.append((20 * trained[i] + share * kept[i] * stage.batch_size / stage.accumulate) / 1e9)
+        total += 3 * operations[i] * stage.batch_size * stage.steps
+    return Need(sizes[0] + sizes[1], 1.5 + 4 * (clip_size + sizes[3]) / 1e9 + max(gigabytes), total)
+
+
+def _one_pass(forward: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that autograd keeps for the backward pass of one image, and operations of the forward pass."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[id(tensor)] = tensor  # held, so that no other tensor gets its number
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        found.append(_hub_file(weights, serves))
-    return found
+        forward()
+    return sum(tensor.nbytes for tensor in kept.values()), counter.get_total_flops()
 
 
-def _hub_file(weights: Weights, serves: str) -> File:
-    path = hub_folder() / weights.file
-    return File(
-        weights.file,
-        serves,
-        path if path.is_file() else None,
-        f"put it into {_short(hub_folder())}, from {weights.source}",
-    )
+def fit(preset: Preset, machine: Machine) -> tuple[bool, str]:
+    """Whether the trainings of a preset fit a machine, and why."""
+    parameters, gigabytes, operations = need(preset)
+    place, memory = min((("GPU", size) for _, size in machine.gpus), default=("memory", machine.ram))
+    reason = f"{parameters / 1e6:.1f}M parameters, {gigabytes:.1f} of {memory:.0f} GB of {place}, {operations:.0e} operations"
+    if machine.gpus:
+        return gigabytes <= memory, reason
+    days = operations / (1e11 * machine.cores) / 86_400
+    return gigabytes <= memory and days <= LONGEST_DAYS, f"{reason}, {days:,.2f} days on {machine.cores} cores"
 
 
-def clip_name(clip: ClipConfig) -> str:
-    return f"{clip.name}/{clip.pretrained}" if clip.pretrained else _short(ROOT / "data" / "shapes_clip")
-
-
-def missing_packages() -> list[str]:
-    """Packages of the library and its notebooks that are not installed or too old, each with what is asked for."""
-    found = []
-    for text in importlib.metadata.requires("clipgen_lib") or []:
-        wanted = Requirement(text)
-        if wanted.marker and not wanted.marker.evaluate({"extra": "notebooks"}):
-            continue
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            if wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True):
-                continue
-        found.append(f"{wanted.name}{wanted.specifier}")
-    return found
-
-
-@dataclass(frozen=True)
-class Verdict:
-    preset: str
-    fits: bool  # the machine; files may still be missing
-    missing: tuple[str, ...]  # files without which its training does not begin
-    reason: str
-
-
-def verdicts(machine: Machine, files: list[File]) -> list[Verdict]:
-    """Whether each preset fits, and why, in the order of the presets."""
-    return [_verdict(name, machine, files) for name in PRESETS]
-
-
-def _verdict(name: str, machine: Machine, files: list[File]) -> Verdict:
-    preset = load_preset(name)
-    absent = {file.name for file in files if file.path is None}
-    wanted = [clip_name(preset.clip)] + ([VGG16.file] if _needs_vgg(preset) else [])
-    missing = tuple(name for name in wanted if name in absent)
-    fits, reason = _fit(preset, machine)
-    if fits and missing:
-        reason += f"; first needs {' and '.join(missing)}"
-    return Verdict(name, fits, missing, reason)
-
-
-def _fit(preset: Preset, machine: Machine) -> tuple[bool, str]:
-    days = 0.0 if machine.gpus else days_on_cpu(preset, machine.cores)
-    if days > LONGEST_DAYS:
-        return (
-            False,
-            f"needs a GPU of {need(preset).device:.0f} GB; stage 2 alone would last {_time(days)} on {_cores(machine)}",
-        )
-    asked, each = need(preset, len(machine.gpus)), "each" if len(machine.gpus) > 1 else "the"
-    if asked.disk > machine.disk:
-        return False, f"needs {asked.disk:.2g} GB of disk for checkpoints, {machine.disk:.2g} GB are free"
-    if asked.ram > machine.ram:
-        return False, f"needs {asked.ram:.1f} GB of memory, there are {machine.ram:.1f} GB"
-    if not machine.gpus:
-        return (
-            True,
-            f"takes {asked.ram:.1f} of {machine.ram:.0f} GB of memory; stage 2 lasts about {_time(days)} on {_cores(machine)}",
-        )
-    smallest = min(size for _, size in machine.gpus)
-    if asked.device > smallest:
-        return False, f"needs {asked.device:.0f} GB on {each} GPU, there are {smallest:.0f} GB"
-    return True, f"takes {asked.device:.0f} of {smallest:.0f} GB on {each} GPU, with {asked.pictures} images a pass"
-
-
-def days_on_cpu(preset: Preset, cores: int) -> float:
-    """Days of stage 2 on a CPU: its counted operations at 10^11 a second and core."""
-    stage2 = preset.transformer_train
-    return count(preset)["transformer"] * stage2.batch_size * stage2.steps / (CORE_SPEED * cores) / 86_400
-
-
-def _needs_vgg(preset: Preset) -> bool:
-    return preset.vqgan_train.perceptual == "lpips"
-
-
-def _cores(machine: Machine) -> str:
-    return f"{machine.cores} core{'s' if machine.cores > 1 else ''}"
-
-
-def _time(days: float) -> str:
-    for size, unit in ((365, "years"), (1, "days"), (1 / 24, "hours"), (1 / 1440, "minutes")):
-        if days >= 1.5 * size:
-            return f"{days / size:,.0f} {unit}"
-    return "a minute"
-
-
-def lacks(machine: Machine, files: list[File], packages: list[str]) -> str:
-    """What keeps the laptop preset from running here, as one sentence; empty where nothing does."""
-    laptop = _verdict("laptop", machine, files)
-    if packages:
-        return f"packages are missing or too old ({', '.join(packages)}): run pip install --editable '.[notebooks]'"
-    if laptop.missing:
-        cure = next(file.cure for file in files if file.name == laptop.missing[0])
-        return f"the laptop preset lacks {laptop.missing[0]}: {cure}"
-    return "" if laptop.fits else f"the laptop preset does not fit: {laptop.reason}"
-
-
-def report(machine: Machine, files: list[File], packages: list[str]) -> str:
-    """The whole page as text, a dozen lines and a few."""
-    gpus = [f"cuda:{i} {name}, {size:.0f} GB" for i, (name, size) in enumerate(machine.gpus)]
+def report(machine: Machine | None = None) -> tuple[str, str]:
+    """The page, and what keeps the laptop preset from running here: a sentence, or nothing."""
+    machine, weights, problem = machine or this_machine(), missing_weights(), ""
+    gpus = "".join(f"; cuda:{i} {name}, {size:.0f} GB" for i, (name, size) in enumerate(machine.gpus))
     lines = [
-        f"machine    {_cores(machine)}, {machine.ram:.0f} GB of memory, {machine.disk:.0f} GB of disk free at {_short(RESULTS)}",
-        f"devices    {'; '.join(['cpu', *machine.others, *gpus])}" + ("" if gpus else " (torch sees no GPU)"),
+        f"machine    {machine.cores} cores, {machine.ram:.0f} GB of memory, {machine.disk:.0f} GB of disk free at {RESULTS}",
+        f"devices    cpu{gpus or ' (torch sees no GPU)'}",
         "versions   " + ", ".join(f"{name} {found}" for name, found in versions().items()),
+        "\nweights",
+        *(f"{name:38}{'missing; ' + cure if cure else 'here'}" for name, cure in weights.items()),
+        f"\n{'preset':12}{'fits':6}by an estimate for its trainings; clipgen_lib/doctor.py says what it assumes",
     ]
-    lines += [f"missing    {package}" for package in packages]
-    lines += ["", f"{'weights':38}{'here':6}for"]
-    for file in files:
-        lines.append(f"{file.name:38}{'yes' if file.path else 'no':6}{file.serves}")
-        if file.path is None:
-            lines.append(f"{'':44}{file.cure}")
-    lines += ["", f"{'preset':12}{'fits':6}why (an estimate; clipgen_lib/doctor.py says what it assumes)"]
-    found = verdicts(machine, files)
-    lines += [f"{v.preset:12}{'yes' if v.fits else 'no':6}{v.reason}" for v in found]
-    ready = [v.preset for v in found if v.fits and not v.missing]
-    if ready:
-        lines += ["", f"largest that can begin now: clipgen run --preset {ready[-1]}"]
-    return "\n".join(lines)
-
-
-def diagnose() -> tuple[str, str]:
-    """The page for this machine, and what keeps the laptop preset from running on it: a sentence, or nothing."""
-    machine, files, packages = this_machine(), weights_here(), missing_packages()
-    return report(machine, files, packages), lacks(machine, files, packages)
-
-
-def _short(path: Path) -> str:
-    """A path as it is told: from the project's root or from home where it lies there."""
-    for base, shown in ((ROOT, ""), (Path.home(), "~/")):
-        if path.is_relative_to(base):
-            return f"{shown}{path.relative_to(base)}"
-    return str(path)
+    for name, preset in PRESETS.items():
+        fits, reason = fit(preset, machine)
+        absent = [file for file in weights_of(preset) if weights[file]]
+        lines.append(
+            f"{name:12}{'yes' if fits else 'no':6}{reason}{'; needs ' if absent else ''}{' and '.join(absent)}"
+        )
+        if name == "laptop" and absent:
+            problem = f"the laptop preset lacks {absent[0]}: {weights[absent[0]]}"
+        elif name == "laptop" and not fits:
+            problem = f"the laptop preset does not fit: {reason}"
+    return "\n".join(lines), problem

@@ -22,7 +22,6 @@ from .data import shapes
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_images
 from .data.images import EXTENSIONS, blur, crop, from_arrays, jpeg, to_arrays, to_float
-from .data.shards import find_shards, open_shards, split_of
 from .metrics import oracle
 from .metrics.captions import caption_facts, caption_list, caption_scores, choose_captions, clip_score, texts_of
 from .metrics.classifier import Classifier
@@ -424,14 +423,9 @@ def evaluate_folder(
 
 
 def _open_reference(path: Path, split: str, size: int) -> ImageSet:
-    if (path / "annotations").is_dir():
+    if path.is_file() or (path / "annotations").is_dir():
         return open_images(path, split, size)
-    if not (files := find_shards(path)):
-        return open_folder(path, size)
-    root = path if path.is_dir() else path.parent
-    named = [file for file in files if split_of(file.relative_to(root).as_posix()) == split]
-    pictures, skipped = open_shards(root, named or files)
-    return ImageSet(path.resolve().name, split if named else "all", root, pictures, size, skipped)
+    return open_folder(path, size)
 
 
 def open_folder(root: Path, size: int = 0) -> ImageSet:

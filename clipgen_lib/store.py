@@ -1,23 +1,22 @@
 """The token store: every image once through both frozen encoders, kept as flat memory-mapped files.
 
-In: images, a frozen VQGAN, a frozen CLIP image encoder. Out: a folder with meta.json and shards 00000/, 00001/, ..., each
-with tokens.u16 (n, L), embeds.f16 (n, D), rows.i32 (n,) (which image a row came from) and a shard.json that says how it
-was made. Which images a shard covers depends on their number alone, so that any number of processes, killed and started
-again at will, write the same bytes. Stage 2 trains from the store alone. No caption comes near it.
+In: images, a frozen VQGAN, a frozen CLIP image encoder. Out: a folder with meta.json, tokens.u16 (N, L), embeds.f16 (N, D) and
+rows.i32 (N,), which says of which image each row is. Stage 2 trains from the store alone. No caption comes near it.
+
+An extraction writes each batch to its own place in files of full size, so that any number of processes, killed and started
+again at will, write the same bytes.
 """
 
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,15 +24,14 @@ import torch.nn.functional as F
 
 from .clip_embed import ClipEmbedder
 from .config import VQGANConfig
-from .data.batches import dead_workers_told, picture_batches
+from .data.batches import dead_workers_told, image_batches
 from .data.datasets import ImageSet
 from .data.images import to_float
 from .runtime import distributed
 from .runtime.checkpoints import module_hash
 from .runtime.runs import (
     ClipgenError,
-    Stop,
-    file_hash,
+    fresh_folder,
     progress,
     read_json,
     reason,
@@ -46,49 +44,7 @@ from .vqgan import VQGAN
 
 FILES = {"tokens": ("tokens.u16", np.uint16), "embeds": ("embeds.f16", np.float16), "rows": ("rows.i32", np.int32)}
 MADE_OF = ("vqgan_hash", "clip_hash", "clip", "data", "split", "data_hash", "transform")  # the texts in meta.json
-MOST_SHARDS = 128  # quickly opened, and enough of them for every process of a launch to have its share
-SHARD_ROWS = 2_048  # of images that a shard covers, or a multiple of it
 SAVE_SECONDS = 5.0  # between two states on disk: after every batch a GPU would wait for the disk
-
-
-class Parts:
-    """Arrays that are laid end to end and read as one: rows by index in any order, or a slice of them, always as a copy."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts = parts
-        self.starts = np.cumsum([0, *map(len, parts)])  # the last is the number of rows
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
-        if not isinstance(rows, slice):
-            rows = np.asarray(rows)
-            return self._gathered(rows) if rows.ndim else self._gathered(rows[None])[0]
-        start, stop, step = rows.indices(len(self))
-        if step != 1:
-            return self._gathered(np.arange(start, stop, step))
-        reached = zip(self.starts.tolist(), self.parts, strict=False)
-        return np.concatenate([part[max(start - first, 0) : max(stop - first, 0)] for first, part in reached])
-
-    def _gathered(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (n,) of any order; the files are read in theirs."""
-        order = rows.argsort()
-        asked = rows[order]
-        if len(asked) and not 0 <= asked[0] <= asked[-1] < len(self):
-            raise IndexError(f"rows {asked[0]} to {asked[-1]} of an array of {len(self)}")
-        bounds = asked.searchsorted(self.starts)
-        within = asked - np.repeat(self.starts[:-1], np.diff(bounds))
-        found = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
-        bounds = bounds.tolist()
-        for part, first, end in zip(self.parts, bounds, bounds[1:], strict=False):
-            if (
-                first < end
-            ):  # checked above: with another mode than "raise" numpy writes to `out` without a copy between
-                part.take(within[first:end], 0, found[first:end], "clip")
-        unsorted = np.empty_like(found)
-        unsorted[order] = found
-        return unsorted
 
 
 @dataclass(frozen=True)
@@ -97,7 +53,7 @@ class TokenStore:
 
     folder: Path
     meta: dict
-    arrays: dict[str, Parts | np.ndarray]
+    arrays: dict[str, np.ndarray]
 
     @classmethod
     def open(cls, folder: Path, vqgan: VQGAN | None = None, clip: ClipEmbedder | None = None) -> TokenStore:
@@ -121,26 +77,20 @@ class TokenStore:
                 )
         try:
             _check(meta)
-            shards = (
-                {folder / _name(j): n for j, n in enumerate(meta["shards"])}
-                if "shards" in meta
-                else {folder: meta["N"]}
-            )
-            mapped = [_mapped(shard, n, _widths(meta)) for shard, n in shards.items()]
+            return cls(folder, meta, {key: _mapped(folder, key, meta) for key in FILES})
         except (OSError, ValueError, OverflowError) as error:
             raise ClipgenError(f"{folder} is damaged ({reason(error)}): delete it and extract again") from None
-        return cls(folder, meta, {key: Parts([arrays[key] for arrays in mapped]) for key in FILES})
 
     def __len__(self) -> int:
         return self.meta["N"]
 
     def tokens(self, rows: np.ndarray | slice) -> torch.Tensor:
         """(len(rows), L) int64."""
-        return torch.from_numpy(self.arrays["tokens"][rows]).long()
+        return torch.from_numpy(self.arrays["tokens"][rows].astype(np.int64))
 
     def embeds(self, rows: np.ndarray | slice) -> torch.Tensor:
         """(len(rows), D) float32, unit-norm again after float16."""
-        return F.normalize(torch.from_numpy(self.arrays["embeds"][rows]).float(), dim=-1)
+        return F.normalize(torch.from_numpy(self.arrays["embeds"][rows].astype(np.float32)), dim=-1)
 
     @property
     def n_unmirrored(self) -> int:
@@ -157,120 +107,59 @@ class TokenStore:
         return nearest(self.embeds(slice(None)), embed[None].cpu().float(), k)[0].numpy()
 
 
-def _name(shard: int) -> str:
-    return f"{shard:05d}"
+def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int) -> torch.Tensor:
+    """Rows of a bank of unit vectors (M, D) nearest to each query (B, D) by cosine: (B, k) int64, nearest first."""
+    return (queries @ bank.T).topk(min(k, len(bank)), dim=1).indices
 
 
 def _check(meta: dict) -> None:
-    """Refuse a meta.json in which anything is not what `extract` writes there.
-
-    Raises:
-        ValueError: it is missing, of another kind, or counts that do not fit one another.
-    """
-    counts, shards = [meta.get(key) for key in ("N", "L", "K", "D")], meta.get("shards", [meta.get("N")])
-    if not all(_is_count(n, 1) for n in counts):
+    """Raises ValueError where anything in a meta.json is not what `extract` writes there."""
+    if not all(type(meta.get(key)) is int and 0 < meta[key] < 2**48 for key in ("N", "L", "K", "D")):
         raise ValueError("N, L, K and D in meta.json are not all counts")
-    if not (isinstance(shards, list) and all(map(_is_count, shards)) and sum(shards) == counts[0]):
-        raise ValueError("shards in meta.json are not counts with the sum N")
-    if not (
-        all(isinstance(meta.get(key), str) for key in MADE_OF)
-        and isinstance(meta.get("flip"), bool)
-        and _is_skipped(meta)
-    ):
+    skipped = meta.get("skipped")
+    is_list = isinstance(skipped, dict) and all(isinstance(why, str) for why in skipped.values())
+    if not (is_list and isinstance(meta.get("flip"), bool) and all(isinstance(meta.get(key), str) for key in MADE_OF)):
         raise ValueError("meta.json lacks what the store was made of")
 
 
-def _is_count(n: object, least: int = 0) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and n >= least
+def _row_shape(key: str, meta: dict) -> tuple[int, ...]:
+    return {"tokens": (meta["L"],), "embeds": (meta["D"],), "rows": ()}[key]
 
 
-def _is_skipped(state: dict) -> bool:
-    """Whether `skipped` of a state is name -> why."""
-    skipped = state.get("skipped")
-    return isinstance(skipped, dict) and all(isinstance(why, str) for why in skipped.values())
+def _row_bytes(key: str, meta: dict) -> int:
+    return int(np.prod(_row_shape(key, meta), dtype=object)) * np.dtype(FILES[key][1]).itemsize
 
 
-def _widths(meta: dict) -> dict[str, tuple[int, ...]]:
-    """Shape of one row of each file."""
-    return {"tokens": (meta["L"],), "embeds": (meta["D"],), "rows": ()}
+def _mapped(folder: Path, key: str, meta: dict) -> np.ndarray:
+    """One file of N rows. Raises ValueError where it has another size, OSError where it is missing."""
+    name, dtype = FILES[key]
+    size, wanted = (folder / name).stat().st_size, meta["N"] * _row_bytes(key, meta)
+    if size != wanted:
+        raise ValueError(f"{name} has {size} bytes, not {wanted}")
+    return np.asarray(np.memmap(folder / name, dtype, "r", shape=(meta["N"], *_row_shape(key, meta))))
 
 
-def _row_bytes(meta: dict) -> dict[str, int]:
-    return {key: math.prod(width) * np.dtype(FILES[key][1]).itemsize for key, width in _widths(meta).items()}
-
-
-def _mapped(folder: Path, n: int, widths: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The files of one shard of n rows.
-
-    Raises:
-        ValueError: a file of another size. OSError: no such file.
-    """
-    arrays = {}
-    for key, (name, dtype) in FILES.items():
-        shape = (n, *widths[key])
-        size, wanted = (folder / name).stat().st_size, math.prod(shape) * np.dtype(dtype).itemsize
-        if size != wanted:
-            raise ValueError(f"{folder.name}/{name} has {size} bytes, not {wanted}")
-        arrays[key] = np.asarray(np.memmap(folder / name, dtype, "r", shape=shape)) if size else np.empty(shape, dtype)
-    return arrays
-
-
-def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int, exact_below: int = 1_000_000) -> torch.Tensor:
-    """Rows of a bank of unit vectors (M, D) nearest to each query (B, D) by cosine: (B, k) int64, nearest first.
-
-    Above `exact_below` rows by faiss (also exhaustive, a block of rows at a time) where it is installed.
-    """
-    k = min(k, len(bank))
-    if len(bank) > exact_below and find_spec("faiss"):
-        import faiss
-
-        _, rows = faiss.knn(queries.cpu().numpy(), bank.cpu().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-        return torch.from_numpy(rows).to(bank.device)
-    return (queries @ bank.T).topk(k, dim=1).indices
-
-
-def shard_span(n: int, rows: int = SHARD_ROWS) -> int:
-    """How many of n images a shard covers: the smallest multiple of `rows` that gives at most MOST_SHARDS shards."""
-    return rows * -(-n // (rows * MOST_SHARDS))
-
-
-def pictures_at_once(config: VQGANConfig, device: str | torch.device = "cpu") -> int:
-    """Of an extraction: on a GPU 256 images of 64 pixels, 16 of 256, which take the same memory.
-
-    On a CPU as many as keep the encoder's widest map within 4 MB, 4 to 64: beyond its caches larger batches are slower.
-    """
-    if torch.device(device).type == "cuda":
-        return min(256, max(16, 2**20 // config.image_size**2))
-    return min(64, max(4, 2**20 // (config.channels * (config.image_size // config.patch) ** 2)))
+# ---------------------------------------------------------------------------------------------- extraction
 
 
 @torch.inference_mode()
 def extract(
-    images: ImageSet,
-    vqgan: VQGAN,
-    clip: ClipEmbedder,
-    folder: Path,
-    flip: bool = False,
-    batch_size: int = 256,
-    workers: int = 0,
-    show_progress: bool = True,
-    shard_rows: int = SHARD_ROWS,
+    images: ImageSet, vqgan: VQGAN, clip: ClipEmbedder, folder: Path, flip: bool = False, workers: int = 0
 ) -> TokenStore:
     """Run both frozen encoders over all images, once, and return the opened store.
 
-    A finished store of the same images and weights is opened as it is. An interrupted extraction goes on where it
-    stopped. With `flip`, mirrored images follow as rows of their own. Images that cannot be read have no row and
-    are listed in meta.json. Of a launch, process r makes the shards r, r + count, ...; all return the whole store.
+    A finished store of the same images and weights is opened as it is. An interrupted extraction resumes after the last
+    batch on disk. With `flip`, mirrored images follow as rows of their own. Images that cannot be read have no row and
+    are listed in meta.json. Of a launch, each process encodes an even share; all return the whole store.
 
     Raises:
         ClipgenError: the folder holds a store made from other images or by other weights, the disk is full, or (Stopped)
             SIGTERM or SIGINT has come.
     """
     folder, partial = Path(folder), Path(folder).with_name(Path(folder).name + ".partial")
-    side = vqgan.config.side
     meta = {
         "N": len(images) * (2 if flip else 1),
-        "L": side * side,
+        "L": vqgan.config.side**2,
         "K": vqgan.config.codebook_size,
         "D": clip.dim,
         "vqgan_hash": module_hash(vqgan),
@@ -282,193 +171,156 @@ def extract(
         "transform": f"short side {images.size}, centre crop",
         "flip": flip,
     }
-    if distributed.broadcast((folder / "meta.json").is_file()):
-        store = TokenStore.open(folder, vqgan, clip)
-        if any(store.meta.get(key) != meta[key] for key in ("data_hash", "flip", "transform")):
-            raise ClipgenError(f"{folder} was made from other images: delete it or choose another run name")
-        images.skipped.update(store.meta["skipped"])
-        return store
-    job = {**meta, "span": shard_span(meta["N"], shard_rows), "batch_size": batch_size}
-    starts = range(0, meta["N"], job["span"])
-    with room_on_disk(partial, lambda: _lacking(partial, meta)):
-        if distributed.is_main():
-            if _lacking(partial, meta) > 0:  # told before the work rather than in it
-                raise OSError(errno.ENOSPC, "the store will not fit")
-            _tidy(partial, {_name(j) for j in range(len(starts))})
-        distributed.barrier()
-        mine = range(distributed.rank(), len(starts), distributed.world_size())
-        shards = {j: _Shard(partial / _name(j), {**job, "shard": j}) for j in mine}
-        parts = {j: range(starts[j], min(starts[j] + job["span"], meta["N"])) for j in mine}
-        total, done = sum(map(len, parts.values())), sum(shard.state["read"] for shard in shards.values())
-        show = show_progress and distributed.is_main()  # its own share
-        plan = {j: _batches(parts[j], shards[j].state["read"], len(images), batch_size) for j in mine}
-        rows = [range(part.start % len(images), part.start % len(images) + len(part)) for j in mine for part in plan[j]]
-        with (
-            stoppable() as stop,
-            progress(total, f"extracting {images.split}", show, done) as bar,
-            dead_workers_told(images, workers),
-            closing(
-                picture_batches(images, rows, workers)
-            ) as reading,  # one for all shards: workers that start anew are slow
-        ):
-            for j in mine:
-                _fill(shards[j], plan[j], reading, images, vqgan, clip, stop, bar)
-            stop.raise_if_asked(lambda: None, f"after the extraction of {images.split}")
-        distributed.barrier()
-        if distributed.is_main():
-            _finish(partial, folder, meta, len(starts), images)
-        distributed.barrier()
+    if not distributed.broadcast((folder / "meta.json").is_file()):
+        size = encode_batch_size(vqgan.config, clip.device)
+        parts = [range(0, len(images)), range(len(images), meta["N"])]  # no batch has images and mirrored ones
+        batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
+        with room_on_disk(partial, lambda: _lacking(partial, meta)):
+            if distributed.is_main():
+                _prepare(partial, {**meta, "batch_size": size}, len(batches))
+            done = np.fromfile(partial / "progress" / "done", np.uint8) if distributed.is_main() else None
+            todo = np.flatnonzero(distributed.broadcast(done) == 0)
+            mine = np.array_split(todo, distributed.world_size())[distributed.rank()].tolist()
+            _encode(images, vqgan, clip, _Writer(partial, meta), {i: batches[i] for i in mine}, workers)
+            distributed.barrier()
+            if distributed.is_main():
+                _finish(partial, folder, meta, images)
+            distributed.barrier()
     store = TokenStore.open(folder, vqgan, clip)
+    if any(store.meta.get(key) != meta[key] for key in ("data_hash", "flip", "transform")):
+        raise ClipgenError(f"{folder} was made from other images: delete it or choose another run name")
     images.skipped.update(store.meta["skipped"])
     return store
 
 
-def _batches(part: range, read: int, n: int, batch_size: int) -> list[range]:
-    """What is left of a part after the first `read` of it; no batch holds images and mirrored ones, from n on, at once."""
-    found, first = [], part.start + read
-    while first < part.stop:
-        stop = min(first + batch_size, part.stop, n if first < n else part.stop)
-        found.append(range(first, stop))
-        first = stop
-    return found
+def encode_batch_size(config: VQGANConfig, device: str | torch.device = "cpu") -> int:
+    """On a GPU 256 images of 64 pixels, 16 of 256, which take the same memory.
 
-
-def _fill(
-    shard: _Shard,
-    batches: list[range],
-    reading: Iterator[tuple[list[int], torch.Tensor]],
-    images: ImageSet,
-    vqgan: VQGAN,
-    clip: ClipEmbedder,
-    stop: Stop,
-    bar,
-) -> None:
-    """Make what a shard still lacks; `reading` gives the images of its batches, and after them those of the next shard."""
-    known, images.skipped = images.skipped, shard.state["skipped"]  # those of this part alone, whoever makes it
-    saved = time.monotonic()
-    try:
-        for batch in batches:
-            kept, squares = next(reading)
-            if kept:
-                x = _on(clip.device, squares)
-                x = to_float(x.flip(3) if batch.start >= len(images) else x)
-                shard.append(vqgan.encode(x).flatten(1), clip.images(x), kept)
-            shard.state["read"] += len(batch)
-            bar.update(len(batch))
-            stop.raise_if_asked(shard.save, f"in the extraction of {images.split}")
-            if time.monotonic() - saved >= SAVE_SECONDS:
-                shard.save()
-                saved = time.monotonic()
-        if batches:
-            shard.save()
-        shard.finish()
-    finally:
-        images.skipped = known
-
-
-def _on(device: torch.device, squares: torch.Tensor) -> torch.Tensor:
-    """Images on a device; a GPU fetches them while it computes on others."""
-    return squares.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else squares.to(device)
-
-
-class _Shard:
-    """A shard in the making: three files that grow, and shard.json, written after them, which says how far they are good.
-
-    Attributes:
-        state: `of` (what is being made), `read` (images gone through), `rows` (written), `skipped`, and when all is there
-            `hash` (of the files' bytes).
+    On a CPU as many as keep the encoder's widest map within 4 MB, 4 to 64: beyond its caches larger batches are slower.
     """
+    if torch.device(device).type == "cuda":
+        return min(256, max(16, 2**20 // config.image_size**2))
+    return min(64, max(4, 2**20 // (config.channels * (config.image_size // config.patch) ** 2)))
 
-    def __init__(self, folder: Path, of: dict):
-        self.folder, self.row_bytes = folder, _row_bytes(of)
-        self.paths = {key: folder / name for key, (name, _) in FILES.items()}
-        self.state: dict = {"of": of, "read": 0, "rows": 0, "skipped": {}}
-        folder.mkdir(exist_ok=True)
-        if (folder / "shard.json").is_file():
-            found = read_json(folder / "shard.json")
-            if found.get("of") == of and self._is_there(found):
-                self.state = found
-        self.pending: list[
-            dict[str, torch.Tensor]
-        ] = []  # batches that are not on disk; what a GPU gives may be on its way
-        self.gpu: torch.device | None = None
 
-    def _is_there(self, state: dict) -> bool:
-        """Whether a state is one of ours and the files hold what it says."""
-        read, rows = state.get("read"), state.get("rows")
-        if not (_is_count(read) and _is_count(rows) and rows <= read <= state["of"]["span"] and _is_skipped(state)):
-            return False
-        wanted = {self.paths[key]: rows * size for key, size in self.row_bytes.items()}
-        beyond = [path.stat().st_size - size if path.is_file() else -1 for path, size in wanted.items()]
-        if "hash" in state:
-            return not any(beyond) and file_hash(*self.paths.values()) == state["hash"]
-        return min(beyond) >= 0
+def _encode(
+    images: ImageSet, vqgan: VQGAN, clip: ClipEmbedder, writer: _Writer, batches: dict[int, range], workers: int
+) -> None:
+    """Encode batches of positions (below n an image, from n on its mirror image) and write them to their places."""
+    n, saved = len(images), time.monotonic()
+    rows = [range(batch.start % n, batch.start % n + len(batch)) for batch in batches.values()]
+    with (
+        stoppable() as stop,
+        progress(sum(map(len, rows)), f"extracting {images.split}", distributed.is_main()) as bar,
+        dead_workers_told(images, workers),
+        closing(image_batches(images, rows, workers)) as reading,
+    ):
+        for (index, batch), (kept, squares) in zip(batches.items(), reading, strict=True):
+            block = writer.block(index, batch.start, len(batch), clip.device)
+            if kept:
+                squares = squares.pin_memory() if clip.device.type == "cuda" else squares
+                x = to_float(squares.to(clip.device, non_blocking=True))
+                x = x.flip(3) if batch.start >= n else x
+                places = torch.tensor(kept) - batch.start % n
+                block["rows"][places] = torch.tensor(kept)
+                block["tokens"][places.to(x.device)] = vqgan.encode(x).flatten(1)
+                block["embeds"][places.to(x.device)] = clip.images(x)
+            bar.update(len(batch))
+            stop.raise_if_asked(lambda: writer.save(images.skipped), f"in the extraction of {images.split}")
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                writer.save(images.skipped)
+                saved = time.monotonic()
+        writer.save(images.skipped)
+        stop.raise_if_asked(lambda: None, f"after the extraction of {images.split}")
 
-    def append(self, tokens: torch.Tensor, embeds: torch.Tensor, rows: list[int]) -> None:
-        """tokens: (b, L) int64. embeds: (b, D) float32."""
-        self.gpu = tokens.device if tokens.is_cuda else None
-        tokens, embeds = (x.to("cpu", non_blocking=x.is_cuda) for x in (tokens, embeds))
-        self.pending.append({"tokens": tokens, "embeds": embeds, "rows": torch.tensor(rows)})
 
-    def save(self) -> None:
-        """Bring the files and then the state to disk."""
-        if self.gpu is not None:
-            torch.cuda.synchronize(self.gpu)  # here alone it is waited for
-        for key, path in self.paths.items():
+class _Writer:
+    """Blocks of rows on their way to disk. They stay on the device until they are saved, so that a GPU need not wait."""
+
+    def __init__(self, folder: Path, meta: dict):
+        self.folder, self.meta = folder, meta
+        self.pending: list[tuple[int, int, dict[str, torch.Tensor]]] = []  # batch, first position, columns
+
+    def block(self, batch: int, first: int, n: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Columns of n positions, to be filled; a position without an image keeps row -1."""
+        columns = {
+            "tokens": torch.zeros(n, self.meta["L"], dtype=torch.int64, device=device),
+            "embeds": torch.zeros(n, self.meta["D"], device=device),
+            "rows": torch.full((n,), -1),
+        }
+        self.pending.append((batch, first, columns))
+        return columns
+
+    def save(self, skipped: dict[str, str]) -> None:
+        """Bring the blocks to their places on disk and, once they are safe there, the marks that they are done."""
+        for key, (name, dtype) in FILES.items():
             # written, not mapped: a full disk is then an error and not a signal that kills
-            with open(path, "ab") as stream:
-                stream.truncate(self.state["rows"] * self.row_bytes[key])  # what a kill left behind the rows that count
-                stream.writelines(batch[key].numpy().astype(FILES[key][1]).tobytes() for batch in self.pending)
-                stream.flush()
-                os.fsync(stream.fileno())
-        self.state["rows"] += sum(len(batch["rows"]) for batch in self.pending)
+            with open(self.folder / name, "r+b") as stream:
+                for _, first, columns in self.pending:
+                    stream.seek(first * _row_bytes(key, self.meta))
+                    stream.write(columns[key].cpu().numpy().astype(dtype).tobytes())
+                _sync(stream)
+        told = self.folder / "progress" / f"skipped-{distributed.rank()}.json"
+        write_json(told, {**(read_json(told) if told.is_file() else {}), **skipped})
+        with open(self.folder / "progress" / "done", "r+b") as stream:
+            for batch, _, _ in self.pending:
+                stream.seek(batch)
+                stream.write(b"\1")
+            _sync(stream)
         self.pending.clear()
-        write_json(self.folder / "shard.json", self.state)
-
-    def finish(self) -> None:
-        if "hash" not in self.state:
-            self.state["hash"] = file_hash(*self.paths.values())
-            write_json(self.folder / "shard.json", self.state)
 
 
-def disk_work(folder: Path, tokens: torch.Tensor, embeds: torch.Tensor) -> None:
-    """Bring rows, tokens (n, L) and embeddings (n, D), to disk as a shard of an extraction, and delete them: its work there alone."""
-    folder.mkdir(parents=True)
-    try:
-        shard = _Shard(folder / _name(0), {"L": tokens.shape[1], "D": embeds.shape[1]})
-        shard.append(tokens, embeds, list(range(len(tokens))))
-        shard.save()
-        shard.finish()
-    finally:
-        shutil.rmtree(folder)
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
-def _finish(partial: Path, folder: Path, meta: dict, shards: int, images: ImageSet) -> None:
-    """Write meta.json of what all processes have made, and give the store its name."""
-    made = [read_json(partial / _name(j) / "shard.json") for j in range(shards)]
-    counts, skipped = [shard["rows"] for shard in made], dict(images.skipped)
-    for shard in made:
-        skipped |= shard["skipped"]
-    if not any(counts):
-        raise ClipgenError(f"none of the {len(images)} images of {images.root} could be read: check the data")
-    write_json(partial / "meta.json", {**meta, "N": sum(counts), "shards": counts, "skipped": skipped})
-    partial.rename(folder)
-
-
-def _tidy(partial: Path, names: set[str]) -> None:
-    """Make the folder, or clear it of all but shards, and those of files that a kill has left half written."""
-    partial.mkdir(parents=True, exist_ok=True)
-    for path in partial.iterdir():
-        if not path.is_dir():
-            path.unlink()
-        elif path.name not in names:
-            shutil.rmtree(path)
-    for path in partial.glob("*/.*"):
-        path.unlink()
+def _prepare(partial: Path, job: dict, n_batches: int) -> None:
+    """Make the files of an extraction at full size, or leave those of the same one as they are."""
+    sizes = {partial / name: job["N"] * _row_bytes(key, job) for key, (name, _) in FILES.items()}
+    sizes[partial / "progress" / "done"] = n_batches
+    mark = partial / "progress" / "job.json"
+    is_same = mark.is_file() and read_json(mark) == job
+    if not (is_same and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())):
+        shutil.rmtree(partial, ignore_errors=True)
+    if _lacking(partial, job) > 0:  # told before the work rather than in it
+        raise OSError(errno.ENOSPC, "the store will not fit")
+    if not partial.is_dir():
+        (partial / "progress").mkdir(parents=True)
+        for path, size in sizes.items():
+            with open(path, "wb") as stream:
+                stream.truncate(size)
+        write_json(mark, job)
 
 
 def _lacking(partial: Path, meta: dict) -> int:
-    """Bytes that a store needs beyond what is there already and what is free."""
-    there = sum(path.stat().st_size for name, _ in FILES.values() for path in partial.glob(f"*/{name}"))
+    """Bytes that a store needs beyond what is written already and what is free."""
+    there = sum(512 * getattr(path.stat(), "st_blocks", 0) for path in partial.glob("*.*"))
     place = next(folder for folder in partial.parents if folder.is_dir())
-    return meta["N"] * sum(_row_bytes(meta).values()) - there - shutil.disk_usage(place).free
+    return meta["N"] * sum(_row_bytes(key, meta) for key in FILES) - there - shutil.disk_usage(place).free
+
+
+def _finish(partial: Path, folder: Path, meta: dict, images: ImageSet) -> None:
+    """Write meta.json of what all processes have made, drop positions without an image, and give the store its name."""
+    rows = np.fromfile(partial / "rows.i32", FILES["rows"][1])
+    good = np.flatnonzero(rows >= 0)
+    if not len(good):
+        raise ClipgenError(f"none of the {len(images)} images of {images.root} could be read: check the data")
+    skipped = dict(images.skipped)
+    for told in partial.glob("progress/skipped-*.json"):
+        skipped |= read_json(told)
+    done = {**meta, "N": len(good), "skipped": dict(sorted(skipped.items()))}
+    if len(good) == len(rows):
+        write_json(partial / "meta.json", done)
+        partial.rename(folder)
+        shutil.rmtree(folder / "progress")
+        return
+    with fresh_folder(folder) as made:
+        for key, (name, _) in FILES.items():
+            array = _mapped(partial, key, meta)
+            with open(made / name, "wb") as stream:
+                for i in range(0, len(good), 65_536):
+                    stream.write(array[good[i : i + 65_536]].tobytes())
+                _sync(stream)
+        write_json(made / "meta.json", done)
+    shutil.rmtree(partial)

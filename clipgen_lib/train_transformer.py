@@ -1,198 +1,65 @@
-"""The two trainings, each a flat loop over steps on one Accelerator.
+"""Stage 2, transformer training: the loss of CLIP-GEN (arXiv 2203.00386, section 3.3), one step of it, and the loop.
 
-Stage 1: images in, a VQGAN out. Stage 2: a token store in, a transformer out. Batches, rates, noise and dropout are
-functions of seed and step, and the rest of the state is in the checkpoint, so that a resumed run is the uninterrupted
-one. Several processes share each batch and come to the same weights as one, up to the order of sums. A step without a finite
-loss and gradient changes no weight and is counted. Neither stage sees a caption: previews of text prompts come in as embeddings.
+In: a token store. Out: p(tokens | embedding). No caption is seen: previews of text prompts come in as a callable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .clip_embed import ClipEmbedder
-from .config import TransformerConfig, TransformerTrainConfig
+from .config import Preset, TransformerTrainConfig
 from .data.batches import batch_rows
 from .runtime import distributed
 from .runtime.checkpoints import module_hash
-from .runtime.kernels import apply, compiled
-from .runtime.runs import ClipgenError, Run, progress, stoppable
+from .runtime.kernels import compile_in_place, nll_from_hidden
+from .runtime.runs import ClipgenError, Run
 from .store import TokenStore
 from .training import (
-    Averaged,
     Log,
     TrainingState,
-    accelerator_on,
+    autocast,
     build_optimizer,
     finish,
-    is_sharded,
-    lasting,
-    load_whole,
-    positions,
-    reduced,
-    scaler_of,
-    set_learning_rates,
-    spread,
+    local_rows,
+    moving_average,
+    optimizer_step,
+    set_learning_rate,
     step_seed,
-    whole,
-    with_last,
+    training_steps,
 )
 from .transformer import ImageTransformer, centre
 from .vqgan import VQGAN
 
 
-def train_transformer(
-    run: Run,
-    store: TokenStore,
-    held_out: TokenStore,
-    model_config: TransformerConfig,
-    config: TransformerTrainConfig,
-    vqgan: VQGAN,
-    clip: ClipEmbedder,
-    seed: int = 0,
-    device: str = "cpu",
-    show_progress: bool = True,
-    text_mean: torch.Tensor | None = None,
-    preview: Callable[[ImageTransformer, int], None] | None = None,
-) -> ImageTransformer:
-    """Train p(tokens | embedding) from a store, or go on from the run's last checkpoint, and write `<run>/transformer/`.
+class Frozen(NamedTuple):
+    """What a transformer training uses and does not change."""
 
-    Loss: token likelihood + weight * CLIP embedding reconstruction (CLIP-GEN, arXiv 2203.00386, section 3.3), the
-    second on a share of the batch.
-
-    Args:
-        held_out: a store of images not trained on; its likelihood is logged at every checkpoint.
-        vqgan, clip: frozen, for the embedding reconstruction loss.
-        text_mean: mean (D,) of the embeddings of some texts, which `config.centre` needs and nothing else looks at.
-        preview: called with the EMA model and the step at every checkpoint.
-
-    Returns:
-        The EMA of the weights, in eval mode.
-
-    Raises:
-        ClipgenError, Stopped: as of `train_vqgan`.
-    """
-    torch.manual_seed(seed)
-    accelerator = accelerator_on(config, device)
-    sharded = is_sharded(accelerator)
-    own, marked = positions(config), spread(config.batch_size, config.embedding_share)
-    transformer = ImageTransformer(model_config, store.meta["K"], store.meta["L"], store.meta["D"])
-    if config.centre:
-        if text_mean is None:
-            raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
-        transformer.image_mean.copy_(store.mean_embed())
-        transformer.text_mean.copy_(text_mean)
-    image_mean = transformer.image_mean.clone()
-    optimizer = build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
-    ema = Averaged(transformer, config.ema_decay)
-    state = TrainingState(
-        run,
-        "transformer",
-        {"model": transformer, "ema": ema, "optimizer": optimizer, **scaler_of(accelerator)},
-        {
-            "model": asdict(model_config),
-            "train": lasting(config),
-            "seed": seed,
-            "data": store.meta["data_hash"],
-            "vqgan": store.meta["vqgan_hash"],
-            "clip": store.meta["clip_hash"],
-        },
-    )
-    start = state.resume()
-    held = optimizer.state_dict()
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    ema.module.to(accelerator.device)
-    if sharded:  # weights were cut as they lay there, the rest is cut now
-        load_whole(optimizer.optimizer, held)
-        ema.follow(transformer)
-        state.parts["optimizer"] = optimizer.optimizer
-    frozen = vqgan.to(accelerator.device).requires_grad_(False), clip.to(accelerator.device)
-    forward = compiled(model, accelerator.device) if config.compile else model
-    log = Log(run, "transformer", config.steps)
-    label = "training transformer"
-    with (
-        progress(config.steps, label, show_progress and accelerator.is_main_process, start) as bar,
-        stoppable() as stop,
-    ):
-        for step in range(start, config.steps):
-            torch.manual_seed(step_seed(seed, step, distributed.rank()))
-            set_learning_rates([optimizer], (config.lr,), step, config)
-            rows = batch_rows(len(store), config.batch_size, seed, step)
-            change = change_of(config, store.meta["D"], torch.Generator().manual_seed(step_seed(seed, step)))
-            for last, part in with_last(own):
-                tokens, embeds = store.tokens(rows[part]).to(accelerator.device), store.embeds(rows[part])
-                condition = change(centre(embeds, image_mean) if config.centre else embeds, part).to(accelerator.device)
-                here = np.flatnonzero(marked[part]) if config.embedding_weight > 0 else np.empty(0, int)
-                with reduced(accelerator, last, model):
-                    with accelerator.autocast():
-                        nll, logits = forward(
-                            condition, tokens, logits_of=torch.from_numpy(here).to(accelerator.device)
-                        )
-                    loss, scalars = nll, {"nll": nll}
-                    if config.embedding_weight > 0:
-                        scalars["embedding_loss"] = nll.new_zeros(())
-                        if len(here):  # its mean is over the marked rows of the whole batch
-                            with accelerator.autocast():
-                                distance = embedding_loss(
-                                    logits,
-                                    embeds[here].to(accelerator.device),
-                                    *frozen,
-                                    config.embedding_path,
-                                    config.embedding_form,
-                                )
-                            shares = config.accumulate * distributed.world_size()
-                            scalars["embedding_loss"] = distance * (shares * len(here) / marked.sum())
-                        loss = loss + config.embedding_weight * scalars["embedding_loss"]
-                    accelerator.backward(loss / config.accumulate)
-                log.add(loss=loss, **scalars)
-            gradient = whole(accelerator.clip_grad_norm_(model.parameters(), config.clip_norm))
-            log.add(gradient=gradient)
-            apply([optimizer], log.valid(gradient))
-            ema.update(transformer)
-            bar.update()
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                bar.set_postfix(log.write(step + 1, lr=optimizer.param_groups[0]["lr"]))
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                averaged, score = ema.whole().eval(), None
-                if accelerator.is_main_process:
-                    scores = validation_losses(averaged, held_out, *frozen)
-                    run.log("transformer_val", step + 1, **scores)
-                    score = scores["nll"]
-                state.save(step + 1, score)
-                if preview is not None and accelerator.is_main_process:
-                    preview(averaged, step + 1)
-            if sharded:  # all have to stop together, since each holds a part
-                stop.number = distributed.broadcast(stop.number)
-            if sharded or accelerator.is_main_process:
-                stop.raise_if_asked(
-                    lambda done=step + 1: state.save(done), f"after step {step + 1} of the transformer's training"
-                )
-    made_with = {"trained_with": {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}}
-    return finish(run, "transformer", ema.whole(), accelerator, {}, **made_with)
+    vqgan: VQGAN
+    clip: ClipEmbedder
+    text_mean: torch.Tensor | None = None  # (D,) mean of some text embeddings, which only `config.centre` needs
 
 
-def change_of(
-    config: TransformerTrainConfig, dim: int, draw: torch.Generator
-) -> Callable[[torch.Tensor, np.ndarray], torch.Tensor]:
-    """Noise and condition dropout of one step: drawn for the whole batch, given to the rows at some of its positions."""
-    n = config.batch_size
-    cosine, noise, kept = (
-        torch.rand(n, 1, generator=draw),
-        torch.randn(n, dim, generator=draw),
-        torch.rand(n, 1, generator=draw),
-    )
+class Batch(NamedTuple):
+    """Rows of a token store, made ready for a step. Axes: B rows, L tokens, D CLIP dimension."""
 
-    def change(embeds: torch.Tensor, part: np.ndarray) -> torch.Tensor:
-        return drop_condition(
-            noise_embeds(embeds, config.noise_cos, cosine[part], noise[part]), config.condition_dropout, kept[part]
-        )
+    tokens: torch.Tensor  # (B, L) int64
+    embeds: torch.Tensor  # (B, D) of unit norm, those of the images
+    condition: torch.Tensor  # (B, D), what the transformer reads: embeddings with noise, some of them zero
+    weights: torch.Tensor  # (B,) on the CPU, of rows in the embedding loss: 0 for most, with mean 1 over a whole batch
 
-    return change
+    def part(self, rows: np.ndarray, device: torch.device) -> Batch:
+        """Some of the rows, on a device."""
+        tokens, embeds, condition, weights = (x[rows] for x in self)
+        return Batch(tokens.to(device), embeds.to(device), condition.to(device), weights)
 
 
 def noise_embeds(embeds: torch.Tensor, lowest_cos: float, uniform: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -225,7 +92,7 @@ def embedding_loss(
     path: str = "straight-through",
     form: str = "cosine",
 ) -> torch.Tensor:
-    """CLIP embedding reconstruction: how far the embedding of the predicted decoding is from the image's own.
+    """CLIP embedding reconstruction (section 3.3): how far the embedding of the predicted image is from the given one, (b,).
 
     One token of every position is looked up with a straight-through gradient to its softmax, decoded, and embedded by
     CLIP with CLIP's own preprocessing. Gradients reach the logits; VQGAN and CLIP are frozen.
@@ -245,20 +112,151 @@ def embedding_loss(
     side = vqgan.config.side
     images = vqgan.decode_codes(codes.transpose(1, 2).unflatten(2, (side, side)))
     similarity = (clip.images(images) * embeds).sum(-1)
-    return (1 - similarity if form == "cosine" else -((1 + similarity) / 2).clamp_min(1e-6).log()).mean()
+    return 1 - similarity if form == "cosine" else -((1 + similarity) / 2).clamp_min(1e-6).log()
+
+
+class TransformerLoss(nn.Module):
+    """A transformer as training calls it: one forward pass, which DDP needs, to NLL and logits of some rows."""
+
+    def __init__(self, transformer: ImageTransformer):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self, condition: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, D), (B, L) int64 and (b,) int64 -> mean NLL of the tokens in nats, and logits (b, L, K) float."""
+        hidden = self.transformer.hidden(condition, tokens)
+        return nll_from_hidden(hidden, self.transformer.head, tokens), self.transformer.head(hidden[rows]).float()
+
+
+def transformer_step(
+    model: nn.Module, frozen: Frozen, batch: Batch, config: TransformerTrainConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss on a batch: NLL of the tokens + embedding_weight * CLIP embedding reconstruction (section 3.3).
+
+    Args:
+        model: a `TransformerLoss`.
+
+    Returns:
+        The loss, and its two terms, the NLL in nats per token.
+    """
+    device, rows = batch.tokens.device, torch.nonzero(batch.weights)[:, 0]
+    weights, rows = batch.weights[rows].to(device), rows.to(device)
+    with autocast(config, device):
+        nll, logits = model(batch.condition, batch.tokens, rows)
+        if config.embedding_weight == 0:
+            return nll, {"loss": nll, "nll": nll}
+        distance = nll.new_zeros(())
+        if len(rows):
+            path, form = config.embedding_path, config.embedding_form
+            distances = embedding_loss(logits, batch.embeds[rows], frozen.vqgan, frozen.clip, path, form)
+            distance = (weights * distances).sum() / len(batch.tokens)
+    loss = nll + config.embedding_weight * distance
+    return loss, {"loss": loss, "nll": nll, "embedding_loss": distance}
+
+
+def make_batch(
+    tokens: torch.Tensor,
+    embeds: torch.Tensor,
+    image_mean: torch.Tensor,
+    config: TransformerTrainConfig,
+    rng: torch.Generator,
+) -> Batch:
+    """A whole batch from tokens (B, L) and embeddings (B, D) of a store: noise, condition dropout, rows for the embedding loss.
+
+    Those rows lie evenly apart, so that every process has its part of them.
+    """
+    size, dim = embeds.shape
+    cosine, noise = torch.rand(size, 1, generator=rng), torch.randn(size, dim, generator=rng)
+    condition = noise_embeds(centre(embeds, image_mean), config.noise_cos, cosine, noise)
+    condition = drop_condition(condition, config.condition_dropout, torch.rand(size, 1, generator=rng))
+    weights = torch.zeros(size)
+    if config.embedding_weight > 0:
+        count = max(1, round(config.embedding_share * size))
+        weights[((torch.arange(count) + 0.5) * size / count).long()] = size / count
+    return Batch(tokens, embeds, condition, weights)
+
+
+def train_transformer(
+    run: Run,
+    store: TokenStore,
+    val_store: TokenStore,
+    preset: Preset,
+    frozen: Frozen,
+    preview: Callable[[ImageTransformer, int], None] | None = None,
+) -> ImageTransformer:
+    """Train p(tokens | embedding) from a store, or resume from the run's last checkpoint, and write `<run>/transformer/`.
+
+    Args:
+        val_store: of images not trained on; its NLL is logged at every checkpoint.
+        preview: called with the EMA model and the step at every checkpoint.
+
+    Returns:
+        The EMA of the weights, in eval mode.
+
+    Raises:
+        ClipgenError, Stopped: as of `train_vqgan`.
+    """
+    config, device, meta = preset.transformer_train, distributed.training_device(run.device), store.meta
+    mine = local_rows(config)
+    torch.manual_seed(run.seed)
+    transformer = ImageTransformer(preset.transformer, meta["K"], meta["L"], meta["D"])
+    if config.centre:
+        if frozen.text_mean is None:
+            raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
+        transformer.image_mean.copy_(store.mean_embed())
+        transformer.text_mean.copy_(frozen.text_mean)
+    image_mean = transformer.image_mean.clone()
+    transformer.to(device)
+    frozen.vqgan.to(device).requires_grad_(False)
+    frozen.clip.to(device)
+    optimizer = build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
+    ema = moving_average(transformer, config.ema_decay)
+    facts = {"model": asdict(preset.transformer)} | {key: meta[key] for key in ("data_hash", "vqgan_hash", "clip_hash")}
+    parts = {"model": transformer, "ema": ema, "optimizer": optimizer}
+    state = TrainingState(run, "transformer", config, parts, facts)
+    start, log = state.resume(), Log(run, "transformer", config.steps)
+    loss_model = TransformerLoss(transformer)
+    if config.compile:
+        compile_in_place(loss_model, device)
+    (model,) = distributed.data_parallel(loss_model)
+
+    def validate(step: int) -> float:
+        scores = validation_losses(ema.module, val_store, frozen)
+        run.log("transformer_val", step, **scores)
+        if preview is not None:
+            preview(ema.module, step)
+        return scores["nll"]
+
+    with closing(training_steps(state, log, start, validate)) as steps:
+        for step in steps:
+            set_learning_rate(optimizer, config.lr, step, config)
+            rows = batch_rows(len(store), config.batch_size, run.seed, step)
+            rng = torch.Generator().manual_seed(step_seed(run.seed, step))
+            batch = make_batch(store.tokens(rows), store.embeds(rows), image_mean, config, rng)
+            for places in distributed.microbatches(list(mine), model):
+                loss, scalars = transformer_step(model, frozen, batch.part(places, device), config)
+                (loss / config.accumulate).backward()
+                log.add(**scalars)
+            if optimizer_step(log, step, config.clip_norm, gradient=optimizer):
+                ema.update_parameters(transformer)
+    trained_with = {"vqgan": module_hash(frozen.vqgan), "clip": frozen.clip.weights_hash}
+    return finish(run, "transformer", ema.module, {}, trained_with=trained_with)
 
 
 @torch.inference_mode()
 def validation_losses(
-    transformer: ImageTransformer, store: TokenStore, vqgan: VQGAN, clip: ClipEmbedder, rows: int = 1_000
+    transformer: ImageTransformer, store: TokenStore, frozen: Frozen, rows: int = 1_000
 ) -> dict[str, float]:
-    """Token likelihood (nats per token) and embedding loss on at most `rows` rows of a store, without noise."""
-    nll, distance, count = 0.0, 0.0, min(rows, len(store))
+    """NLL (nats per token) and embedding loss on at most `rows` rows of a store, without noise."""
+    vqgan, clip, count = frozen.vqgan, frozen.clip, min(rows, len(store))
+    nll, distance = 0.0, 0.0
     for first in range(0, count, 100):
         part = slice(first, min(first + 100, count))
         tokens, embeds = store.tokens(part).to(clip.device), store.embeds(part).to(clip.device)
         logits = transformer(centre(embeds, transformer.image_mean), tokens)
         nll += F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() * len(tokens)
         if transformer.config.conditioning != "words":
-            distance += embedding_loss(logits, embeds, vqgan, clip).item() * len(tokens)
+            distance += embedding_loss(logits, embeds, vqgan, clip).sum().item()
     return {"nll": nll / count} | ({"embedding_loss": distance / count} if distance else {})

@@ -1,45 +1,43 @@
-"""Losses of stage 1: reconstruction, perceptual, adversarial.
+"""Stage 1, VQGAN training: its losses, one step of each network, and the loop.
 
-In: real and reconstructed images (B, 3, H, W) in [-1, 1]. Out: scalars. The balance between them is the training
-loop's; the formulas are those of VQGAN (arXiv 2012.09841, equations 4 to 7) with the hinge form of its code.
+In: images (B, 3, H, W) in [-1, 1]. Out: a VQGAN. The formulas are those of VQGAN (Esser et al., arXiv 2012.09841, equations 4
+to 7) with the hinge form of its code, as CLIP-GEN (arXiv 2203.00386, section 3.1) takes them over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .clip_embed import ClipEmbedder
-from .config import VQGANConfig, VQGANTrainConfig
+from .config import Preset, VQGANTrainConfig
 from .data.batches import dead_workers_told, ordered_batches, training_batches
 from .data.datasets import ImageSet
 from .data.images import to_float
 from .runtime import distributed
 from .runtime.checkpoints import VGG16, weights_alone, weights_file
-from .runtime.kernels import apply, compiled
-from .runtime.runs import ClipgenError, Run, progress, stoppable
+from .runtime.kernels import compile_in_place
+from .runtime.runs import ClipgenError, Run
 from .training import (
-    Averaged,
     Log,
     TrainingState,
-    accelerator_on,
+    autocast,
     build_optimizer,
     finish,
-    is_sharded,
-    lasting,
-    positions,
-    reduced,
-    scale_of,
-    scaler_of,
-    set_learning_rates,
+    local_rows,
+    moving_average,
+    optimizer_step,
+    set_learning_rate,
     step_seed,
-    with_last,
+    training_steps,
 )
-from .vqgan import VQGAN
+from .vqgan import VQGAN, Quantized
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -80,7 +78,6 @@ def adaptive_weight(
     images: torch.Tensor,
     last_layer: nn.Parameter,
     largest: float,
-    scale: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """|grad of reconstruction| / |grad of adversarial| at the decoder's last layer (arXiv 2012.09841, equation 7).
 
@@ -88,20 +85,18 @@ def adaptive_weight(
     are those of the whole batch, whatever number of processes share it: one weight for all.
 
     Args:
-        images: (B, 3, H, W), what both losses look at and `last_layer` has made; the two networks that judge them are gone
-            through once, here, and their part of the graph is freed.
-        scale: of the gradient on its way, () for fp16; what is returned is without it.
+        images: (B, 3, H, W), which both losses are computed on and `last_layer` has made; the perceptual network and the
+            discriminator are gone through once, here, and their part of the graph is freed.
 
     Returns:
-        The weight, and the gradients of the two losses at the images, with which a backward pass can go on.
+        The weight, and the gradients of the two losses at the images, with which a backward pass can continue.
     """
-    unit = torch.ones_like(reconstruction) * scale
-    slopes = [torch.autograd.grad(loss, images, unit)[0] / scale for loss in (reconstruction, adversarial)]
-    of_r, of_a = (
-        distributed.all_reduce_mean(torch.autograd.grad(images, last_layer, slope, retain_graph=True)[0]).norm()
-        for slope in slopes
+    grads = [torch.autograd.grad(loss, images)[0] for loss in (reconstruction, adversarial)]
+    norm_rec, norm_adv = (
+        distributed.all_reduce_mean(torch.autograd.grad(images, last_layer, grad, retain_graph=True)[0]).norm()
+        for grad in grads
     )
-    return (of_r / (of_a + 1e-6)).clamp(0, largest).detach(), *slopes
+    return (norm_rec / (norm_adv + 1e-6)).clamp(0, largest).detach(), *grads
 
 
 def ramp(step: int, steps: int, start: float, end: float) -> float:
@@ -142,165 +137,131 @@ def _feature_distance(clip: ClipEmbedder, real: torch.Tensor, fake: torch.Tensor
     return torch.stack([(F.normalize(a, dim=1) - F.normalize(b, dim=1)).pow(2).sum(1).mean() for a, b in pairs]).mean()
 
 
-def train_vqgan(
-    run: Run,
-    images: ImageSet,
-    held_out: ImageSet,
-    model_config: VQGANConfig,
-    config: VQGANTrainConfig,
-    clip: ClipEmbedder | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    show_progress: bool = True,
-) -> VQGAN:
-    """Train a VQGAN on images, or go on from the run's last checkpoint, and write `<run>/vqgan/`.
+class GeneratorStep(NamedTuple):
+    loss: (
+        torch.Tensor
+    )  # its gradient is that of the generator's loss; its value is scalars["loss"] where adv_weight is 0
+    scalars: dict[str, torch.Tensor]
+    fake: torch.Tensor  # (B, 3, H, W) reconstructions, for the discriminator
+    quantized: Quantized  # for the codebook's own update
 
-    Generator: L1 and L2 + perceptual + ramp * adaptive weight * adversarial + codebook + beta * commitment (VQGAN,
-    arXiv 2012.09841). The discriminator learns from step 0; only its say in the generator's loss is ramped.
+
+def generator_step(
+    vqgan: nn.Module,
+    discriminator: nn.Module,
+    perceptual: Perceptual,
+    images: torch.Tensor,
+    config: VQGANTrainConfig,
+    adv_weight: float,
+) -> GeneratorStep:
+    """The generator's loss on images (B, 3, H, W) in [-1, 1], and its parts (arXiv 2012.09841).
 
     Args:
-        held_out: images not trained on; the error of their reconstructions is logged at every checkpoint.
+        adv_weight: of the adversarial loss, beside the adaptive weight; 0 leaves the discriminator out.
+    """
+    decoder = distributed.unwrapped(vqgan).decoder
+    with autocast(config, images.device):
+        features, quantized = vqgan(images, until_last_layer=True)
+        fake = decoder.last(
+            features
+        )  # apart: the adaptive weight needs its gradient, and a compiled graph has only one
 
-    Returns:
-        The EMA of the weights, in eval mode.
+        # eq. 4 and its perceptual form: reconstruction + ||sg[z] - e||^2 + beta ||z - sg[e]||^2
+        l1, l2, feature_distance = F.l1_loss(fake, images), F.mse_loss(fake, images), perceptual(images, fake)
+        reconstruction = config.l1_weight * l1 + config.l2_weight * l2 + config.perceptual_weight * feature_distance
+        codebook = quantized.codebook_loss + config.beta * quantized.commitment_loss
+        loss = surrogate_loss = reconstruction + codebook
+        scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance, "psnr": 10 * torch.log10(4 / l2.detach())}
+
+        if adv_weight > 0:
+            adversarial = adversarial_loss(distributed.unwrapped(discriminator)(fake))  # eq. 5, the generator's side
+            # eq. 7. The gradients at the images, which it needs anyway, stand for the two losses in the surrogate, so that
+            # the backward pass does not go through the perceptual network and the discriminator a second time.
+            weight, *grads = adaptive_weight(
+                reconstruction, adversarial, fake, decoder.conv_out.weight, config.adaptive_max
+            )
+            loss = loss.detach() + adv_weight * weight * adversarial.detach()  # eq. 6
+            surrogate_loss = (fake * (grads[0] + adv_weight * weight * grads[1])).sum() + codebook
+            scalars |= {"adversarial": adversarial, "adaptive_weight": weight}
+    scalars |= {"codebook_loss": quantized.codebook_loss, "commitment_loss": quantized.commitment_loss, "loss": loss}
+    return GeneratorStep(surrogate_loss, scalars, fake, quantized)
+
+
+def discriminator_step(
+    discriminator: nn.Module, real: torch.Tensor, fake: torch.Tensor, config: VQGANTrainConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The discriminator's loss on real and reconstructed images, (B, 3, H, W) each (eq. 5); `fake` gets no gradient."""
+    with autocast(config, real.device):
+        real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).chunk(2)
+        loss = discriminator_loss(real_logits, fake_logits)
+    return loss, {"discriminator": loss, "real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
+
+
+def train_vqgan(
+    run: Run, images: ImageSet, val_images: ImageSet, preset: Preset, clip: ClipEmbedder | None = None
+) -> VQGAN:
+    """Train a VQGAN, or resume from the run's last checkpoint, and write `<run>/vqgan/`; returns the EMA, in eval mode.
+
+    The discriminator learns from step 0; only its weight in the generator's loss is ramped. `clip` is for the perceptual loss
+    "clip"; `val_images` are not trained on, and the error of their reconstructions is logged at every checkpoint.
 
     Raises:
-        ClipgenError: nothing finite for `MOST_SKIPPED` steps in a row, a checkpoint of another configuration, a batch that
-            does not divide, a full disk.
+        ClipgenError: nothing finite for `MOST_SKIPPED` steps in a row, a checkpoint of another configuration, a full disk.
         Stopped: SIGTERM or SIGINT, after a checkpoint.
     """
-    torch.manual_seed(seed)
-    accelerator = accelerator_on(config, device)
-    if is_sharded(accelerator):
-        raise ClipgenError("FSDP is for the transformer, which can be large: launch train-vqgan without it")
-    positions(config)
-    vqgan = VQGAN(model_config)
-    discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
-    optimizers = {
-        "generator_optimizer": build_optimizer(vqgan, config.optimizer, config.lr, config.beta2, config.weight_decay),
-        "discriminator_optimizer": build_optimizer(
-            discriminator, "adamw", config.discriminator_lr, config.beta2, config.weight_decay
-        ),
-    }
-    ema = Averaged(vqgan, config.ema_decay)
-    perceptual = perceptual_loss(config.perceptual, clip)
-    parts = {"model": vqgan, "discriminator": discriminator, "ema": ema, **optimizers, **scaler_of(accelerator)}
-    state = TrainingState(
-        run,
-        "vqgan",
-        parts,
-        {"model": asdict(model_config), "train": lasting(config), "seed": seed, "data": images.hash},
-    )
-    start = state.resume()
-    generator, critic, *prepared = accelerator.prepare(vqgan, discriminator, *optimizers.values())
-    ema.module.to(accelerator.device)
-    forward = compiled(generator, accelerator.device) if config.compile else generator
-    batches = training_batches(
-        images,
-        config.batch_size,
-        seed,
-        start,
-        config.steps,
-        config.flip,
-        config.random_crop,
-        config.workers,
-        distributed.rank(),
-        distributed.world_size(),
-    )
-    log = Log(run, "vqgan", config.steps, model_config.codebook_size)
+    config, device = preset.vqgan_train, distributed.training_device(run.device)
+    local_rows(config)  # refuses a batch that does not divide
+    torch.manual_seed(run.seed)
+    vqgan = VQGAN(preset.vqgan).to(device)
+    discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers).to(device)
+    gen_optimizer = build_optimizer(vqgan, config.optimizer, config.lr, config.beta2, config.weight_decay)
+    disc_optimizer = build_optimizer(discriminator, "adamw", config.discriminator_lr, config.beta2, config.weight_decay)
+    ema, perceptual = moving_average(vqgan, config.ema_decay), perceptual_loss(config.perceptual, clip)
+    parts = {"model": vqgan, "discriminator": discriminator, "ema": ema}
+    parts |= {"generator_optimizer": gen_optimizer, "discriminator_optimizer": disc_optimizer}
+    state = TrainingState(run, "vqgan", config, parts, {"model": asdict(preset.vqgan), "data": images.hash})
+    start, log = state.resume(), Log(run, "vqgan", config.steps)
+    if config.compile:
+        compile_in_place(vqgan, device)
+    generator, critic = distributed.data_parallel(vqgan, discriminator)
+    batches = training_batches(images, config, run.seed, start)
 
-    with (
-        progress(config.steps, "training VQGAN", show_progress and accelerator.is_main_process, start) as bar,
-        stoppable() as stop,
-        dead_workers_told(images, config.workers),
-    ):
-        for step in range(start, config.steps):
-            torch.manual_seed(step_seed(seed, step, distributed.rank()))
-            say = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
-            set_learning_rates(prepared, (config.lr, config.discriminator_lr), step, config)
-            found = []
-            for last, real in with_last(to_float(next(batches).to(accelerator.device)).chunk(config.accumulate)):
-                with reduced(accelerator, last, generator, critic):
-                    discriminator.requires_grad_(False)
-                    with accelerator.autocast():
-                        features, quantized = forward(real, whole=False)
-                        fake = vqgan.decoder.last(features)  # never compiled: a compiled graph has one backward pass
-                        l1, l2, feature_distance = F.l1_loss(fake, real), F.mse_loss(fake, real), perceptual(real, fake)
-                        reconstruction = (
-                            config.l1_weight * l1 + config.l2_weight * l2 + config.perceptual_weight * feature_distance
-                        )
-                        scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance}
-                        latent = quantized.codebook_loss + config.beta * quantized.commitment_loss
-                        loss = goal = reconstruction + latent
-                        if say > 0:
-                            adversarial = adversarial_loss(discriminator(fake))
-                            weight, *slopes = adaptive_weight(
-                                reconstruction,
-                                adversarial,
-                                fake,
-                                vqgan.last_layer,
-                                config.adaptive_max,
-                                scale_of(accelerator),
-                            )
-                            scalars |= {"adversarial": adversarial, "adaptive_weight": weight}
-                            loss = loss.detach() + say * weight * adversarial.detach()
-                            goal = (
-                                fake * (slopes[0] + say * weight * slopes[1])
-                            ).sum() + latent  # of the gradient of `loss`
-                    accelerator.backward(goal / config.accumulate)
-                    discriminator.requires_grad_(True)
-                    with accelerator.autocast():
-                        both = critic(torch.cat([real, fake.detach()]))
-                        critic_loss = discriminator_loss(*both.chunk(2))
-                    accelerator.backward(critic_loss / config.accumulate)
-                log.add(
-                    loss=loss,
-                    discriminator=critic_loss,
-                    codebook_loss=quantized.codebook_loss,
-                    commitment_loss=quantized.commitment_loss,
-                    real_logit=both[: len(real)].mean(),
-                    fake_logit=both[len(real) :].mean(),
-                    **scalars,
-                )
-                found.append((quantized.vectors, quantized.tokens))
-            vectors, tokens = (torch.cat(x) for x in zip(*found, strict=True))
-            norms = {
-                f"{name}_gradient": accelerator.clip_grad_norm_(module.parameters(), config.clip_norm)
-                for name, module in (("generator", generator), ("discriminator", critic))
-            }
-            log.add(**norms)
-            log.use(tokens)
-            valid = log.valid(*norms.values())
-            apply(prepared, valid)
-            vqgan.quantizer.update_codebook(
-                vectors, tokens, torch.Generator().manual_seed(step_seed(seed, step)), valid
-            )
-            ema.update(vqgan)
-            bar.update()
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                bar.set_postfix(log.write(step + 1, lr=prepared[0].param_groups[0]["lr"]))
-            if accelerator.is_main_process:
-                if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                    scores = validation_reconstruction(ema.module, held_out)
-                    run.log("vqgan_val", step + 1, **scores)
-                    state.save(step + 1, scores["l2"])
-                stop.raise_if_asked(
-                    lambda done=step + 1: state.save(done), f"after step {step + 1} of the VQGAN's training"
-                )
-    return finish(run, "vqgan", ema.module, accelerator, images.skipped)
+    def validate(step: int) -> float:
+        scores = validation_reconstruction(ema.module, val_images)
+        run.log("vqgan_val", step, **scores)
+        return scores["l2"]
+
+    with closing(training_steps(state, log, start, validate)) as steps, dead_workers_told(images, config.workers):
+        for step in steps:
+            set_learning_rate(gen_optimizer, config.lr, step, config)
+            set_learning_rate(disc_optimizer, config.discriminator_lr, step, config)
+            adv_weight = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
+            batch, quantized = to_float(next(batches).to(device)), []
+            for real in distributed.microbatches(batch.chunk(config.accumulate), generator, critic):
+                generated = generator_step(generator, discriminator, perceptual, real, config, adv_weight)
+                (generated.loss / config.accumulate).backward()
+                critic_loss, scalars = discriminator_step(critic, real, generated.fake, config)
+                (critic_loss / config.accumulate).backward()
+                log.add(**generated.scalars, **scalars)
+                quantized.append(generated.quantized)
+            vectors, tokens = torch.cat([q.vectors for q in quantized]), torch.cat([q.tokens for q in quantized])
+            log.count(tokens, preset.vqgan.codebook_size)
+            optimizers = {"generator_gradient": gen_optimizer, "discriminator_gradient": disc_optimizer}
+            if optimizer_step(log, step, config.clip_norm, **optimizers):
+                rng = torch.Generator().manual_seed(step_seed(run.seed, step))
+                vqgan.quantizer.update_codebook(vectors, tokens, rng)
+                ema.update_parameters(vqgan)
+    return finish(run, "vqgan", ema.module, images.skipped)
 
 
 @torch.inference_mode()
 def validation_reconstruction(vqgan: VQGAN, images: ImageSet, most: int = 256) -> dict[str, float]:
-    """L1 and L2 between a set's first images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped, by weights in any mode."""
-    training = vqgan.training
-    vqgan.eval()
+    """L1 and L2 between a set's first images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped."""
     l1, l2, count = 0.0, 0.0, 0
     for _, batch in ordered_batches(images, range(min(most, len(images))), 64):
         real = to_float(batch).to(vqgan.last_layer.device)
         error = vqgan.decode(vqgan.encode(real)) - real
         l1, l2, count = l1 + float(error.abs().sum()), l2 + float(error.pow(2).sum()), count + error.numel()
-    vqgan.train(training)
     if count == 0:
-        raise ClipgenError(f"none of the held-out images of {images.root} could be read: check the data")
+        raise ClipgenError(f"none of the validation images of {images.root} could be read: check the data")
     return {"l1": l1 / count, "l2": l2 / count}

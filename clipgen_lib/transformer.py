@@ -13,7 +13,7 @@ embedding's place, for the supervised system of the comparison, and D is the siz
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -21,19 +21,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import Config, TransformerConfig, from_dict
+from .config import Config, Count, TransformerConfig, checked_dataclass, from_dict
 from .runtime.checkpoints import built_strictly, read_weights
-from .runtime.kernels import _Likelihood, attend
+from .runtime.kernels import attend
 from .runtime.runs import ClipgenError, read_json
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class TransformerSizes(Config):
     """What a transformer takes from its store, beside its own config."""
 
-    codebook_size: int
-    n_tokens: int
-    clip_dim: int
+    codebook_size: Count
+    n_tokens: Count
+    clip_dim: Count
 
 
 class KVCache:
@@ -102,20 +102,6 @@ class Block(nn.Module):
         return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
 
 
-class Head(nn.Linear):
-    """The last layer, (..., E): float logits (..., K), or with targets (...) int64 their mean negative log-likelihood, a scalar."""
-
-    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        if targets is None:
-            return super().forward(x).float()
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
-        else:
-            weight, bias = self.weight, self.bias
-        return _Likelihood.apply(x.flatten(0, -2), weight, bias, targets.flatten())
-
-
 class ImageTransformer(nn.Module):
     """Decoder-only transformer over image tokens given a CLIP embedding.
 
@@ -138,7 +124,7 @@ class ImageTransformer(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1, config.condition_tokens + n_tokens - 1, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
-        self.head = Head(width, codebook_size)
+        self.head = nn.Linear(width, codebook_size)
         self.apply(self._initialise)
         nn.init.normal_(self.positions, std=0.02)
         for block in self.blocks:  # residual branches start smaller the deeper the stack (GPT-2)
@@ -158,38 +144,34 @@ class ImageTransformer(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(
-        self,
-        embeds: torch.Tensor,
-        tokens: torch.Tensor,
-        cache: KVCache | None = None,
-        logits_of: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits of each token given the embedding and the tokens before it; in a training their likelihood.
+    def forward(self, embeds: torch.Tensor, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits of each token given the embedding and the tokens before it.
 
         Args:
             embeds: (B, D) of unit norm, or zero rows for the unconditional case.
             tokens: (B, T) int64, 1 <= T <= L; the last one is predicted, never read.
             cache: with one, only positions that it does not hold are computed and returned, and it then holds them.
-            logits_of: (b,) int64, the rows whose logits are wanted beside the likelihood of all.
 
         Returns:
-            (B, T, K) float logits, or the last (B, T - already held, K) of them with a cache. With `logits_of` the mean
-            negative log-likelihood of the tokens, in nats, and the (b, T, K) logits of those rows.
+            (B, T, K) float logits; with a cache those of the positions that it did not hold.
         """
+        return self.head(self.hidden(embeds, tokens, cache)).float()
+
+    def hidden(self, embeds: torch.Tensor, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """What the head reads, (B, T, E), of the arguments of `forward`; `runtime.kernels.nll_from_hidden` takes it."""
         first = self.config.condition_tokens
         if tokens.shape[1] > self.n_tokens:
             raise ClipgenError(
                 f"{tokens.shape[1]} tokens given to a transformer of {self.n_tokens}: use the VQGAN it was trained with"
             )
-        held = cache.length if cache is not None else 0
-        x = self.token_embedding(tokens[:, max(held - first, 0) : -1])  # (B, new tokens, E)
+        past_len = cache.length if cache is not None else 0
+        x = self.token_embedding(tokens[:, max(past_len - first, 0) : -1])  # (B, new tokens, E)
         condition = None
-        if held == 0 or self.adaptive:
+        if past_len == 0 or self.adaptive:
             condition = self._condition(embeds).to(x.dtype)  # (B, N or 1, E)
-        if held == 0:
+        if past_len == 0:
             x = torch.cat([self.prefix.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
-        x = x + self.positions[:, held : held + x.shape[1]]
+        x = x + self.positions[:, past_len : past_len + x.shape[1]]
         for layer, block in enumerate(self.blocks):
             if self.config.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, None, layer, condition, use_reentrant=False)
@@ -197,10 +179,9 @@ class ImageTransformer(nn.Module):
                 x = block(x, cache, layer, condition)
         if cache is not None:
             cache.length += x.shape[1]
-        if held == 0:
+        if past_len == 0:
             x = x[:, first - 1 :]  # the last condition token predicts t0
-        x = self.norm(x)
-        return self.head(x) if logits_of is None else (self.head(x, tokens), self.head(x[logits_of]))
+        return self.norm(x)
 
     def _condition(self, embeds: torch.Tensor) -> torch.Tensor:
         """(B, N or 1, E) in the dtype of the weights; text tokens in place of embeddings stay whole numbers."""

@@ -267,22 +267,17 @@ class VectorQuantizer(nn.Module):
         return Quantized(straight_through, tokens, z.detach(), codebook_loss, commitment_loss)
 
     @torch.no_grad()
-    def update_codebook(
-        self, vectors: torch.Tensor, tokens: torch.Tensor, draw: torch.Generator, valid: torch.Tensor | None = None
-    ) -> None:
+    def update_codebook(self, vectors: torch.Tensor, tokens: torch.Tensor, rng: torch.Generator) -> None:
         """After an optimiser step: move codes by EMA, count idle steps, restart dead codes.
 
-        Statistics are of the whole batch, and `draw` picks restarts from all of its vectors, so that every process comes to
+        Statistics are of the whole batch, and `rng` picks restarts from all of its vectors, so that every process comes to
         the codebook that one process alone would.
 
         Args:
             vectors: (B, h, w, C). tokens: (B, h, w) int64; what the quantiser gave for this process's share of the batch.
-            draw: on the CPU, in the same state on every process.
-            valid: () bool; where False nothing changes.
+            rng: on the CPU, in the same state on every process.
         """
         flat, tokens = vectors.reshape(-1, vectors.shape[-1]), tokens.flatten()
-        state = [self.codebook, self.idle] + ([self.counts, self.sums] if self.ema else [])
-        before = [x.clone() for x in state]
         used = distributed.all_reduce_sum(token_counts(tokens, len(self.codebook)).float())
         if self.ema:
             sums = distributed.all_reduce_sum(torch.zeros_like(self.codebook).index_add_(0, tokens, flat))
@@ -292,24 +287,19 @@ class VectorQuantizer(nn.Module):
             self.codebook.copy_(F.normalize(means, dim=-1) if self.l2_norm else means)
         self.idle.add_(1).masked_fill_(used > 0, 0)
         if self.restart_after:
-            dead, fresh = (self.idle >= self.restart_after)[:, None], self._pick(flat, draw)
+            dead, fresh = (self.idle >= self.restart_after)[:, None], self._sample(flat, rng)
             self.codebook.copy_(torch.where(dead, fresh, self.codebook))
             if self.ema:
                 self.sums.copy_(torch.where(dead, fresh, self.sums))
                 self.counts.masked_fill_(dead[:, 0], 1.0)
             self.idle.masked_fill_(dead[:, 0], 0)
-        if valid is not None:
-            for x, old in zip(state, before, strict=True):
-                x.copy_(torch.where(valid, x, old))
 
-    def _pick(self, flat: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    def _sample(self, flat: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         """K of the vectors (N, C) that all processes hold, the same on each of them."""
-        chosen = torch.randint(len(flat) * distributed.world_size(), (len(self.codebook),), generator=draw).to(
-            flat.device
-        )
-        chosen = chosen - len(flat) * distributed.rank()
-        own = (chosen >= 0) & (chosen < len(flat))
-        return distributed.all_reduce_sum(torch.where(own[:, None], flat[chosen.clamp(0, len(flat) - 1)], 0.0))
+        chosen = torch.randint(len(flat) * distributed.world_size(), (len(self.codebook),), generator=rng)
+        chosen = chosen.to(flat.device) - len(flat) * distributed.rank()
+        mask = (chosen >= 0) & (chosen < len(flat))  # the vectors of this process
+        return distributed.all_reduce_sum(torch.where(mask[:, None], flat[chosen.clamp(0, len(flat) - 1)], 0.0))
 
 
 class VQGAN(nn.Module):
@@ -324,15 +314,15 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
 
-    def forward(self, images: torch.Tensor, whole: bool = True) -> tuple[torch.Tensor, Quantized]:
+    def forward(self, images: torch.Tensor, until_last_layer: bool = False) -> tuple[torch.Tensor, Quantized]:
         """(B, 3, H, W) in [-1, 1] -> reconstructions of the same shape (not clamped), and the quantiser's output.
 
         Args:
-            whole: False leaves out `decoder.last`, at which a training weighs its losses: what that layer reads comes out.
+            until_last_layer: return what `decoder.last` reads in place of the reconstructions, for the adaptive weight.
         """
         quantized = self.quantizer(self.quant_conv(self.encoder(images)))
         features = self.decoder.features(self.post_quant_conv(quantized.codes))
-        return self.decoder.last(features) if whole else features, quantized
+        return features if until_last_layer else self.decoder.last(features), quantized
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> tokens (B, h, w) int64.

@@ -104,16 +104,16 @@ def wait_for(address, server, log, seconds=60):
     raise AssertionError(f"JupyterLab did not start: {log.read_text()}")
 
 
-FIRST_PICTURE = ".jp-OutputArea-output img.widget-image"
+FIRST_IMAGE = ".jp-OutputArea-output img.widget-image"
 BYTES = "async image => Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer()))"
 
 
-def picture(page):
+def first_image(page):
     """The pixels of the box's first image, as the browser has them."""
-    return np.asarray(Image.open(io.BytesIO(bytes(page.locator(FIRST_PICTURE).first.evaluate(BYTES)))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(bytes(page.locator(FIRST_IMAGE).first.evaluate(BYTES)))).convert("RGB"))
 
 
-def test_a_prompt_typed_in_a_browser_gives_a_new_picture(page, lab):
+def test_a_prompt_typed_in_a_browser_gives_a_new_image(page, lab):
     page.goto(lab)
     page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=MINUTE)  # without a kernel JupyterLab runs nothing
     page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -123,25 +123,25 @@ def test_a_prompt_typed_in_a_browser_gives_a_new_picture(page, lab):
     assert page.locator("[data-mime-type$='stderr'], [data-mime-type$='error']").count() == 0
 
     page.keyboard.press("Control+b")  # the notebook alone, without the list of files
-    field, button = page.get_by_placeholder("what to draw"), page.get_by_role("button", name="Draw", exact=True)
+    field, button = page.get_by_placeholder("what to generate"), page.get_by_role("button", name="Generate", exact=True)
     field.evaluate("field => field.closest('.jp-Cell').scrollIntoView()")
-    before, source = picture(page), page.locator(FIRST_PICTURE).first.get_attribute("src")
-    assert page.locator(FIRST_PICTURE).count() == 8 and before.std() > 5
+    before, source = first_image(page), page.locator(FIRST_IMAGE).first.get_attribute("src")
+    assert page.locator(FIRST_IMAGE).count() == 8 and before.std() > 5
     page.evaluate(
         """selector => { window.seen = []; const image = document.querySelector(selector);
         new MutationObserver(() => window.seen.push(image.src)).observe(image, {attributeFilter: ['src']}); }""",
-        FIRST_PICTURE,
+        FIRST_IMAGE,
     )
     field.fill(PROMPT)
     button.click()
     page.wait_for_function(
-        "([s, old]) => document.querySelector(s).src !== old", arg=[FIRST_PICTURE, source], timeout=MINUTE
+        "([s, old]) => document.querySelector(s).src !== old", arg=[FIRST_IMAGE, source], timeout=MINUTE
     )
-    page.locator("button:not([disabled])", has_text="Draw").wait_for(timeout=MINUTE)
+    page.locator("button:not([disabled])", has_text="Generate").wait_for(timeout=MINUTE)
     page.get_by_text(re.compile(r"^CLIP -?0\.\d\d$")).nth(7).wait_for(timeout=MINUTE)
-    after = picture(page)
+    after = first_image(page)
     assert after.shape == before.shape and np.abs(after.astype(int) - before).mean() > 1 and after.std() > 5
-    assert page.evaluate("new Set(window.seen).size") > 3, "images appear while they are drawn"
+    assert page.evaluate("new Set(window.seen).size") > 3, "images appear while they are generated"
     if target := os.environ.get("CLIPGEN_SCREENSHOT"):
         page.screenshot(path=target)
 
@@ -150,4 +150,4 @@ def test_a_prompt_typed_in_a_browser_gives_a_new_picture(page, lab):
     temperature.press("Enter")
     button.click()
     page.get_by_text("temperature is 0.0: use a value above 0").wait_for(timeout=MINUTE)
-    assert np.array_equal(picture(page), after)
+    assert np.array_equal(first_image(page), after)

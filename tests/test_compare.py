@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import replace
 
@@ -6,9 +7,9 @@ import torch
 
 from clipgen_lib.config import load_preset
 from clipgen_lib.runtime.checkpoints import save_weights
-from clipgen_lib.runtime.runs import ClipgenError, open_run, read_json, write_json
+from clipgen_lib.runtime.runs import ROOT, ClipgenError, open_run, read_json, write_json
 from clipgen_lib.study import baselines, compare
-from clipgen_lib.study.compare import Row, Table
+from clipgen_lib.study.compare import Recipe, Table
 from clipgen_lib.vqgan import VQGAN
 from clipgen_lib.workbench import Workbench
 
@@ -22,7 +23,7 @@ def wb(world, preset, vqgan, tmp_path):
         fusion_gan=replace(preset.fusion_gan, channels=4, steps=2, batch_size=4, log_every=1),
         vqgan_clip=replace(preset.vqgan_clip, steps=2, cutouts=2, batch_size=4),
     )
-    wb = Workbench(open_run("base", tmp_path), small, str(world), 0, "cpu")
+    wb = Workbench(open_run("base", tmp_path), small, str(world))
     save_weights(wb.run.path / "vqgan", vqgan)
     wb.extract()
     return wb
@@ -31,12 +32,10 @@ def wb(world, preset, vqgan, tmp_path):
 ABLATION = Table(
     "ablation",
     (
-        Row("plain", "nothing", seeds=(0, 1)),
-        Row("guided", "sampling alone", sample={"guidance": 2.0}),
-        Row("near", "projection", sample={"neighbours": 2}),
-        Row("shifted", "texts moved", sample={"shift": True}, text="unpaired"),
-        Row("centred", "means off", train={"centre": True}, text="unpaired"),
-        Row("twin", "captions", text="paired"),
+        Recipe("plain", "nothing", seeds=(0, 1)),
+        Recipe("guided", "sampling alone", sample={"guidance": 2.0}),
+        Recipe("near and shifted", "of the nearest, moved", sample={"neighbours": 2, "shift": True}, text="unpaired"),
+        Recipe("centred", "means off", train={"centre": True}, text="unpaired"),
     ),
     8,
     4,
@@ -44,34 +43,35 @@ ABLATION = Table(
 )
 
 
-def test_rows_are_trained_once_evaluated_and_kept(wb, tmp_path, monkeypatch):
+def test_rows_are_trained_once_evaluated_and_kept(wb, tmp_path):
     table = compare.run_table(wb, ABLATION, tmp_path, steps=2)
-    assert [entry["name"] for entry in table] == [row.name for row in ABLATION.rows]
+    assert [entry["name"] for entry in table] == [row.name for row in ABLATION.recipes]
     assert table[0]["seeds"] == [0, 1] and table[0]["fid_0"]["std"] > 0 and table[1]["fid_0"]["std"] == 0
     results = [read_json(tmp_path / "ablation" / "rows" / f"plain-{seed}.json") for seed in (0, 1)]
     assert table[0]["caps"]["mean"] == pytest.approx(sum(compare.metrics(result)["caps"] for result in results) / 2)
     trainings = list((tmp_path / "ablation" / "trainings").iterdir())
-    assert len(trainings) == 4  # two seeds, centred, twin: the others only sample otherwise
-    monkeypatch.setattr(compare.train, "train_transformer", lambda *a, **k: pytest.fail("trained again"))
+    assert len(trainings) == 3  # two seeds and centred: the others only sample otherwise
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ablation").rglob("*.safetensors")}
     assert compare.run_table(wb, ABLATION, tmp_path, steps=2) == table
-    lines = compare.lines_of(table, ABLATION.columns).splitlines()
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "ablation").rglob("*.safetensors")}
+    lines = compare.table_text(table, ABLATION.columns).splitlines()
     assert "±" in lines[1] and "±" not in lines[2]
     path = tmp_path / "ablation" / "rows" / "guided-0.json"
     older = read_json(path)
     del older["recipe"]["sample"]["shift"]  # written before the field existed
     write_json(path, older)
     assert compare.run_table(wb, ABLATION, tmp_path, steps=2) == table and read_json(path) == older
-    assert list(compare.sheets(tmp_path / "ablation", ABLATION.rows)) == [row.name for row in ABLATION.rows]
+    assert list(compare.image_files(tmp_path / "ablation", ABLATION.recipes)) == [row.name for row in ABLATION.recipes]
 
 
 def test_rows_of_another_recipe_or_run_are_not_mixed_in(wb, tmp_path):
-    table = replace(ABLATION, rows=ABLATION.rows[:2])
+    table = replace(ABLATION, recipes=ABLATION.recipes[:2])
     compare.run_table(wb, table, tmp_path, steps=2)
     path = tmp_path / "ablation" / "rows" / "guided-0.json"
     stale = read_json(path)
     stale["recipe"]["sample"]["guidance"] = 3.0
     write_json(path, stale)
-    assert [entry["name"] for entry in compare.entries(tmp_path / "ablation", table.rows)] == ["plain"]
+    assert [entry["name"] for entry in compare.read_table(tmp_path / "ablation", table.recipes)] == ["plain"]
     stale["recipe"]["vqgan"] = "another"
     write_json(path, stale)
     with pytest.raises(ClipgenError, match="rows of another run"):
@@ -93,7 +93,7 @@ def test_an_unknown_row_is_one_sentence(wb, tmp_path):
         compare.run_table(wb, ABLATION, tmp_path, only=["plane"])
 
 
-def test_pairs_are_each_caption_of_unmirrored_pictures(wb):
+def test_pairs_are_each_caption_of_unmirrored_images(wb):
     store, captions = wb.store(), wb.images().captions
     texts = baselines.paired_store(store, captions, wb.clip, words=False)
     words = baselines.paired_store(store, captions, wb.clip, words=True)
@@ -104,11 +104,11 @@ def test_pairs_are_each_caption_of_unmirrored_pictures(wb):
 
 
 def test_every_row_changes_the_plain_recipe_by_what_it_names(wb):
-    plain = compare.recipe(wb, compare.ROWS[0])
+    plain = compare.configs_of(wb, compare.ABLATION[0])
     assert plain["train"].noise_cos == 1 and plain["sample"].guidance == 1 and plain["train"].condition_dropout == 0
-    assert len({row.name for row in compare.ROWS}) == len(compare.ROWS)
-    for row in compare.ROWS[1:]:
-        made = compare.recipe(wb, row)
+    assert len({row.name for row in compare.ABLATION}) == len(compare.ABLATION)
+    for row in compare.ABLATION[1:]:
+        made = compare.configs_of(wb, row)
         for part in ("transformer", "train", "sample"):
             changed = {k for k, v in vars(made[part]).items() if v != vars(plain[part])[k]}
             assert changed == set(getattr(row, part))
@@ -116,7 +116,7 @@ def test_every_row_changes_the_plain_recipe_by_what_it_names(wb):
 
 
 def test_the_laptop_preset_is_the_best_row():
-    laptop, named = load_preset("laptop"), next(row for row in compare.ROWS if row.name == "best, one drawn")
+    laptop, named = load_preset("laptop"), next(row for row in compare.ABLATION if row.name == "best, no rerank")
     parts = {"transformer": laptop.transformer, "train": laptop.transformer_train, "sample": laptop.sample}
     for name, part in parts.items():
         for key, value in {**compare.PLAIN[name], **getattr(named, name)}.items():
@@ -125,19 +125,7 @@ def test_the_laptop_preset_is_the_best_row():
 
 def test_words_of_the_supervised_system_are_those_that_clip_reads(wb):
     row = next(row for row in compare.SYSTEMS if row.system == "supervised")
-    assert compare.recipe(wb, row)["transformer"].condition_tokens == wb.clip.tokenizer.context_length
-
-
-def test_a_training_without_its_weights_is_made_again(wb, tmp_path):
-    """A clone has the rows, and of a training at most its records."""
-    table = replace(ABLATION, rows=ABLATION.rows[:1])
-    before = compare.run_table(wb, table, tmp_path, steps=2)
-    for path in (tmp_path / "ablation" / "trainings").glob("*/*/model.safetensors"):
-        shutil.rmtree(path.parent)
-    for path in (tmp_path / "ablation" / "trainings").glob("*/checkpoints"):
-        shutil.rmtree(path)
-    shutil.rmtree(tmp_path / "ablation" / "rows")
-    assert compare.run_table(wb, table, tmp_path, steps=2)[0]["fid_0"] == before[0]["fid_0"]
+    assert compare.configs_of(wb, row)["transformer"].condition_tokens == wb.clip.tokenizer.context_length
 
 
 def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
@@ -153,7 +141,7 @@ def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
         evaluate=replace(preset.evaluate, n=8, batch_size=8, blur=(0, 1)),
         classifier=replace(preset.classifier, width=8, steps=3, batch_size=8, warmup=1),
     )
-    wb = Workbench(open_run("base", tmp_path), small, str(data), 0, "cpu")
+    wb = Workbench(open_run("base", tmp_path), small, str(data))
     torch.manual_seed(0)
     save_weights(wb.run.path / "vqgan", VQGAN(preset.vqgan).eval())
     wb.extract()
@@ -165,7 +153,7 @@ def test_photos_are_judged_by_classes(world, preset, clip, tmp_path):
 
 
 def test_a_row_is_measured_again_when_its_judges_change(wb, tmp_path):
-    table = replace(ABLATION, rows=ABLATION.rows[1:2])
+    table = replace(ABLATION, recipes=ABLATION.recipes[1:2])
     compare.run_table(wb, table, tmp_path, steps=2)
     path = tmp_path / "ablation" / "rows" / "guided-0.json"
     before = path.stat().st_mtime_ns
@@ -180,6 +168,17 @@ def test_a_val_split_without_classes_is_one_sentence(tmp_path, preset, world):
         (tmp_path / "data" / name).mkdir(parents=True)
         for path in sorted((world / "train").glob("*.png"))[:2]:
             shutil.copy(path, tmp_path / "data" / name)
-    wb = Workbench(open_run("r", tmp_path), preset, str(tmp_path / "data"), 0, "cpu")
+    wb = Workbench(open_run("r", tmp_path), preset, str(tmp_path / "data"))
     with pytest.raises(ClipgenError, match="no classes to try a classifier on"):
         wb.train_classifier()
+
+
+@pytest.mark.parametrize("name", compare.TABLES)
+def test_committed_tables_are_those_of_their_rows(name):
+    folder = ROOT / "results" / name
+    if not (folder / "table.json").is_file():
+        pytest.skip(f"results/{name} is not here")
+    table = compare.read_table(folder, compare.TABLES[name].recipes)
+    assert table == json.loads((folder / "table.json").read_text())
+    assert [row["name"] for row in table] == [recipe.name for recipe in compare.TABLES[name].recipes]
+    assert len(compare.table_text(table, compare.TABLES[name].columns).splitlines()) == len(table) + 1

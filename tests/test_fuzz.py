@@ -9,10 +9,7 @@ import json
 import math
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
-import zlib
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,14 +25,11 @@ from safetensors.torch import save
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ClassifierConfig, FusionGANConfig, Preset, from_dict, load_preset
 from clipgen_lib.data.datasets import open_images
-from clipgen_lib.data.images import MAX_ASPECT, load_image
-from clipgen_lib.data.shapes import make_world
 from clipgen_lib.metrics.captions import read_captions, split_prompts, texts_of
 from clipgen_lib.metrics.classifier import Classifier
 from clipgen_lib.metrics.passes import StatisticsFile
 from clipgen_lib.runtime.checkpoints import load_checkpoint, load_strictly, read_weights, save_checkpoint, save_weights
 from clipgen_lib.runtime.runs import DATA, ClipgenError, Run, read_json
-from clipgen_lib.store import FILES, TokenStore, extract
 from clipgen_lib.study.baselines import FusionGenerator
 from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.transformer import ImageTransformer
@@ -301,8 +295,6 @@ def whole(name: str) -> Path:
     """A whole folder of each kind, made once."""
     folder, smoke = WHOLE / name, load_preset("smoke")
     torch.manual_seed(0)
-    if name == "world":
-        make_world(folder, 12, 4, 3, show_progress=False)
     if name == "vqgan":
         save_weights(folder, VQGAN(replace(smoke.vqgan, channels=8, z_channels=16, codebook_size=32, code_dim=8)))
     if name == "transformer":
@@ -315,8 +307,6 @@ def whole(name: str) -> Path:
         vqgan, transformer = VQGAN.load(whole("vqgan")), ImageTransformer.load(whole("transformer"))
         source = {"name": "shapes", "pretrained": None}
         TextToImage.from_parts(vqgan, transformer, clip(), source, smoke.sample).export(folder)
-    if name == "store":
-        extracted(folder)
     if name == "run":
         in_results(WHOLE, lambda: Workbench.open("smoke", "run"))
     return folder
@@ -325,11 +315,6 @@ def whole(name: str) -> Path:
 @cache
 def clip() -> ClipEmbedder:
     return ClipEmbedder.load()
-
-
-def extracted(folder: Path) -> TokenStore:
-    images = open_images(whole("world"), "train", 64)
-    return extract(images, VQGAN.load(whole("vqgan")), clip(), folder, flip=True, shard_rows=10, show_progress=False)
 
 
 def in_results(results: Path, call):
@@ -350,39 +335,6 @@ def with_one_file_mutated(data, name: str, folder: Path) -> Path:
     return folder / name
 
 
-def token_store(data, folder):
-    place = with_one_file_mutated(data, "store", folder)
-
-    def use():
-        store = TokenStore.open(place)
-        assert len(store.tokens(slice(None))) == len(store.embeds(slice(None))) == len(store) >= store.n_unmirrored > 0
-        assert store.tokens(slice(None)).shape[1] == store.meta["L"] and store.meta["K"] > 0
-        return store
-
-    outcome(use, folder, str(folder))
-
-
-def unfinished_store(data, folder):
-    """A shard whose state is not one is made again; nothing is called a store that did not become one."""
-    shutil.copytree(whole("store"), partial := folder / "s.partial")
-    (partial / "meta.json").unlink()
-    path = partial / data.draw(st.sampled_from(["00000", "00001", "00002"])) / "shard.json"
-    state = json.loads(path.read_text())
-    if data.draw(st.booleans()):
-        state = {key: state[key] for key in ("of", "skipped")} | {"read": 3, "rows": 3}
-    state = mutated(data.draw, state)
-    write(path, state)
-    try:
-        store = extracted(folder / "s")
-        told = [state.get(key) for key in ("read", "rows")]
-        if told[0] == told[1] or not all(type(n) is int for n in told):  # else it lies as only a hand can
-            places = (store.folder / path.parent.name, whole("store") / path.parent.name)
-            made, known = ([(place / name).read_bytes() for name, _ in FILES.values()] for place in places)
-            assert made == known
-    except ClipgenError as error:
-        assert str(path) in str(error) and not (folder / "s").exists()
-
-
 def model_folder(data, folder):
     loads = {
         "vqgan": VQGAN.load,
@@ -401,43 +353,6 @@ def run_folder(data, folder):
     opened = outcome(lambda: in_results(folder, lambda: Workbench.open("smoke", "run")), folder, *names)
     again = outcome(lambda: in_results(folder, lambda: Workbench.reopen("run")), folder, *names)
     assert opened is None or (opened.preset, opened.seed) == (again.preset, again.seed)
-
-
-def coco_root(data, folder):
-    shutil.copytree(whole("world"), folder / "coco")
-    path = folder / "coco" / "annotations" / "captions_train.json"
-    content = json.loads(path.read_text())
-    content = {"images": content["images"][:3], "annotations": content["annotations"][:9]}
-    if data.draw(st.booleans()):
-        first, second = content["images"][:2]
-        inside = str(folder / "coco" / "train" / first["file_name"])
-        first["file_name"] = data.draw(
-            st.sampled_from(
-                [
-                    "../val/000000000000.png",
-                    "/etc/passwd",
-                    "a\0b",
-                    "a\nb",
-                    "x" * 10_000,
-                    "\ud800",
-                    "",
-                    ".",
-                    "x/" * 3_000,
-                    second["file_name"],
-                    inside,
-                ]
-            )
-        )
-        second["id"] = data.draw(
-            st.sampled_from([0, -1, 2**63, 10**400, math.inf, math.nan, 0.5, "1", "x", "9" * 5_000, True])
-        )
-    write(path, mutated(data.draw, content))
-    images = outcome(lambda: open_images(folder / "coco", "train", 64), folder, str(folder))
-    if images is not None:
-        inside = (folder / "coco" / "train").resolve()
-        assert all(path.resolve().is_relative_to(inside) for path in images.paths) and images[0].shape == (3, 64, 64)
-        assert len(images.captions) == len(images) and images.hash
-        assert all(len(line.encode()) <= 4 * LONGEST for item in images.skipped.items() for line in item)
 
 
 def statistics_file(data, folder):
@@ -474,20 +389,6 @@ def caption_json(data, folder):
     assert rows is None or (set(rows) <= {0} and all(rows.values()))
 
 
-def shapes_mark(data, folder):
-    """A world is made again only where its mark says that it is another."""
-    recipe = {"n_train": 1, "n_val": 1, "seed": 0, "version": 2}
-    path = write(folder / "world" / "shapes.json", damaged(data.draw, json.dumps(recipe).encode()))
-    before = path.read_bytes()
-    try:
-        make_world(folder / "world", 1, 1, show_progress=False)
-        assert json.loads(path.read_text()) == recipe and (
-            before == path.read_bytes() or (folder / "world" / "train").is_dir()
-        )
-    except ClipgenError as error:
-        assert str(path) in str(error) and path.read_bytes() == before
-
-
 def prompts(data, folder):
     text = data.draw(st.text(alphabet="| \n\0ab", max_size=30) | st.just("|" * 10_000) | st.text())
     found = outcome(lambda: split_prompts(text), folder, "PROMPTS")
@@ -500,151 +401,6 @@ def small_folder(folder: Path, names: list[str]) -> Path:
         Image.new("RGB", (8, 8), "red").save(folder / "train" / name, "PNG")
     shutil.copytree(folder / "train", folder / "val", dirs_exist_ok=True)
     return folder
-
-
-def captions_beside_pictures(data, folder):
-    small_folder(folder / "set", ["a.png", "b.png"])
-    content = data.draw(
-        st.binary(max_size=60)
-        | st.sampled_from([b"\0" * 100, b"x" * 1_000_000, b"\xff\xfe\n\n", "\u2028\x85".encode()])
-    )
-    write(folder / "set" / "train" / "a.txt", content)
-    images = outcome(lambda: open_images(folder / "set", "train", 8), folder, str(folder))
-    assert len(images) == 2 and images[0].shape == (3, 8, 8)
-    assert all(
-        text.strip() == text and text for texts in (images.captions if images.has_captions else ()) for text in texts
-    )
-
-
-# ---------------------------------------------------------------------------------------------- images
-
-
-def _files() -> list[bytes]:
-    """Small whole images of every format and of modes that are rare, one of them animated, two of them turned by EXIF."""
-    values = np.arange(12 * 9 * 3, dtype=np.uint8).reshape(9, 12, 3)
-    rgb, exif = Image.fromarray(values), Image.Exif()
-    exif[0x0112] = 6
-    ways = [(rgb, kind, {}) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")]
-    ways += [(rgb, kind, {"exif": exif}) for kind in ("JPEG", "WEBP", "PNG")]
-    ways += [
-        (rgb.convert(mode), kind, {})
-        for mode, kind in (
-            ("LA", "PNG"),
-            ("CMYK", "JPEG"),
-            ("CMYK", "TIFF"),
-            ("RGBA", "WEBP"),
-            ("1", "PNG"),
-            ("L", "PPM"),
-        )
-    ]
-    ways += [(rgb.convert("P"), "PNG", {"transparency": 3}), (rgb.convert("P"), "GIF", {"transparency": 3})]
-    ways += [
-        (rgb, "GIF", {"save_all": True, "append_images": [rgb.rotate(90)]}),
-        (rgb, "TIFF", {"compression": "tiff_lzw"}),
-        (rgb, "TIFF", {"compression": "jpeg"}),
-    ]
-    ways += [
-        (Image.fromarray(values[:, :, 0].astype(np.uint16) * 200), "PNG", {}),
-        (Image.fromarray(values[:, :, 0].astype(np.float32)), "TIFF", {}),
-    ]
-    ways += [(Image.fromarray(np.where(values[:, :, 0] < 9, np.nan, 1).astype(np.float32)), "TIFF", {})]
-    found = []
-    for image, kind, options in ways:
-        stream = io.BytesIO()
-        image.save(stream, kind, **options)
-        found.append(stream.getvalue())
-    return found
-
-
-PICTURES = _files()
-
-
-def picture(data, folder):
-    content = damaged(data.draw, data.draw(st.sampled_from(PICTURES)))
-    path = write(folder / data.draw(st.sampled_from(["x.png", "x.jpg", "a\nb.png", "x" * 200 + ".png"])), content)
-    size = data.draw(st.sampled_from([1, 8, 31]))
-    with np.errstate(all="ignore"):
-        found = outcome(lambda: load_image(path, size), folder, str(folder))
-    if found is not None:
-        assert found.dtype == torch.uint8 and found.shape[0] == 3 and min(found.shape[1:]) == size
-        assert max(found.shape[1:]) <= MAX_ASPECT * size + 1
-
-
-# ---------------------------------------------------------------------------------------------- bombs
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def _png(width: int, height: int, *chunks: bytes, rows: int = 1) -> bytes:
-    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    pixels = _chunk(b"IDAT", zlib.compress(bytes(rows * (width + 1))))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + _chunk(b"IEND", b"")
-
-
-def _frames(kind: str, count: int) -> bytes:
-    stream = io.BytesIO()
-    frames = [Image.new("L", (64, 64), i % 251) for i in range(count)]
-    frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
-    return stream.getvalue()
-
-
-def _bombs() -> dict[str, tuple[bytes, bool]]:
-    """Name -> (small file that asks for much, whether it may be read nevertheless)."""
-    much = zlib.compress(bytes(300_000_000), 1)
-    gif = bytearray(_frames("GIF", 1))
-    gif[gif.index(b",") + 5 : gif.index(b",") + 9] = (
-        b"\xff\xff\xff\xff"  # a frame of 65,535 pixels a side on a small screen
-    )
-    bmp = bytearray(PICTURES[4])
-    bmp[18:26] = struct.pack("<ii", 2**30, -(2**30))
-    return {
-        "huge header": (_png(50_000, 50_000), False),
-        "a line": (_png(60_000, 1), False),
-        "a line on end": (_png(1, 60_000, rows=60_000), False),
-        "text": (_png(9, 9, _chunk(b"zTXt", b"a\0\0" + much), rows=9), False),
-        "profile": (_png(9, 9, _chunk(b"iCCP", b"a\0\0" + much), rows=9), False),
-        "frames": (_frames("GIF", 1_000), True),
-        "pages": (_frames("TIFF", 1_000), True),
-        "large frame": (bytes(gif), False),
-        "bmp": (bytes(bmp), False),
-        "ppm": (b"P6 50000 50000 255\n" + bytes(99), False),
-    }
-
-
-def test_bombs_take_no_memory(tmp_path):
-    """In a process of its own, with 400 MB beyond what the library has taken: refused, or read without the rest of the file."""
-    may = {}
-    for index, (name, (content, may_be_read)) in enumerate(_bombs().items()):
-        write(tmp_path / f"{index}.png", content)
-        may[str(tmp_path / f"{index}.png")] = name, may_be_read
-        assert len(content) < 5_000_000
-    code = (
-        "import json, resource, sys\n"
-        "from pathlib import Path\n"
-        "from clipgen_lib.images import load_image\n"
-        "from clipgen_lib.runs import ClipgenError\n"
-        "load_image(Path(sys.argv[1]), 64)\n"
-        "now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (now + 400_000_000,) * 2)\n"
-        "found = {}\n"
-        "for path in sys.argv[2:]:\n"
-        "    try:\n"
-        "        found[path] = list(load_image(Path(path), 64).shape)\n"
-        "    except ClipgenError as error:\n"
-        "        found[path] = str(error)\n"
-        "print(json.dumps(found))\n"
-    )
-    write(tmp_path / "whole.png", PICTURES[0])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, tmp_path / "whole.png", *may], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for path, found in json.loads(done.stdout).items():
-        name, may_be_read = may[path]
-        assert (found == [3, 64, 64]) if may_be_read else (isinstance(found, str) and path in found), (name, found)
-        assert "memory" not in str(found).replace(path, "").lower(), (name, found)
 
 
 # ---------------------------------------------------------------------------------------------- all of them
@@ -660,18 +416,12 @@ QUICK = {
     classifier_folder: 12,
     caption_list: 100,
     caption_json: 100,
-    shapes_mark: 40,
     prompts: 80,
-    captions_beside_pictures: 50,
-    picture: 600,
     metrics: 100,
     clip_folder: 25,
     clip_merges: 10,
-    token_store: 80,
-    unfinished_store: 20,
     model_folder: 60,
     run_folder: 60,
-    coco_root: 60,
     statistics_file: 60,
 }
 

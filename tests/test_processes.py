@@ -90,7 +90,7 @@ def a_vqgan():
 
 def a_run(results, data):
     """A run of preset smoke with untrained weights, whose logits are far from even."""
-    wb = workbench.Workbench(open_run("run", results), load_preset("smoke"), str(data), 0, "cpu")
+    wb = workbench.Workbench(open_run("run", results), load_preset("smoke"), str(data))
     vqgan, preset = a_vqgan(), wb.preset
     save_weights(wb.run.path / "vqgan", vqgan)
     torch.manual_seed(1)

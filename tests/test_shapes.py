@@ -1,43 +1,21 @@
+import hashlib
 import json
 from collections import Counter
 
 import numpy as np
-import pytest
 
 from clipgen_lib.data import shapes
 from clipgen_lib.data.shapes import HELD_OUT, Claim, Scene, SceneObject
 
 
-def score(pictures, asked):
-    return shapes.score([shapes.right(picture, prompt) for picture, prompt in zip(pictures, asked, strict=True)])
-
-
-@pytest.mark.parametrize("wild", [False, True])
-def test_oracle_reads_scenes_it_has_not_seen(wild):
-    objects = right = 0
-    for index in range(300):
-        scene = shapes.scene_at(seed=99, index=index, held_out=index % 4 == 0, wild=wild)
-        read = shapes.read_scene(shapes.render(scene))
-        assert len(read) <= 3
-        for obj in scene.objects:
-            objects += 1
-            near = min(read, key=lambda r: (r.x - obj.x) ** 2 + (r.y - obj.y) ** 2)
-            right += (near.shape, near.colour, near.size) == (obj.shape, obj.colour, obj.size)
-    assert right / objects >= 0.98
-
-
-def test_oracle_sees_what_is_wrong():
-    asked = shapes.prompts("one", 40)
-    pictures = np.stack([shapes.render(p.scene) for p in asked])
-    assert score(pictures, asked)["both"] == 1.0
-    shifted = score(np.roll(pictures, 1, axis=0), asked)
-    assert shifted["colour"] < 0.5 and shifted["shape"] < 0.5
-    assert score(np.full_like(pictures, 128), asked)["colour"] == 0.0
-    two = shapes.prompts("two", 40)
-    pictures = np.stack([shapes.render(p.scene) for p in two])
-    assert score(pictures, two) == {"n": 40, "both": 1.0, "relation": 1.0}
-    mirrored = score(pictures[:, ::-1, ::-1], two)  # every relation turns into its opposite
-    assert mirrored["relation"] <= 0.05
+def test_seeds_keep_their_scenes_and_captions():
+    """Weights that are trained, and results that are written down, stand for these very images and texts."""
+    digest = hashlib.sha256()
+    for index in range(60):
+        for wild in (False, True):
+            scene = shapes.scene_at(3, index, held_out=index % 3 == 0, wild=wild)
+            digest.update(shapes.render(scene).tobytes() + "|".join(shapes.captions(scene)).encode())
+    assert digest.hexdigest().startswith("2a7a1e4b68822cbf")
 
 
 def test_the_world_keeps_to_its_grid_and_the_wild_one_does_not():
@@ -64,9 +42,6 @@ def test_held_out_pairs_are_held_out():
         assert not any((t.shape, t.colour) in HELD_OUT for t in shapes.scene_at(0, index).objects)
         first = shapes.scene_at(0, index, held_out=True).objects[0]
         assert (first.shape, first.colour) in HELD_OUT
-    assert all(
-        (p.claim.objects[0].shape, p.claim.objects[0].colour) in HELD_OUT for p in shapes.prompts("held_out", 30)
-    )
 
 
 def test_captions_are_varied_and_true():
@@ -92,16 +67,13 @@ def test_claims_can_be_false():
 
 
 def test_a_world_is_a_function_of_its_seed(tmp_path):
-    a = shapes.make_world(tmp_path / "a", 4, 2, seed=1, show_progress=False)
-    b = shapes.make_world(tmp_path / "b", 4, 2, seed=1, show_progress=False)
-    c = shapes.make_world(tmp_path / "c", 4, 2, seed=2, show_progress=False)
+    a = shapes.make_world(tmp_path / "a", 4, 2, seed=1)
+    b = shapes.make_world(tmp_path / "b", 4, 2, seed=1)
+    c = shapes.make_world(tmp_path / "c", 4, 2, seed=2)
     name = "train/000000000003.png"
     assert (a / name).read_bytes() == (b / name).read_bytes() != (c / name).read_bytes()
-    content = json.loads((a / "annotations/captions_train.json").read_text())
+    (a / name).unlink()
+    assert shapes.make_world(a, 4, 2, seed=1) == a and not (a / name).exists()  # what is there is left as it is
+    assert (shapes.make_world(a, 5, 2, seed=1) / name).exists()  # another world takes its place
+    content = json.loads((b / "annotations/captions_train.json").read_text())
     assert len(content["images"]) == 4 and len(content["annotations"]) == 20
-
-
-@pytest.mark.parametrize("bad", [np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 3), np.float32)])
-def test_oracle_refuses_other_pictures(bad):
-    with pytest.raises(ValueError, match="64x64x3 uint8"):
-        shapes.read_scene(bad)

@@ -1,3 +1,11 @@
+"""One run, step by step; `open` and `reopen` are tried in a process with results of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -5,63 +13,78 @@ from clipgen_lib.clip_embed import photo_notice
 from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.images import to_float
 from clipgen_lib.metrics.captions import split_prompts
-from clipgen_lib.runtime import runs
-from clipgen_lib.runtime.runs import DATA, ClipgenError, open_run, read_json, write_json
-from clipgen_lib.text_to_image import TextToImage
+from clipgen_lib.runtime.checkpoints import module_hash, save_weights
+from clipgen_lib.runtime.runs import DATA, ClipgenError, open_run
 from clipgen_lib.workbench import Workbench, clip_fields
 
+OUTCOMES = """
+import json, sys
+from clipgen_lib.runtime.runs import RESULTS, ClipgenError, read_json, write_json
+from clipgen_lib.workbench import Workbench
 
-def test_a_run_from_before_a_field_existed_had_its_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    wb = Workbench.open("smoke", "old")
-    config = read_json(wb.run.path / "config.json")
-    del config["preset"]["sample"]["neighbours"]  # 0 is the default and the preset's
-    write_json(wb.run.path / "config.json", config)
-    assert Workbench.open("smoke", "old").preset == wb.preset
-    del config["preset"]["sample"]["top_p"]  # the default is 1, the preset's is not
-    write_json(wb.run.path / "config.json", config)
-    with pytest.raises(ClipgenError, match=r"begun with another preset\.sample\.top_p"):
-        Workbench.open("smoke", "old")
+def outcome(call):
+    try:
+        call()
+        return "opened"
+    except ClipgenError as error:
+        return str(error)
+
+path = Workbench.open("smoke", "r").run.path / "config.json"
+whole, found = read_json(path), []
+for keys, value in json.loads(sys.argv[1]):
+    changed = json.loads(json.dumps(whole))
+    place = changed
+    for key in keys[:-1]:
+        place = place[key]
+    if value == "(removed)":
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    write_json(path, changed)
+    found.append([outcome(lambda: Workbench.open("smoke", "r")), outcome(lambda: Workbench.reopen("r"))])
+write_json(path, whole)
+found.append([outcome(lambda: Workbench.open("smoke", "r", seed=1)), outcome(lambda: Workbench.reopen("none"))])
+found.append([outcome(lambda: Workbench.reopen("r", data="~nobody-of-that-name/images"))])
+print(json.dumps(found))
+"""
 
 
-@pytest.mark.parametrize(
-    "entries",
-    [
-        {"preset": None},
-        {"preset": {}},
-        {"preset": {"name": "smoke", "clip": None}},
-        {"preset": {"name": 5}},
-        {"data": 5},
-        {"seed": None},
+def test_a_run_is_opened_again_only_as_it_was_begun(tmp_path):
+    nonsense = [
+        (["preset"], None),
+        (["preset", "clip"], None),
+        (["preset", "name"], 5),
+        (["data"], 5),
+        (["seed"], None),
+        (["preset", "clip", "name"], ["shapes"]),
+        (["preset", "vqgan", "channels"], "many"),
+        (["preset", "vqgan", "chanels"], 3),
     ]
-    + [{"preset": {"name": "smoke", "clip": {"name": ["shapes"]}}}],
-)
-def test_a_run_that_was_begun_with_nonsense_is_one_sentence(tmp_path, monkeypatch, entries):
-    monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    monkeypatch.setattr("clipgen_lib.workbench.RESULTS", tmp_path)
-    path = Workbench.open("smoke", "odd").run.path / "config.json"
-    whole = read_json(path)
-    write_json(path, {**whole, **entries})
-    for call in (lambda: Workbench.open("smoke", "odd"), lambda: Workbench.reopen("odd")):
-        with pytest.raises(ClipgenError, match="config.json lacks the preset, data or seed"):
-            call()
-    for data in ("a\0b", "\ud800", "x\0" * 10_000):
-        write_json(path, {**whole, "data": data})
-        with pytest.raises(ClipgenError, match="is no path"):
-            Workbench.reopen("odd")
-    write_json(path, whole)
-    with pytest.raises(ClipgenError, match="begun with another data"):
-        Workbench.reopen("odd", data="~nobody-of-that-name/images")
+    changes = [
+        (["preset", "sample", "neighbours"], "(removed)"),  # the default is the preset's: as if it were there
+        (["preset", "sample", "top_p"], "(removed)"),  # the default is 1, the preset's is not
+        *((["data"], text) for text in ("a\0b", "x\0" * 10_000)),
+        *nonsense,
+    ]
+    command = [sys.executable, "-c", OUTCOMES, json.dumps(changes)]
+    environment = {**os.environ, "CLIPGEN_RESULTS": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found[0] == ["opened", "opened"]
+    assert all("begun with another preset.sample.top_p" in text for text in found[1])
+    assert all("is no path" in text for text in (found[2][1], found[3][1]))
+    for texts in found[4 : 4 + len(nonsense)]:
+        assert all("does not say what the run was begun with" in text for text in texts), texts
+    assert "begun with another seed" in found[-2][0] and "there is no run 'none'" in found[-2][1]
+    assert "begun with another data" in found[-1][0]
 
 
 def test_a_clip_is_a_folder_or_a_model_and_its_weights(tmp_path):
     assert clip_fields("shapes") == {"name": "shapes", "pretrained": None}
     assert clip_fields("ViT-B-32-quickgelu/openai") == {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}
-    assert (
-        clip_fields("data/shapes_clip")
-        == clip_fields(str(DATA / "shapes_clip"))
-        == {"name": "data/shapes_clip", "pretrained": None}
-    )
+    embedded = {"name": "data/shapes_clip", "pretrained": None}
+    assert clip_fields("data/shapes_clip") == clip_fields(str(DATA / "shapes_clip")) == embedded
     assert clip_fields(str(tmp_path)) == {"name": str(tmp_path), "pretrained": None}
     with pytest.raises(ClipgenError, match="train-clip"):
         clip_fields("results/absent/clip")
@@ -69,71 +92,70 @@ def test_a_clip_is_a_folder_or_a_model_and_its_weights(tmp_path):
     assert clip_fields(f"ViT-B-32/{tmp_path / 'w.pt'}") == {"name": "ViT-B-32", "pretrained": str(tmp_path / "w.pt")}
 
 
-def test_the_mean_of_texts_needs_texts(world, preset, tmp_path):
-    wb = Workbench(open_run("r", tmp_path), preset, str(world), 0, "cpu")
+def test_the_mean_of_texts_needs_texts(world, preset, images_folder, tmp_path):
+    wb = Workbench(open_run("r", tmp_path), preset, str(world))
     expected = wb.clip.texts([texts[0] for texts in wb.images().captions]).mean(0)
     assert torch.allclose(wb.text_mean(), expected, atol=1e-6)
-    pictures, texts = wb.text_image_pairs(5)
-    assert pictures.shape == texts.shape == (5, wb.clip.dim)
+    embeds, texts = wb.text_image_pairs(5)
+    assert embeds.shape == texts.shape == (5, wb.clip.dim)
     assert torch.allclose(texts[2], wb.clip.texts([wb.images("val").captions[2][0]])[0], atol=1e-6)
-    (tmp_path / "bare").mkdir()
-    for path in sorted((world / "train").glob("*.png")):
-        (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
-    bare = Workbench(open_run("b", tmp_path), preset, str(tmp_path / "bare"), 0, "cpu")
     with pytest.raises(ClipgenError, match="has no captions"):
-        bare.text_mean()
+        Workbench(open_run("b", tmp_path), preset, str(images_folder)).text_mean()
 
 
 @pytest.fixture
-def opened(world, preset, tmp_path, vqgan, transformer, clip, monkeypatch):
-    """A workbench on images of a folder, with a generator that is ready."""
-    generator = TextToImage.from_parts(vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, preset.sample)
-    monkeypatch.setattr(Workbench, "generator", lambda self: generator)
+def open_folder(preset, tmp_path, vqgan, transformer, clip):
+    """Opens a workbench on a folder, with the weights of untrained networks in its run."""
 
-    def open_folder(captions="", folder="images"):
-        root = tmp_path / folder
-        root.mkdir()
-        for path in sorted((world / "train").glob("*.png")):
-            (root / path.name).write_bytes(path.read_bytes())
-            if captions:
-                (root / path.with_suffix(".txt").name).write_text(captions)
-        return Workbench(open_run(f"run-{folder}", tmp_path), preset, str(root), 0, "cpu")
+    def open_on(folder):
+        wb = Workbench(open_run("r", tmp_path / "results"), preset, str(folder))
+        save_weights(wb.run.path / "vqgan", vqgan)
+        trained_with = {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}
+        save_weights(wb.run.path / "transformer", transformer, trained_with=trained_with)
+        return wb
 
-    return open_folder
+    return open_on
 
 
-def test_prompts_of_ones_own_come_first(opened):
-    wb = opened("a caption\n")
-    own = wb.own_prompts(" a dog |a  red car||a dog")
-    assert own.prompts == own.titles == ["a dog", "a red car"] and own.source == "prompts of your own"
-    sheet = wb.draw_prompts("a dog|a red car", each=3, guidance=1.5)
-    assert sheet.images.shape == (6, 3, 64, 64) and sheet.columns == 6
-    assert sheet.titles == ["a dog"] * 3 + ["a red car"] * 3
+def captioned(folder, captions):
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text(captions)
+    return folder
+
+
+def test_a_users_prompts_come_first(open_folder, images_folder):
+    wb = open_folder(captioned(images_folder, "a caption\n"))
+    user = wb.user_prompts(" a dog |a  red car||a dog")
+    assert user.prompts == user.titles == ["a dog", "a red car"] and user.source == "prompts of your own"
+    grid = wb.generate_for_user("a dog|a red car", each=3, guidance=1.5)
+    assert grid.images.shape == (6, 3, 64, 64) and grid.columns == 6
+    assert grid.titles == ["a dog"] * 3 + ["a red car"] * 3
     again = wb.generator()("a red car", n=3, seed=0, guidance=1.5)[0]
-    assert torch.allclose(sheet.images[3:], again, atol=1e-5)  # image j has seed + j
+    assert torch.allclose(grid.images[3:], again, atol=1e-5)  # image j has seed + j
     assert wb.run.summary()["prompts"] == {"source": "prompts of your own", "asked": ["a dog", "a red car"]}
 
 
-def test_captions_are_prompts_where_none_are_given(opened):
-    own = opened("a thing\nanother thing\n").own_prompts()
-    assert sorted(own.prompts) == ["a thing", "another thing"] and own.source == "captions of the val split"
-    wb = opened("a thing\n", "bare-val")
-    for path in wb.images("val").paths:
-        path.with_suffix(".txt").unlink()
-    assert wb.own_prompts() == (["a thing"], ["a thing"], "captions of the train split", None)
+def test_captions_are_prompts_where_none_are_given(open_folder, images_folder):
+    wb = open_folder(captioned(images_folder, "a thing\nanother thing\n"))
+    user = wb.user_prompts()
+    assert sorted(user.prompts) == ["a thing", "another thing"] and user.source == "captions of the val split"
+    for name in wb.images("val").names:
+        (images_folder / name).with_suffix(".txt").unlink()
+    user = wb.user_prompts()
+    assert sorted(user.prompts) == ["a thing", "another thing"] and user.source == "captions of the train split"
 
 
-def test_without_captions_pictures_are_prompts(opened):
-    wb = opened()
-    own = wb.own_prompts(n=12)
-    assert own.prompts.shape == (6, wb.clip.dim) and own.pictures.shape == (6, 3, 64, 64)
-    assert own.titles == [path.name for path in wb.images("val").paths[:6]] and "no captions" in own.source
-    assert torch.allclose(own.prompts[2], wb.clip.images(own.pictures[2:3])[0], atol=1e-5)
-    sheet = wb.draw_prompts(n=12)
-    assert (
-        sheet.images.shape == (30, 3, 64, 64) and sheet.columns == 10 and torch.equal(sheet.images[5], own.pictures[1])
-    )
-    assert sheet.titles[5:10] == [own.titles[1]] + ["variation"] * 4
+def test_without_captions_images_are_prompts(open_folder, images_folder):
+    wb = open_folder(images_folder)
+    user = wb.user_prompts(n=12)
+    titles = [name.rpartition("/")[2] for name in wb.images("val").names]
+    assert user.titles == titles[:6] and "no captions" in user.source
+    assert user.prompts.shape == (len(user.titles), wb.clip.dim) and user.images.shape[1:] == (3, 64, 64)
+    assert torch.allclose(user.prompts[1], wb.clip.images(user.images[1:2])[0], atol=1e-5)
+    grid = wb.generate_for_user(n=12)
+    assert grid.images.shape == (5 * len(user.titles), 3, 64, 64) and grid.columns == 10
+    assert torch.equal(grid.images[5], user.images[1])
+    assert grid.titles[5:10] == [user.titles[1]] + ["variation"] * 4
 
 
 def test_a_text_of_bars_holds_no_prompt():
@@ -142,35 +164,35 @@ def test_a_text_of_bars_holds_no_prompt():
         split_prompts(" | ")
 
 
-def test_only_the_shapes_clip_on_photos_is_worth_a_word(opened):
-    assert "knows coloured shapes, not photos" in opened().notice
+def test_a_notice_only_for_the_shapes_clip_on_photos(open_folder, images_folder):
+    assert "knows coloured shapes, not photos" in open_folder(images_folder).notice
     assert photo_notice("shapes", "shapes") == photo_notice("ViT-B-32", "/my/photos") == ""
     assert photo_notice("data/shapes_clip", "/my/photos") == photo_notice("shapes", "/my/photos")
 
 
-def test_too_few_pictures_are_told_before_training(opened):
-    wb = opened()
-    for path in [*wb.images("train").paths, *wb.images("val").paths][6:]:
+def test_too_few_images_are_told_before_training(open_folder, images_folder):
+    for path in sorted(images_folder.glob("*.png"))[6:]:
         path.unlink()
-    with pytest.raises(ClipgenError, match="3 images to train on and 3 to test on: give at least 4 of each"):
-        wb.train_vqgan()
+    with pytest.raises(ClipgenError, match=r"images to train on and \d to test on: give at least 4 of each"):
+        open_folder(images_folder).train_vqgan()
 
 
-def test_each_class_shows_its_photos_and_what_is_drawn_for_its_name(opened, world, preset, tmp_path):
+def test_each_class_shows_its_photos_and_what_its_name_gives(open_folder, world, images_folder, tmp_path):
     paths = sorted((world / "train").glob("*.png"))
-    for split, name, of in (
-        ("train", "a_cat", paths[:4]),
-        ("train", "dog", paths[4:8]),
-        ("val", "a_cat", paths[8:11]),
-        ("val", "dog", paths[11:13]),
+    for name, of in (
+        ("train/a_cat", paths[:4]),
+        ("train/dog", paths[4:8]),
+        ("val/a_cat", paths[8:11]),
+        ("val/dog", paths[11:13]),
     ):
-        (tmp_path / "classes" / split / name).mkdir(parents=True)
+        (tmp_path / "classes" / name).mkdir(parents=True)
         for path in of:
-            (tmp_path / "classes" / split / name / path.name).write_bytes(path.read_bytes())
-    wb = Workbench(open_run("c", tmp_path), preset, str(tmp_path / "classes"), 0, "cpu")
-    rows = wb.class_rows(real=2, drawn=3)
+            shutil.copy(path, tmp_path / "classes" / name)
+    wb = open_folder(tmp_path / "classes")
+    rows = wb.class_rows(real=2, generated=3)
     assert list(rows) == ["a cat", "dog"] and rows["dog"].shape == (5, 3, 64, 64)
     batch = next(ordered_batches(wb.images("val"), [3, 4], 2))[1]
     assert torch.equal(rows["dog"][:2], to_float(batch))
     assert torch.allclose(rows["dog"][2:], wb.generator()("a photo of a dog", n=3, seed=0)[0], atol=1e-5)
-    assert list(wb.class_rows(real=3, drawn=1)) == ["a cat"] and opened().class_rows() == {}
+    assert list(wb.class_rows(real=3, generated=1)) == ["a cat"]
+    assert open_folder(images_folder).class_rows() == {}

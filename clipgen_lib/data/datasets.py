@@ -1,94 +1,70 @@
-"""Images on disk: MS-COCO, any folder, tar and parquet shards, or the embedded Shapes world, behind one call.
+"""Image sets behind one call: MS-COCO, folders, archives, data sets of the Hugging Face hub, or the embedded Shapes world.
 
-In: a path. Out: an `ImageSet`, rows of uint8 images with optional captions, and batches of them. Training asks for
-images only; captions are a property of their own that `store.py` and `train.py` never touch. A file that cannot be
-read is left out, counted and listed in `ImageSet.skipped`. In memory are names and a cache of bounded size, not the images.
+In: a path or a hub id. Out: an `ImageSet`: row -> uint8 image, with optional captions and classes. Training asks for images
+only: captions and classes are read when they are first asked for. An image that cannot be read is left out, counted and
+listed in `ImageSet.skipped`.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ..config import ShapesConfig
-from ..runtime.runs import DATA, ClipgenError, file_hash, read_json, reason, shortened
+from ..runtime.runs import DATA, ClipgenError, read_json, reason, shortened
 from . import shapes
 from .images import EXTENSIONS, load_image
-from .shards import CLASS_PROMPT, Names, ParquetShards, TarShards, find_shards, open_shards, split_of
 
-CACHE_BYTES = 2 << 30  # decoded images kept in memory by a loader without workers
-VAL_SHARE = 0.1  # of a folder that has no split of its own, chosen by a hash of the file's path
-FEWEST_VAL = 16  # held out of such a folder at least, or half of it: fewer cannot be halved and compared
+if TYPE_CHECKING:
+    import datasets as hf
 
-
-class Files:
-    """Plain files as a source of images; `clipgen_lib/shards.py` has the others.
-
-    Args:
-        names: places of the files below `root`, posix.
-        captions, classes: what gives those of each row, or None; asked when they are wanted, and never by a training.
-    """
-
-    blocks, window = None, 1
-
-    def __init__(
-        self,
-        root: Path,
-        names: Names,
-        captions: Callable[[], list[tuple[str, ...]] | None] | None = None,
-        classes: Callable[[], list[str]] | None = None,
-    ):
-        self.root, self.names, self._captions, self._classes = root, names, captions, classes
-
-    def open(self, row: int) -> Path:
-        return self.root / self.names[row]
-
-    def facts(self) -> Iterator[str]:
-        return (f"{name}:{os.stat(os.path.join(self.root, name)).st_size};" for name in self.names)
-
-    def captions(self, skipped: dict[str, str]) -> list[tuple[str, ...]] | None:
-        return self._captions and self._captions()
-
-    def classes(self) -> list[str] | None:
-        return self._classes and self._classes()
+CACHE_BYTES = 2 << 30  # decoded images that a process keeps in memory
+VAL_SHARE = 0.1  # of images that have no splits of their own, chosen by a hash of the name
+FEWEST_VAL = 16  # images of such a val split at least, or half of all: fewer cannot be halved and compared
+VAL_NAMES = ("val", "valid", "validation", "dev", "test")  # what the val split may be called, the best name first
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentences")
+CLASS_COLUMNS = ("label", "class", "cls")
+CLASS_PROMPT = "a photo of a {}"
+# captions and class of each row, None where there are none
+Texts = tuple[list[tuple[str, ...]] | None, list[str] | None]
 
 
 class ImageSet(Dataset):
     """One split: row -> (3, H, W) uint8 with a short side of `size` pixels.
 
     Args:
-        images: where the rows come from: an opened source, or files below `root`.
+        name: what the data are called in results.
+        source: paths below `root`, or an opened `datasets.Dataset` with one column, the encoded images.
+        describe: () -> (captions, classes) of the rows, each None where there are none; called when they are asked for.
 
     Attributes:
-        name: what the data are called in results.
-        names: row -> the place of its image below `root`, posix; inside a shard, shard/member.
-        blocks, window: which rows lie together and how many such blocks are shuffled as one (see `batch_rows`); None for
-            files, which are as near in any order.
-        skipped: name -> why it was left out; grows as files turn out to be unreadable.
+        names: row -> its path below `root`, or the name of its image in the archive.
+        skipped: name -> why it was left out; grows as images turn out to be unreadable.
     """
 
     def __init__(
-        self,
-        name: str,
-        split: str,
-        root: Path,
-        pictures: Files | TarShards | ParquetShards | list[Path],
-        size: int,
-        skipped: dict[str, str] | None = None,
+        self, name: str, split: str, root: Path, source: list | hf.Dataset, size: int, describe: Callable = None
     ):
-        if isinstance(pictures, list):
-            pictures = Files(root, Names.of(path.relative_to(root).as_posix() for path in pictures))
-        self.name, self.split, self.root, self.pictures, self.size = name, split, root, pictures, size
-        self.names, self.blocks, self.window = pictures.names, pictures.blocks, pictures.window
-        self.skipped = dict(skipped or {})
+        self.name, self.split, self.root, self.size, self._describe = name, split, root, size, describe
+        self.table = None if isinstance(source, list) else source
+        if self.table is None:
+            self.names = [p.relative_to(root).as_posix() if isinstance(p, Path) else p for p in source]
+        else:
+            self.names = _member_names(source)
+        self.skipped: dict[str, str] = {}
         self._cache: dict[int, torch.Tensor] = {}
         self._cached_bytes = 0
 
@@ -96,155 +72,160 @@ class ImageSet(Dataset):
         return len(self.names)
 
     def __getitem__(self, row: int) -> torch.Tensor:
+        """Raises ClipgenError where the image cannot be read."""
         if row not in self._cache:
-            image = load_image(self.pictures.open(row), self.size, self.place(row))
+            image = load_image(self.encoded(row), self.size, self.names[row])
             if self._cached_bytes + image.nbytes > CACHE_BYTES:
                 return image
             self._cached_bytes += image.nbytes
             self._cache[row] = image
         return self._cache[row]
 
-    def place(self, row: int) -> str:
-        """What an error calls an image: its path, or that of its shard and its name there."""
-        return os.path.join(self.root, self.names[row])
+    def encoded(self, row: int) -> Path | bytes:
+        """The file of an image. A path that an archive gives in place of bytes is never opened: then ClipgenError is raised."""
+        if self.table is None:
+            return self.root / self.names[row]
+        (image,) = self.table[row].values()
+        if image is None or image["bytes"] is None:
+            raise ClipgenError(f"{self.names[row]} has no bytes in the archive: write the images themselves into it")
+        return image["bytes"]
 
     @property
     def paths(self) -> list[Path]:
-        """The files of the rows, where these are files of their own."""
-        if not isinstance(self.pictures, Files):
-            raise ClipgenError(
-                f"{self.root} holds shards, whose images have no paths: unpack them to a folder for what needs files"
-            )
+        """The file of each row; an archive has none."""
         return [self.root / name for name in self.names]
 
     @cached_property
-    def _captions(self) -> list[tuple[str, ...]] | None:
-        return self.pictures.captions(self.skipped)
+    def _texts(self) -> Texts:
+        captions, classes = self._describe() if self._describe else (None, None)
+        return captions or (classes and [(CLASS_PROMPT.format(name),) for name in classes]), classes
 
     @property
     def captions(self) -> list[tuple[str, ...]]:
-        """The captions of each row, for evaluation only; read when first asked for."""
-        if self._captions is None:
-            raise ClipgenError(
-                f"{self.root} has no captions: put name.txt beside name.jpg, sort images into a folder for each class, or use a COCO root"
-            )
-        return self._captions
+        """The captions of each row, else "a photo of a <class>"; for evaluation only. Raises ClipgenError without both."""
+        if self._texts[0] is None:
+            cure = "add metadata.jsonl or name.txt beside name.jpg, or sort the images into a folder for each class"
+            raise ClipgenError(f"{self.root} has no captions: {cure}")
+        return self._texts[0]
 
     @property
     def has_captions(self) -> bool:
-        return self._captions is not None
+        return self._texts[0] is not None
 
-    @cached_property
+    @property
     def classes(self) -> list[str] | None:
-        """The class name of each row where images are sorted by class, else None; read when first asked for."""
-        return self.pictures.classes()
+        """The class name of each row, None where the images are not sorted by class."""
+        return self._texts[1]
 
     @property
     def is_named_by_class(self) -> bool:
-        """Whether the captions are no more than the names of classes: then a mirrored image has the same one."""
-        return self.classes is not None and self._captions == [(CLASS_PROMPT.format(name),) for name in self.classes]
-
-    def blocks_of(self, rows: np.ndarray) -> np.ndarray | None:
-        """`blocks` of some of the rows, rising: positions among these in place of rows."""
-        return None if self.blocks is None else np.searchsorted(rows, self.blocks)
+        """Whether the captions are only the names of classes: then a mirrored image has the same one."""
+        return self.classes is not None and self.captions == [(CLASS_PROMPT.format(name),) for name in self.classes]
 
     @property
     def hash(self) -> str:
-        """16 hex digits of the relative paths and file sizes: the same for the same files, wherever they lie."""
-        digest = hashlib.sha256(str(self.size).encode())
-        for fact in self.pictures.facts():
-            digest.update(fact.encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()[:16]
-
-    @cached_property
-    def content_hash(self) -> str:
-        """16 hex digits of the images' bytes, in order, whatever they are called: what statistics are kept under."""
-        if isinstance(self.pictures, Files):
-            return file_hash(*self.paths)
-        digest = hashlib.sha256()
-        for row in range(len(self)):
-            with suppress(ClipgenError):  # it is listed when it is read as an image
-                digest.update(self.pictures.open(row))
+        """16 hex digits of the names and sizes: the same for the same files, wherever they lie."""
+        digest = hashlib.sha256(f"{self.size} {self.table.data.nbytes if self.table else ''}".encode())
+        for name in self.names:
+            size = "" if self.table else os.stat(self.root / name).st_size
+            digest.update(f"{name}:{size};".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
 
 def open_images(
     path: str | Path, split: str = "train", size: int = 64, world: ShapesConfig = ShapesConfig(), seed: int = 0
 ) -> ImageSet:
-    """Open a split of a data set; what lies at `path` decides how it is read.
+    """Open a split of a data set; `data/README.md` shows each kind.
 
     Args:
-        path: `shapes` (the embedded world, made on first use), a COCO root (`annotations/captions_<split>.json` and
-            `<split>/`), WebDataset tar shards or Hugging Face parquet (one file or a folder of them, read where they lie,
-            see `data/README.md`), or any folder of images, read recursively.
-        split: `train` or `val`; on a COCO root any split, where `train` finds `train2017` or `train2014`; on `shapes`
-            also `heldout`. A folder with no `train` and `val` folders of its own, or shards not named so, are split 90 to 10,
-            a small set so that 16 images or half of it are held out.
+        path: `shapes` (the embedded world, made on first use); a COCO root (`annotations/captions_<split>.json` beside
+            `<split>/`); a folder of images, read recursively; a parquet file, a WebDataset tar or a folder of either; or a
+            data set of the Hugging Face hub (`owner/name`). `?caption=COLUMN&class=COLUMN&image=COLUMN` after it names
+            columns of an archive or of metadata.jsonl that are not found by themselves.
+        split: `train` or `val`, or any other split that is there; `heldout` of `shapes`. Images without splits of their own
+            are split 90 to 10 by a hash of their names.
         size: short side in pixels.
         world, seed: size and seed of the Shapes world.
 
     Raises:
-        ClipgenError: nothing there, no images, unknown split, annotations that cannot be read.
+        ClipgenError: nothing there, no images, unknown split, metadata or an archive that cannot be read.
     """
     if str(path) == "shapes":
         root = DATA / f"shapes-{world.n_train}-{world.n_val}-{seed}"
-        path = shapes.make_world(root, world.n_train, world.n_val, seed)
-        return _open_coco(Path(path), split, size, "shapes")
-    root = Path(os.path.expanduser(path))
-    is_coco = (root / "annotations").is_dir()
-    if not is_coco and (files := find_shards(root)):
-        return _open_shards(root, files, split, size)
-    if not root.is_dir():
-        hint = "unpack the archive and give its folder" if root.is_file() else "check the path, or use 'shapes'"
-        raise ClipgenError(f"{root} is not a folder of images: {hint}")
-    if is_coco:
+        return _open_coco(shapes.make_world(root, world.n_train, world.n_val, seed), split, size, "shapes")
+    text, _, query = (str(path), "", "") if os.path.exists(path) else str(path).partition("?")
+    root, named = Path(text).expanduser(), dict(parse_qsl(query))
+    if not named.keys() <= {"image", "caption", "class"}:
+        raise ClipgenError(f"{shortened(query)!r} names no columns: give ?image=A&caption=B&class=C, or some of them")
+    if (root / "annotations").is_dir():
         return _open_coco(root, split, size, root.resolve().name)
-    return _open_folder(root, split, size)
+    if archives := _archives(root):
+        kind = {".tar": "webdataset", ".parquet": "parquet"}[archives[0].suffix.lower()]
+        return _open_table(root, kind, split, size, named, _by_split(root, archives))
+    if root.is_dir():
+        return _open_folder(root, split, size, named)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not os.path.lexists(root):
+        return _open_table(root, text, split, size, named)
+    hint = "unpack the archive and give its folder" if root.is_file() else "check the path, or use 'shapes'"
+    raise ClipgenError(f"{root} is not a folder of images: {hint}")
+
+
+def _split_among(names: list[str], split: str, where: Path) -> str | None:
+    """The one of these names that is meant by `split`; None where they are no splits. Raises ClipgenError without this one."""
+    known = {name.lower(): name for name in names}
+    if "train" not in known or not known.keys() & set(VAL_NAMES):
+        if split not in ("train", "val"):
+            raise ClipgenError(f"{where} has the splits train and val, not {split!r}")
+        return None
+    for name in (split.lower(), *(VAL_NAMES if split == "val" else ())):
+        if name in known:
+            return known[name]
+    raise ClipgenError(f"{where} has no split {split!r}: use one of {shortened(', '.join(sorted(names)))}")
+
+
+def _split_by_hash(names: list[str], split: str, where: Path) -> np.ndarray:
+    """The rows of a split of images without splits: val are those of the smallest hashes, so that new files move few."""
+    digests = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
+    order = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(names))
+    count = int((order >> np.uint64(56) < 256 * VAL_SHARE).sum())
+    is_val = np.zeros(len(names), bool)
+    is_val[np.argsort(order, kind="stable")[: max(count, min(FEWEST_VAL, len(names) // 2))]] = True
+    rows = np.flatnonzero(is_val == (split == "val"))
+    if not len(rows):
+        cure = "add more, or make train/ and val/ folders"
+        raise ClipgenError(f"{where} has {len(names)} images, too few for a {split} split: {cure}")
+    return rows
 
 
 def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
-    found = sorted(root.glob(f"annotations/captions_{split}*.json"))
-    exact = [p for p in found if p.stem == f"captions_{split}"]
-    found = exact or [p for p in found if p.stem.removeprefix(f"captions_{split}").isdigit()]
+    files = {p.stem.removeprefix("captions_"): p for p in sorted(root.glob("annotations/captions_*.json"))}
+    found = [files[split]] if split in files else [p for key, p in files.items() if key.removeprefix(split).isdigit()]
     if len(found) != 1:
-        there = ", ".join(sorted(p.stem.removeprefix("captions_") for p in root.glob("annotations/captions_*.json")))
+        there = ", ".join(files) or "none"
         raise ClipgenError(
-            f"{root} has {len(found)} caption files for split {split!r}: name one of those there ({there or 'none'})"
+            f"{root} has {len(found)} caption files for split {split!r}: name one of those there ({there})"
         )
     folder = root / found[0].stem.removeprefix("captions_")
     content = read_json(found[0])
     try:
-        names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-        texts, keys = _coco_texts(content), np.array(sorted(names), np.int64)
+        file_names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
+        texts, keys = _coco_texts(content), np.array(sorted(file_names), np.int64).tolist()
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ClipgenError(
-            f"{found[0]} is not in COCO's caption layout ({type(error).__name__}: {reason(error)}): restore the original file"
-        ) from None
-    used, skipped = {}, {}
-    for key in keys.tolist():
-        if why := _unusable(folder, names[key]):
-            skipped[shortened(names[key]).encode(errors="replace").decode()] = why
-        else:
-            used[key] = (folder / names[key]).relative_to(root).as_posix()
-    for key in sorted(texts.keys() - names.keys()):
-        skipped[shortened(f"image_id {key}")] = "captions without an entry among the images"
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise ClipgenError(f"{found[0]} is not in COCO's caption layout ({why}): restore the original file") from None
+    there = set(os.listdir(folder)) if folder.is_dir() else set()  # so no name can lead out of the folder
+    used = [key for key in keys if file_names[key] in there]
     if not used:
-        raise ClipgenError(
-            f"{folder} holds none of the {len(names)} images of {found[0].name}: unpack {folder.name}.zip there"
-        )
-    pictures = Files(root, Names.of(used.values()), partial(_coco_captions, found[0], np.array(list(used), np.int64)))
-    return ImageSet(name, folder.name, root, pictures, size, skipped)
-
-
-def _unusable(folder: Path, file_name: str) -> str:
-    """Why a name from the annotations is no image of the folder; else nothing."""
-    path = folder / file_name
-    try:
-        if Path(file_name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-            return "the annotations point outside the image folder"
-        return "" if path.is_file() else "named in the annotations, but the file is missing"
-    except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
-        return "named in the annotations, but no file can have this name"
+        missing = f"none of the {len(keys)} images of {found[0].name}"
+        raise ClipgenError(f"{folder} holds {missing}: unpack {folder.name}.zip there")
+    names = [f"{folder.name}/{file_names[key]}" for key in used]
+    images = ImageSet(name, folder.name, root, names, size, partial(_describe_coco, found[0], used))
+    for key in sorted(file_names.keys() - set(used)):
+        unknown = shortened(file_names[key]).encode(errors="replace").decode()
+        images.skipped[unknown] = "named in the annotations, but the folder has no such file"
+    for key in sorted(texts.keys() - file_names.keys()):
+        images.skipped[shortened(f"image_id {key}")] = "captions without an entry among the images"
+    return images
 
 
 def _coco_texts(content: dict) -> dict[int, list[str]]:
@@ -255,93 +236,189 @@ def _coco_texts(content: dict) -> dict[int, list[str]]:
     return texts
 
 
-def _coco_captions(path: Path, keys: np.ndarray) -> list[tuple[str, ...]]:
-    """Of images in the order of their ids; the file is read again, so that a training need not keep them."""
+def _describe_coco(path: Path, keys: list[int]) -> Texts:
+    """Captions of images by their ids; the file is read again, so that a training need not keep them."""
     texts = _coco_texts(read_json(path))
-    return [tuple(texts.get(key, ())) for key in keys.tolist()]
+    return [tuple(texts.get(key, ())) for key in keys], None
 
 
-def _open_shards(path: Path, files: list[Path], split: str, size: int) -> ImageSet:
-    root = path if path.is_dir() else path.parent
-    if split not in ("train", "val"):
-        raise ClipgenError(f"shards have the splits train and val, not {split!r}")
-    splits = {file: split_of(file.relative_to(root).as_posix()) for file in files}
-    held_out = "val" if "val" in splits.values() else "test"
-    has_splits = {"train", held_out} <= set(splits.values())
-    wanted = "train" if split == "train" else held_out
-    pictures, skipped = open_shards(root, [f for f in files if splits[f] == wanted] if has_splits else files)
-    if has_splits:
-        unnamed = (f.relative_to(root).as_posix() for f in files if splits[f] is None)
-        skipped |= {
-            name: "its name says of no split that it belongs to it: put train or val into it" for name in unnamed
-        }
-    else:
-        held = _held_out(pictures.names)
-        if held.all() if split == "train" else not held.any():
-            raise ClipgenError(
-                f"{path} has {len(held)} images, too few for a {split} split: add more, or name shards train-... and val-..."
-            )
-        pictures = pictures.kept(held if split == "val" else ~held)
-    return ImageSet(
-        path.resolve().stem if path.is_file() else path.resolve().name, split, root, pictures, size, skipped
-    )
-
-
-def _open_folder(root: Path, split: str, size: int) -> ImageSet:
-    has_splits = (root / "train").is_dir() and (root / "val").is_dir()
-    if split not in ("train", "val"):
-        raise ClipgenError(f"a folder of images has the splits train and val, not {split!r}")
-    top = root / split if has_splits else root
-    everything = sorted(
-        p for p in top.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file() and not _is_hidden(p, top)
-    )
-    if not everything:
+def _open_folder(root: Path, split: str, size: int, named: dict[str, str]) -> ImageSet:
+    folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    chosen = _split_among(folders, split, root)
+    top = root / (chosen or "")
+    names, metadata = [], []
+    for folder, below, files in os.walk(top):
+        below[:] = [name for name in below if not name.startswith(".")]  # thumbnails and notes of file managers
+        place = Path(folder).relative_to(root)
+        for name in files:
+            if name in ("metadata.jsonl", "metadata.csv"):
+                metadata.append(Path(folder) / name)
+            elif name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                names.append((place / name).as_posix())
+    names = [name for name in sorted(names) if os.path.isfile(root / name)]
+    if not names:
         raise ClipgenError(f"{top} holds no images ({', '.join(EXTENSIONS)}): give another folder")
-    names = Names.of(path.relative_to(root).as_posix() for path in everything)
-    names = names if has_splits else names.kept(_held_out(names) == (split == "val"))
-    if not len(names):
-        raise ClipgenError(
-            f"{root} has {len(everything)} images, too few for a {split} split: add more, or make train/ and val/ folders"
-        )
-    in_folders = all(name.count("/") > has_splits for name in names)
-    is_classes = in_folders and len({p.relative_to(top).parts[0] for p in everything}) > 1
-    classes = partial(_folder_classes, names, int(has_splits)) if is_classes else None
-    pictures = Files(root, names, partial(_folder_captions, root, names, classes), classes)
-    return ImageSet(root.resolve().name, split, root, pictures, size)
+    if chosen is None:
+        names = [names[row] for row in _split_by_hash(names, split, root)]
+    depth = 0 if chosen is None else 1
+    describe = partial(_describe_folder, root, names, metadata, named, depth)
+    return ImageSet(root.resolve().name, chosen or split, root, names, size, describe)
 
 
-def _folder_classes(names: Sequence[str], depth: int) -> list[str]:
-    """The folder at that depth of each name, as words."""
-    return [name.split("/")[depth].replace("_", " ").replace("-", " ") for name in names]
+def _describe_folder(root: Path, names: list[str], metadata: list[Path], named: dict[str, str], depth: int) -> Texts:
+    """What metadata files say of the images; else captions by name.txt beside name.jpg, classes by the folder at `depth`."""
+    entries: dict[str, dict] = {}
+    for path in sorted(metadata):
+        place = path.parent.relative_to(root)
+        # a name by which images are known, never one to open
+        entries |= {os.path.normpath(place / str(entry.get("file_name"))): entry for entry in _metadata(path)}
+    rows = [entries.get(os.path.normpath(name), {}) for name in names]
+    known = dict.fromkeys(key for row in rows for key in row if key != "file_name")
+    columns = {key: [row.get(key) for row in rows] for key in known}
+    captions, classes = _read_texts(columns, columns.get, named, root)
+    if captions is None:
+        paths = [(root / name).with_suffix(".txt") for name in names]
+        lines = [path.read_text("utf-8", "replace") if path.is_file() else None for path in paths]
+        captions = [_captions(found) for found in lines] if any(lines) else None
+    parts = [name.split("/") for name in names]
+    if classes is None and all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) > 1:
+        classes = [_words(p[depth]) for p in parts]
+    return captions, classes
 
 
-def _folder_captions(root: Path, names: Names, classes: Callable[[], list[str]] | None) -> list[tuple[str, ...]] | None:
-    """The lines of name.txt beside each image, else what its class makes, None without both."""
-    written = [_caption_file(root / name) for name in names]
-    if any(written):
-        return written
-    return classes and [(CLASS_PROMPT.format(name),) for name in classes()]
+def _metadata(path: Path) -> list[dict]:
+    """The entries of metadata.jsonl or metadata.csv. Raises ClipgenError where it cannot be read."""
+    try:
+        lines = io.StringIO(path.read_text("utf-8"))
+        entries = list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(x) for x in lines if x.strip()]
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("a line is not an object")
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise ClipgenError(f"{path} cannot be read ({reason(error)}): restore it") from None
+    return entries
 
 
-def _is_hidden(path: Path, top: Path) -> bool:
-    """Whether a file or a folder above it begins with a dot: thumbnails and notes of file managers, not images."""
-    return any(part.startswith(".") for part in path.relative_to(top).parts)
+def _archives(path: Path) -> list[Path]:
+    """The parquet and tar files at a path: itself, or those in a folder, in its `data`, and in folders named as splits."""
+    folders = [path / top / name for top in ("", "data") for name in ("", "train", *VAL_NAMES)]
+    files = [path] if path.is_file() else [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    files = [f for f in files if f.suffix.lower() in (".parquet", ".tar") and f.is_file() and f.name[0] != "."]
+    return sorted(file for file in files if file.name != "metadata.parquet")
 
 
-def _held_out(names: Sequence[str]) -> np.ndarray:
-    """Which rows are the val split, (N,) bool: those with the smallest hashes of their names, so that new files move few."""
-    digests = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
-    order = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(names))
-    count = int((order >> np.uint64(56) < 256 * VAL_SHARE).sum())
-    held = np.zeros(len(names), bool)
-    held[np.argsort(order, kind="stable")[: max(count, min(FEWEST_VAL, len(names) // 2))]] = True
-    return held
+def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
+    """The archives of each split that their names tell (train-0001.tar, data/val-00000-of-00002.parquet), else all."""
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        if file.suffix != files[0].suffix:
+            raise ClipgenError(
+                f"{root} holds both {files[0].name} and {file.name}: move one kind to a folder of its own"
+            )
+        with open(file, "rb") as stream:
+            stream.seek(max(file.stat().st_size - 512, 0))
+            if file.suffix.lower() == ".tar" and stream.read().strip(b"\0"):  # tarfile would say nothing
+                raise ClipgenError(f"{file} is cut short or no tar: restore it")
+        parts = re.split(r"[-_./\d]+", os.path.relpath(file, root).lower())
+        found = next((part for part in parts if part in ("train", *VAL_NAMES)), "images")
+        groups.setdefault(found, []).append(str(file.absolute()))
+    is_split = "train" in groups and groups.keys() & set(VAL_NAMES)
+    return groups if is_split else {"train": sum(groups.values(), [])}
 
 
-def _caption_file(image: Path) -> tuple[str, ...]:
-    """The lines of name.txt beside name.jpg; none where there is no such file."""
-    path = image.with_suffix(".txt")
-    if not path.is_file():
-        return ()
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+def _open_table(
+    root: Path, source: str, split: str, size: int, named: dict[str, str], files: dict | None = None
+) -> ImageSet:
+    """What the library `datasets` reads, a hub id or archives, as Arrow files below data/cache and an image set of them."""
+    import datasets as hf
+
+    if os.environ.get("CLIPGEN_PROGRESS") == "0":
+        hf.disable_progress_bars()
+    hf.logging.set_verbosity(hf.logging.CRITICAL)  # what it would log is in our sentence
+    cache = os.environ.get("HF_DATASETS_CACHE", str(DATA / "cache"))
+    try:
+        splits = hf.load_dataset(source, data_files=files, cache_dir=cache)
+    except Exception as error:  # of any file and any address: the library raises whatever its readers raise
+        where = root if files else f"{source} is no folder here, and as a data set of the Hugging Face hub it"
+        why = reason(error.__cause__ or error)
+        raise ClipgenError(f"{where} cannot be read ({why}): check its name, or restore its files") from None
+    chosen = _split_among(list(splits), split, root)
+    table = splits[chosen or ("train" if "train" in splits else next(iter(splits)))]
+    images, texts = _columns(table, named, root)
+    if chosen is None:
+        rows = _split_by_hash(_member_names(images), split, root)
+        images, texts = images.select(rows), texts.select(rows)
+    name = root.resolve().stem if root.is_file() else root.resolve().name
+    return ImageSet(name, split, root, images, size, partial(_describe_table, texts, named, root))
+
+
+def _columns(table: hf.Dataset, named: dict[str, str], root: Path) -> tuple[hf.Dataset, hf.Dataset]:
+    """The column of encoded images, by name or by kind, and all that is no image."""
+    import datasets as hf
+
+    def is_image(feature: object) -> bool:
+        return isinstance(feature, hf.Image) or isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
+
+    found = [name for name, feature in table.features.items() if is_image(feature)]
+    image = named.get("image") or ("image" if "image" in found else next(iter(found), "image"))
+    if image not in found:
+        there = shortened(", ".join(table.column_names))
+        raise ClipgenError(f"{root} has no column {image!r} of images (it has {there}): name one with ?image=COLUMN")
+    images = table.select_columns([image]).cast_column(image, hf.Image(decode=False))  # load_image decodes them
+    return images, table.remove_columns(found).flatten()
+
+
+def _member_names(images: hf.Dataset) -> list[str]:
+    """The images' names in their archive where all differ, else the numbers of the rows."""
+    column = f"{images.column_names[0]}.path"
+    paths = images.flatten().select_columns([column])[column][:]
+    names = [PurePosixPath((path or "").replace("\\", "/")).name for path in paths]
+    if len(set(names)) == len(names) and all(name.isprintable() and name not in ("", "..") for name in names):
+        return names
+    return [f"{row:06d}{PurePosixPath(name).suffix}" for row, name in enumerate(names)]
+
+
+def _describe_table(texts: hf.Dataset, named: dict[str, str], root: Path) -> Texts:
+    def values(column: str) -> list:
+        found, names = texts[column][:], getattr(texts.features[column], "names", None)
+        if names is None:  # else it is a ClassLabel: numbers of names
+            return found
+        return [_words(names[v]) if v is not None and 0 <= v < len(names) else None for v in found]
+
+    return _read_texts(texts[:100], values, named, root)
+
+
+def _read_texts(samples: dict[str, list], values: Callable[[str], list], named: dict[str, str], root: Path) -> Texts:
+    """Captions and classes from columns: named by the user, else by their names, else captions of two words and more.
+
+    Args:
+        samples: some values of each column. values: column -> all of them.
+
+    Raises:
+        ClipgenError: a named column is not there.
+    """
+    words = {}  # of a caption, on average
+    for column, some in samples.items():
+        if texts := [text for value in some for text in _captions(value)]:
+            words[column] = sum(len(text.split()) for text in texts) / len(texts)
+    bare = {column.rpartition(".")[2]: column for column in reversed(words)}  # json.caption is a caption
+    longest = max(words, key=words.get, default=None)
+    longest = longest if words.get(longest, 0) >= 2 else None
+    caption = named.get("caption", next((bare[name] for name in CAPTION_COLUMNS if name in bare), longest))
+    label = named.get("class", next((name for name in CLASS_COLUMNS if name in samples), None))
+    for column in (caption, label):
+        if column and column not in samples:
+            there = shortened(", ".join(samples)) or "none"
+            raise ClipgenError(f"{root} has no column {column!r}: name one of those there ({there})")
+    captions = [_captions(value) for value in values(caption)] if caption else []
+    labels = values(label) if label else [None]
+    return captions if any(captions) else None, None if None in labels else [str(name) for name in labels]
+
+
+def _captions(value: object) -> tuple[str, ...]:
+    """Captions without their outer blanks, from the lines of a text, a list of texts or anything else."""
+    texts = value.splitlines() if isinstance(value, str) else value if isinstance(value, list) else []
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ")

@@ -18,17 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..runtime.runs import ClipgenError, reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "PPM",
-)  # whatever the name says; Pillow hands EPS to another program
-
-
+# whatever the name says; Pillow hands EPS to another program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000  # a larger header is a decompression bomb or not meant for training
 MAX_ASPECT = 100  # long to short side: with the short side as asked, a line of 1 x 60,000 pixels would fill the memory
 
@@ -48,37 +39,38 @@ def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
     path = name or source
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ClipgenError(
-                        f"{path} has {image.width}x{image.height} pixels: shrink it below 100 megapixels"
-                    )
-                if max(image.size) > MAX_ASPECT * min(image.size):
-                    raise ClipgenError(
-                        f"{path} has {image.width}x{image.height} pixels, more than {MAX_ASPECT} times as long as wide: crop it"
-                    )
-                if image.format == "JPEG":
-                    image.draft("RGB", (2 * size, 2 * size))  # decodes at a coarser scale where that is enough
-                ImageOps.exif_transpose(image, in_place=True)  # a copy only where it has to be turned
-                image = to_rgb(image)
-                short = min(image.size)
-                target = [max(size, round(side * size / short)) for side in image.size]
-                if target != list(image.size):
-                    image = image.resize(target, Image.Resampling.LANCZOS)
-                return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    except ClipgenError:
-        raise
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is in _decoded
+            array = _decoded(io.BytesIO(source) if isinstance(source, bytes) else source, size)
     except Image.DecompressionBombError:  # Pillow's own limit, of twice as many
         raise ClipgenError(f"{path} has more than 100 megapixels: shrink it") from None
     except UnidentifiedImageError:
         raise ClipgenError(f"{path} is not an image that Pillow can read: remove it or save it again") from None
+    except ClipgenError as error:
+        raise ClipgenError(f"{path} {error}") from None
     except Exception as error:  # of a file of any bytes: Pillow's plugins raise whatever they stumble over
         raise ClipgenError(f"{path} is damaged ({reason(error)}): remove it or restore it from its source") from None
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of a picture of any mode."""
+def _decoded(file: Path | io.BytesIO, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 with a short side of `size` pixels; raises ClipgenError where it is too large or a line."""
+    with Image.open(file, formats=FORMATS) as image:
+        pixels = f"has {image.width}x{image.height} pixels"
+        if image.width * image.height > MAX_PIXELS:
+            raise ClipgenError(f"{pixels}: shrink it below 100 megapixels")
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise ClipgenError(f"{pixels}, more than {MAX_ASPECT} times as long as wide: crop it")
+        if image.format == "JPEG":
+            image.draft("RGB", (2 * size, 2 * size))  # decodes at a coarser scale where that is enough
+        ImageOps.exif_transpose(image, in_place=True)  # a copy only where it has to be turned
+        image = _to_rgb(image)
+        short = min(image.size)
+        target = [max(size, round(side * size / short)) for side in image.size]
+        return np.array(image if target == list(image.size) else image.resize(target, Image.Resampling.LANCZOS))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image of any mode."""
     if image.mode.startswith(("I;16", "I", "F")):  # Pillow clips these to 8 bits; scale the range instead
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
@@ -100,10 +92,8 @@ def crop(image: torch.Tensor, size: int, at: tuple[float, float] = (0.5, 0.5)) -
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
-    half = torch.full(
-        (), 127.5, device=images.device
-    )  # a GPU would multiply by the reciprocal of a plain number: other bits
-    return images.float() / half - 1
+    # a tensor, because a GPU would multiply by the reciprocal of a plain number: other bits
+    return images.float() / torch.full((), 127.5, device=images.device) - 1
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -118,9 +108,7 @@ def eight_bit(images: torch.Tensor) -> torch.Tensor:
         ClipgenError: a pixel is not finite.
     """
     if not torch.isfinite(images).all():
-        raise ClipgenError(
-            "an image has NaN or infinite pixels: look at what drew it, and at the precision it was drawn in"
-        )
+        raise ClipgenError("an image has NaN or infinite pixels: check its generator and the precision it ran in")
     return to_float(to_uint8(images))
 
 
@@ -184,15 +172,9 @@ def gif(images: torch.Tensor, scale: int = 1, milliseconds: int = 120, rest: int
     """A GIF file that goes through frames (B, 3, H, W) in [-1, 1], there and back for ever; it rests at either end."""
     frames = [_enlarged(array, scale).quantize(dither=Image.Dither.NONE) for array in to_arrays(images)]
     durations = [rest] + [milliseconds] * (len(frames) - 2) + [rest]
-    stream = io.BytesIO()
-    frames[0].save(
-        stream,
-        "GIF",
-        save_all=True,
-        append_images=frames[1:] + frames[-2:0:-1],
-        duration=durations + durations[-2:0:-1],
-        loop=0,
-    )
+    back, stream = slice(-2, 0, -1), io.BytesIO()
+    every = {"append_images": frames[1:] + frames[back], "duration": durations + durations[back]}
+    frames[0].save(stream, "GIF", save_all=True, loop=0, **every)
     return stream.getvalue()
 
 

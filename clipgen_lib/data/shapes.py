@@ -1,9 +1,8 @@
-"""The Shapes world: captioned scenes drawn from a seed, and an oracle that reads them back.
+"""The Shapes world: captioned scenes made from a seed.
 
-In: a seed. Out: scenes of one to three coloured shapes as 64x64 images, five captions each, on disk in MS-COCO's
-own layout, so that the code which reads MS-COCO reads them too. The oracle is plain image processing without a
-network: it says which shapes, colours and relation an image shows, and so turns "does the image match the text"
-into a measured fact. Nothing here knows about tokens, embeddings or models.
+In: a seed. Out: scenes of one to three coloured shapes as 64x64 images, five captions each, on disk in MS-COCO's own
+layout, so that the code which reads MS-COCO reads them too. `metrics/oracle.py` reads such images back. Nothing here knows
+about tokens, embeddings or models.
 
 Coordinates are pixels of a 64x64 canvas, x to the right and y down.
 """
@@ -34,17 +33,10 @@ COLOURS = {
     "purple": (138, 54, 186),
     "pink": (247, 136, 190),
 }
-
-
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
-SIZES = {
-    "small": (8.5, 10.0),
-    "large": (13.5, 16.0),
-}  # circumscribed radius in pixels: the middle, or drawn from all in a wild scene
-
-
+# circumscribed radius in pixels: the middle of the range, or any value of it in a wild scene
+SIZES = {"small": (8.5, 10.0), "large": (13.5, 16.0)}
 GRID = 4  # pixels between possible centres
-RELATIONS = ("left of", "right of", "above", "below")
 # One pair for each shape and each colour, so that every shape and every colour is still seen in training.
 HELD_OUT = frozenset(zip(SHAPES, ("purple", "cyan", "pink", "red", "green", "orange", "yellow", "blue"), strict=True))
 TONES = {"white": 236, "light": 196, "grey": 128, "dark": 66, "black": 22}  # grey level of a background
@@ -93,14 +85,14 @@ class Claim:
 def random_scene(
     rng: np.random.Generator, held_out: bool = False, n_objects: int | None = None, wild: bool = False
 ) -> Scene:
-    """Draw a scene of 1 to 3 objects.
+    """A random scene of 1 to 3 objects.
 
     With `held_out` the first object is one of the `HELD_OUT` shape-colour pairs; otherwise none of them appears.
     Objects do not touch, no two share shape and colour, and two objects lie clearly along one axis.
 
     Centres lie on a grid of 4 pixels, each size has one radius, and backgrounds have three tones and no noise
     (dSprites, github.com/google-deepmind/dsprites-dataset, places its sprites so): a tokenizer of a few minutes then
-    spends its codes on objects. `wild` draws centres and radii freely, takes all tones, angles and periods, and adds
+    spends its codes on objects. `wild` places and sizes freely, takes all tones, angles and periods, and adds
     tint, grain and colour jitter; CLIP is trained on these, as a released CLIP has seen more than a generator's images.
     """
     count = n_objects or int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
@@ -139,9 +131,8 @@ def _random_pair(rng: np.random.Generator, held_out: bool, taken: set) -> tuple[
 
 
 def _well_placed(objects: list[SceneObject]) -> bool:
-    apart = all(
-        math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2 for a, b in itertools.combinations(objects, 2)
-    )
+    pairs = itertools.combinations(objects, 2)
+    apart = all(math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2 for a, b in pairs)
     return apart and (len(objects) != 2 or relation(*objects) is not None)
 
 
@@ -164,11 +155,9 @@ def scene_at(seed: int, index: int, held_out: bool = False, n_objects: int | Non
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     """Corners of a shape within the unit circle."""
 
-    def ring_of(n, radii, start=-math.pi / 2):
-        angles = [start + 2 * math.pi * i / n for i in range(n)]
-        return [
-            (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)
-        ]
+    def ring_of(n: int, radii: list[float]) -> list[tuple[float, float]]:
+        angles = [-math.pi / 2 + 2 * math.pi * i / n for i in range(n)]
+        return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(itertools.cycle(radii), angles, strict=False)]
 
     if shape in ("circle", "ring"):
         points = ring_of(64, [1.0])
@@ -182,27 +171,13 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
         points = ring_of(10, [1.0, 0.42])
     elif shape == "cross":
         arm = 0.34
-        points = [
-            (-arm, -1),
-            (arm, -1),
-            (arm, -arm),
-            (1, -arm),
-            (1, arm),
-            (arm, arm),
-            (arm, 1),
-            (-arm, 1),
-            (-arm, arm),
-            (-1, arm),
-            (-1, -arm),
-            (-arm, -arm),
-        ]
-    elif shape == "heart":
+        half = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
+        points = half + [(-x, -y) for x, y in half]
+    else:  # heart
         angles = np.linspace(0, 2 * math.pi, 64, endpoint=False)
         xs = np.sin(angles) ** 3
         ys = -(13 * np.cos(angles) - 5 * np.cos(2 * angles) - 2 * np.cos(3 * angles) - np.cos(4 * angles)) / 16
         points = list(zip(xs.tolist(), (ys - 0.08).tolist(), strict=True))
-    else:
-        raise ValueError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
     return tuple(points)
 
 
@@ -239,9 +214,8 @@ def render(scene: Scene) -> np.ndarray:
         level += rng.normal(0, 9, level.shape).astype(np.float32)
     image = level[..., None] + np.asarray(ground.tint, np.float32)
     for obj in scene.objects:
-        colour = np.asarray(COLOURS[obj.colour], np.float32) + rng.uniform(-scene.jitter, scene.jitter, 3).astype(
-            np.float32
-        )
+        colour = np.asarray(COLOURS[obj.colour], np.float32)
+        colour = colour + rng.uniform(-scene.jitter, scene.jitter, 3).astype(np.float32)
         cover = _draw_mask(obj.shape, obj.x, obj.y, obj.radius, CANVAS, SUPERSAMPLE)[..., None]
         image = image * (1 - cover) + colour * cover
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
@@ -263,8 +237,6 @@ _SAID = {
     "above": ("above", "over"),
     "below": ("below", "under", "underneath"),
 }
-
-
 _OPENINGS = ("", "", "", "a picture of ", "an image showing ", "there is ", "a drawing of ", "this is ", "here we see ")
 
 
@@ -334,7 +306,7 @@ def match(claim: Claim, objects: tuple[SceneObject, ...], with_relation: bool = 
     return None
 
 
-def make_world(root: Path, n_train: int, n_val: int, seed: int = 0, show_progress: bool = True) -> Path:
+def make_world(root: Path, n_train: int, n_val: int, seed: int = 0) -> Path:
     """Write a Shapes world in MS-COCO's layout and return its root.
 
     Splits `train` and `val` hold no held-out pair; `heldout` (as large as `val`) shows one in every image.
@@ -347,23 +319,24 @@ def make_world(root: Path, n_train: int, n_val: int, seed: int = 0, show_progres
     if mark.exists() and read_json(mark) == recipe:
         return root
     splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "heldout": (n_val, 20_000_000)}
-    with fresh_folder(root) as folder, progress(sum(n for n, _ in splits.values()), "drawing", show_progress) as bar:
+    with fresh_folder(root) as folder, progress(n_train + 2 * n_val, "making the Shapes world") as bar:
         (folder / "annotations").mkdir()
         for split, (count, first) in splits.items():
             (folder / split).mkdir()
-            images, annotations = [], []
+            content = {"info": {"description": "Shapes world", **recipe}, "images": [], "annotations": []}
             for index in range(count):
-                scene = scene_at(seed, first + index, held_out=split == "heldout")
-                file_name = f"{index:012d}.png"
-                Image.fromarray(render(scene)).save(folder / split / file_name, compress_level=1)
-                images.append(
-                    {"id": index, "file_name": file_name, "height": CANVAS, "width": CANVAS, "scene": asdict(scene)}
-                )
-                annotations += [
-                    {"id": 5 * index + i, "image_id": index, "caption": text} for i, text in enumerate(captions(scene))
-                ]
+                _add_scene(scene_at(seed, first + index, held_out=split == "heldout"), folder / split, index, content)
                 bar.update()
-            content = {"info": {"description": "Shapes world", **recipe}, "images": images, "annotations": annotations}
             (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
         (folder / mark.name).write_text(json.dumps(recipe))
     return root
+
+
+def _add_scene(scene: Scene, folder: Path, index: int, content: dict) -> None:
+    """Write a scene's image and add its entries to COCO's annotations."""
+    file_name = f"{index:012d}.png"
+    Image.fromarray(render(scene)).save(folder / file_name, compress_level=1)
+    entry = {"id": index, "file_name": file_name, "height": CANVAS, "width": CANVAS, "scene": asdict(scene)}
+    content["images"].append(entry)
+    for i, text in enumerate(captions(scene)):
+        content["annotations"].append({"id": 5 * index + i, "image_id": index, "caption": text})

@@ -6,7 +6,7 @@ seen neither CLIP nor a drawn image, so that, unlike CapS, it is not the judge i
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -72,14 +72,14 @@ def train_classifier(
     labels = torch.tensor([model.names.index(name) for name in images.classes])
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
-        rows = batch_rows(len(images), config.batch_size, seed, step, images.blocks, images.window)
+        rows = batch_rows(len(images), config.batch_size, seed, step)
         rows, pictures = augmented_rows(images, rows, seed, step, flip=True)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
             logits = model(to_float(pictures).to(device))
         return F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1), {}
 
-    facts = {**model.describe(), "seed": seed, "data": images.hash}
-    fit(run, "classifier", model, config, facts, loss_of, show_progress=show_progress)
+    run = replace(run, seed=seed, device=device)
+    fit(run, "classifier", model, config, loss_of, {**model.describe(), "data": images.hash})
     save_weights(run.path / "classifier", model)
     return model.eval().requires_grad_(False)
 

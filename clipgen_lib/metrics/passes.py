@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..clip_embed import ClipEmbedder
-from ..data.batches import ordered_batches, spare_workers
+from ..data.batches import ordered_batches
 from ..data.datasets import ImageSet
 from ..data.images import blur, eight_bit, to_float
 from ..runtime import distributed
@@ -402,7 +402,7 @@ def measure(
     A result is kept under the hash of the files' bytes, the resolution, the change and the sink's own facts; batch size
     and device are not among them, which differ in the last bits.
     """
-    pictures = distributed.broadcast(images.content_hash if distributed.is_main() else None)  # reads every file
+    pictures = distributed.broadcast(images.hash if distributed.is_main() else None)  # reads every file
     content = {"images": pictures, "size": images.size, "change": change.name}
     files = {name: folder / f"{name}-{digest([content, sink.facts])}.safetensors" for name, sink in sinks.items()}
     skipped, todo = _Skipped(images), {}
@@ -418,7 +418,7 @@ def measure(
     def batches(numbers: range) -> Iterator[tuple[list[int], torch.Tensor]]:
         rows = [row for i in numbers for row in range(i * batch_size, min((i + 1) * batch_size, len(images)))]
         # a GPU leaves the cores to those that decode; what a CPU computes needs them itself
-        workers = spare_workers(torch.device("cuda")) if torch.cuda.is_initialized() else 0
+        workers = 4 if torch.cuda.is_initialized() else 0
         for kept, batch in ordered_batches(images, rows, batch_size, workers):
             yield kept, change.function(to_float(batch)) if kept else batch
 

@@ -1,7 +1,7 @@
 """The processes of one launch: which one this is, and what they tell each other.
 
 Under `accelerate launch` or torchrun the same command runs in several processes, on one machine or many; without a launcher
-there is one, and everything here is then free. Accelerate owns devices and backends; files are the first process's to write.
+there is one, and everything here is then free. Accelerate owns devices and backends; the first process writes the files.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.multiprocessing.spawn import ProcessException
+from torch.nn.parallel import DistributedDataParallel
 
 from .runs import ClipgenError
 
@@ -32,8 +34,12 @@ def join(device: str = "auto") -> None:
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
+def _is_launched() -> bool:
+    return dist.is_available() and dist.is_initialized()  # some builds of torch are without
+
+
 def rank() -> int:
-    """Of this process, from 0."""
+    """Number of this process, from 0."""
     return dist.get_rank() if _is_launched() else 0
 
 
@@ -41,16 +47,12 @@ def world_size() -> int:
     return dist.get_world_size() if _is_launched() else 1
 
 
-def _is_launched() -> bool:
-    return dist.is_available() and dist.is_initialized()  # some builds of torch are without
-
-
 def is_main() -> bool:
     return rank() == 0
 
 
 def barrier() -> None:
-    """Until every process has come here."""
+    """Wait until every process has come here."""
     if world_size() > 1:
         dist.barrier()
 
@@ -90,6 +92,49 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if world_size() == 1 else all_reduce_sum(tensor) / world_size()
 
 
+def training_device(device: str) -> torch.device:
+    """Join the launch, if there is one, and return the device to train on: the given one, or in a launch this process's own.
+
+    Raises:
+        ClipgenError: Accelerate is configured to cut models in pieces, which these trainings do not need.
+    """
+    join(device)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ClipgenError(
+            "FSDP and DeepSpeed are not supported: choose plain multi-GPU training in 'accelerate config'"
+        )
+    if world_size() == 1:
+        return torch.device(device)
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def data_parallel(*modules: nn.Module) -> list[nn.Module]:
+    """Modules whose gradients are averaged over the processes in the backward pass (DDP); where there is one, the modules."""
+    if world_size() == 1:
+        return list(modules)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no")  # autocast is the step functions' own
+    return [accelerator.prepare(module) for module in modules]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, whose parts DDP hides."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def microbatches(parts: list, *modules: nn.Module) -> Iterator:
+    """Yield the parts of a batch; the gradients of the modules travel between processes with the last part only."""
+    for index, part in enumerate(parts):
+        with ExitStack() as stack:
+            for module in modules:
+                if isinstance(module, DistributedDataParallel) and index + 1 < len(parts):
+                    stack.enter_context(module.no_sync())
+            yield part
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """What a process raises because another one of its launch has ended becomes one sentence.
@@ -102,7 +147,7 @@ def together() -> Iterator[None]:
         if world_size() == 1 or not re.search(r"gloo|nccl|connection|socket|timed out", str(error), re.IGNORECASE):
             raise
         raise ClipgenError(
-            "another process of this launch has ended, and what it wrote says why: run the same command again, with any number of processes, and it goes on from the last checkpoint"
+            "another process of this launch has ended, and what it wrote says why: run the same command again, with any number of processes, and it resumes from the last checkpoint"
         ) from None
 
 
@@ -127,20 +172,19 @@ def launch(function: Callable, *arguments: object, processes: int = 1) -> None:
     try:
         (notebook_launcher if gpus else debug_launcher)(_joined, (function, *arguments), num_processes=processes)
     except (RuntimeError, ProcessException) as error:  # of a process that failed, with its whole traceback as text
-        reason = str(error).strip().splitlines()[-1].removeprefix("clipgen_lib.runs.ClipgenError: ")
+        reason = str(error).strip().splitlines()[-1].removeprefix("clipgen_lib.runtime.runs.ClipgenError: ")
         raise ClipgenError(f"one of {processes} processes failed: {reason}") from None
 
 
 def _joined(function: Callable, *arguments: object) -> None:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # of the notebook's own process, which was no part of a launch
     if not torch.cuda.is_available():
         # a forked process that starts OpenMP threads of its own may wait for ever for those of its parent
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     join()
+    if world_size() == 1:  # Accelerate keeps what the notebook's own process was, which is no part of the launch
+        raise ClipgenError(
+            "Accelerate was used in this notebook before the launch: restart the kernel and launch first"
+        )
     with together():
         function(*arguments)

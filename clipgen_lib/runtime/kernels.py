@@ -1,4 +1,7 @@
-"""Scaled dot-product attention by the kernel that is fastest where it runs."""
+"""What makes a CPU or a large codebook fast, apart from the method: each with the plain form that it is equal to.
+
+This is the only file that uses private functions of another library, and each has a public way to the same values.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 def attend(
@@ -38,35 +40,45 @@ def attend(
     return torch.bmm(weights.to(flat_v.dtype), flat_v).view(*q.shape[:-1], v.shape[-1])
 
 
-class _Likelihood(torch.autograd.Function):
-    """F.cross_entropy(F.linear(x, weight, bias), targets), a part of the rows at a time.
+def nll_from_hidden(
+    hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, logits_at_once: int = 0
+) -> torch.Tensor:
+    """Mean negative log-likelihood in nats, a scalar: F.cross_entropy(head(hidden), targets) without all logits in memory.
 
     Over a codebook of 16,384 the float logits of a batch and their gradient outweigh every other tensor of a step, and writing
-    and reading them takes as long as the blocks do. Here a part of them lives in the cache, and what is kept for the backward
-    pass is their gradient in the dtype of the weights: a quarter of the memory.
+    and reading them takes as long as the blocks do. Here some rows of them at a time live in the cache, and what is kept for
+    the backward pass is their gradient in the dtype of the weights: a quarter of the memory.
+
+    Args:
+        hidden: (..., E), in any dtype; under autocast it is computed in autocast's. targets: (...) int64 below K.
+        logits_at_once: 0 takes what fits the cache of a CPU (8 MB), or a small part of a GPU's memory.
     """
+    device = hidden.device.type
+    is_cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_cast else hidden.dtype
+    rows = max(1, (logits_at_once or (2**21 if device == "cpu" else 2**27)) // head.out_features)
+    weight, bias = head.weight.to(dtype), head.bias.to(dtype)
+    return _NLL.apply(hidden.flatten(0, -2).to(dtype), weight, bias, targets.flatten(), rows)
 
-    part = 2**21  # logits at a time on a CPU: 8 MB
-    part_on_gpu = 2**27
 
+class _NLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, targets):
-        rows = max(1, (_Likelihood.part_on_gpu if x.is_cuda else _Likelihood.part) // len(weight))
-        likelihoods, slopes = [], x.new_empty(len(x), len(weight))
-        for part, target, slope in zip(x.split(rows), targets.split(rows), slopes.split(rows), strict=True):
-            found, chosen = F.linear(part, weight, bias).float().log_softmax(-1), target[:, None]
-            likelihoods.append(found.gather(1, chosen).sum())
-            found.exp_().scatter_add_(1, chosen, found.new_full(chosen.shape, -1.0))
-            slope.copy_(found)
-        ctx.save_for_backward(x, weight, slopes)
-        return -sum(likelihoods) / len(x)
+    def forward(ctx, x, weight, bias, targets, rows):
+        log_likelihoods, grads = [], x.new_empty(len(x), len(weight))  # grads: softmax minus one-hot, of every logit
+        for part, target, grad in zip(x.split(rows), targets.split(rows), grads.split(rows), strict=True):
+            log_p, chosen = F.linear(part, weight, bias).float().log_softmax(-1), target[:, None]
+            log_likelihoods.append(log_p.gather(1, chosen).sum())
+            log_p.exp_().scatter_add_(1, chosen, log_p.new_full(chosen.shape, -1.0))
+            grad.copy_(log_p)
+        ctx.save_for_backward(x, weight, grads)
+        return -sum(log_likelihoods) / len(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight, slopes = ctx.saved_tensors
+        x, weight, grads = ctx.saved_tensors
         scale = gradient / len(x)
-        bias_gradient = x.new_ones(1, len(x)) @ slopes  # `sum` would copy them all to add them up in float32
-        return (slopes @ weight).mul_(scale), slopes.T @ (x * scale).to(x.dtype), bias_gradient[0].mul_(scale), None
+        bias_grad = x.new_ones(1, len(x)) @ grads  # `sum` would copy them all to add them up in float32
+        return (grads @ weight).mul_(scale), grads.T @ (x * scale).to(x.dtype), bias_grad[0].mul_(scale), None, None
 
 
 class PackedLinear:
@@ -76,9 +88,7 @@ class PackedLinear:
     times as fast as plain ones; elsewhere, and in a dtype that oneDNN does not know here, they are the layer's own.
     """
 
-    rows = (
-        16  # that the layout is chosen for; with fewer than 4 oneDNN takes one that is slower at every number of rows
-    )
+    rows = 16  # the layout is chosen for; for fewer than 4 oneDNN takes one that is slower at every number of rows
 
     def __init__(self, layer: nn.Linear):
         self.weight, self.bias = layer.weight.detach(), layer.bias.detach()
@@ -106,40 +116,26 @@ class PackedLinear:
 
 
 def packs(weight: torch.Tensor) -> bool:
-    """Whether oneDNN has kernels for such a weight on this machine."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """Whether this build of torch has oneDNN's kernels for such a weight on this machine."""
+    needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    if weight.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in needed):
         return False
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
-def compiled(module: nn.Module, device: torch.device) -> nn.Module:
-    """`torch.compile`, tried on a sum first: it needs a C++ compiler, which not every machine has."""
+def compile_in_place(module: nn.Module, device: torch.device) -> None:
+    """`module.compile()`, where torch.compile works: it needs a C++ compiler, which not every machine has."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # a missing compiler, header or backend each raises its own
         warnings.warn(
             f"torch.compile does not work on this machine ({type(error).__name__}): training runs without it, somewhat slower; a C++ compiler and Python's headers would mend it",
-            stacklevel=3,
+            stacklevel=2,
         )
-        return module
-    return torch.compile(module)
-
-
-def apply(optimizers: list, valid: torch.Tensor) -> None:
-    """One step of each optimiser; where `valid`, () bool, is False, weights and moments stay as they are."""
-    for optimizer in optimizers:
-        bare = getattr(optimizer, "optimizer", optimizer)
-        sharded = isinstance(bare.param_groups[0]["params"][0], DTensor)
-        if getattr(optimizer, "scaler", None) is not None:  # looks for itself
-            optimizer.step()
-        elif getattr(bare, "_step_supports_amp_scaling", False) and not sharded:  # looks on the device: nobody waits
-            bare.grad_scale, bare.found_inf = None, (~valid).float()
-            optimizer.step()
-        elif bool(valid):
-            optimizer.step()
-        optimizer.zero_grad()
+    else:
+        module.compile()
 
 
 def largest(values: torch.Tensor, k: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Where things live and how they are kept: runs, checkpoints, logs, seeds, progress.
+"""Runs and their files, errors, signals and progress bars.
 
-A run is a folder `results/<run>/` with config.json, metrics.jsonl, summary.json, figures/ and notebooks/. Everything
-here is written beside its place and renamed, so that an interruption leaves the previous version whole. Nothing here
-knows what a model is.
+A run is a folder `results/<run>/` with config.json, metrics.jsonl, summary.json, figures/ and notebooks/. A file is written
+beside its place and renamed, so that an interruption leaves the previous version whole. Nothing here knows what a model is.
+The environment variables CLIPGEN_HOME and CLIPGEN_RESULTS move the project's folder and the runs.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 ROOT = Path(os.environ.get("CLIPGEN_HOME", Path(__file__).resolve().parents[2]))
 DATA = ROOT / "data"
 RESULTS = Path(os.environ.get("CLIPGEN_RESULTS", ROOT / "results"))
 
 
 class ClipgenError(Exception):
-    """A mistake the user can mend: one sentence that says what is wrong, where, and the cure; on one line, whatever is named."""
+    """A mistake the user can mend: one sentence, on one line, that says what is wrong, where, and the cure."""
 
     exit_code = 1
 
@@ -46,22 +45,22 @@ class ClipgenError(Exception):
 
 
 class Stopped(ClipgenError):
-    """SIGTERM or SIGINT, after what was done was written down; ends a command as the signal would have."""
+    """SIGTERM or SIGINT, after what was done has been saved; ends a command as the signal would have."""
 
     def __init__(self, number: int, where: str):
         super().__init__(
-            f"stopped by {signal.Signals(number).name} {where}: what was done is kept, and the same command goes on from there"
+            f"stopped by {signal.Signals(number).name} {where}: what was done is kept, and the same command resumes from there"
         )
         self.exit_code = 128 + number
 
 
 def reason(error: Exception) -> str:
-    """What another library's error says, on one line of at most 200 characters, for the brackets of a sentence of ours."""
+    """What another library's error says, on one line of at most 200 characters."""
     return shortened(str(error)) or type(error).__name__
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """A text of others, such as a name from a file, as one line of at most `most` characters."""
+    """Any text, such as a name from a file, as one line of at most `most` characters."""
     line = " ".join(text[: 8 * most].split())
     return line if len(line) <= most else line[: most - 3] + "..."
 
@@ -85,7 +84,7 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 def fresh_file(target: Path) -> Iterator[Path]:
     """A temporary name beside `target`: what is written there takes its place when the block ends without an error.
 
-    The content is on the disk before it gets its name, so that a loss of power too leaves the old file or the new one.
+    The content is on the disk before it gets its name, so that even a loss of power leaves the old file or the new one.
 
     Raises:
         ClipgenError: the disk is full; the old file stays.
@@ -104,7 +103,7 @@ def fresh_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iterator[None]:
-    """What is raised within the block because the disk, or a quota of it, is full becomes one sentence.
+    """Turns the error of a full disk or quota within the block into a `ClipgenError`.
 
     Args:
         lacking: the bytes that are missing, where that can be told.
@@ -113,13 +112,13 @@ def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iter
 
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors tells the number in words only
+    except (OSError, SafetensorError) as error:  # safetensors gives the error's number in its text only
         numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))}
         if not numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
         missing = f" ({lacking() / 1e9:.3g} GB are missing)" if lacking() > 0 else ""
         raise ClipgenError(
-            f"no room for {target}{missing}: free some, and the same command goes on from what is there"
+            f"no room for {target}{missing}: free some, and the same command resumes from what is there"
         ) from None
 
 
@@ -141,7 +140,7 @@ def read_json(path: Path) -> dict:
         raise ClipgenError(f"{path} is missing: run the step that writes it first") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON, of UTF-8, of numbers of 5,000 digits
         raise ClipgenError(
-            f"{path} is not valid JSON ({reason(error)}): restore it or delete it and run its step again"
+            f"{path} is not valid JSON ({reason(error)}): restore it, or delete it and run its step"
         ) from None
     if not isinstance(content, dict):
         raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: restore the original file")
@@ -172,20 +171,9 @@ def file_hash(*paths: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
+    packages = "clipgen_lib torch torchvision open_clip_torch accelerate torchmetrics numpy pillow pytorch-fid lpips"
     found = {"python": sys.version.split()[0]}
-    for package in (
-        "clipgen_lib",
-        "torch",
-        "torchvision",
-        "open_clip_torch",
-        "accelerate",
-        "torchmetrics",
-        "numpy",
-        "pillow",
-        "pytorch-fid",
-        "torch-fidelity",
-        "lpips",
-    ):
+    for package in packages.split():
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -196,9 +184,7 @@ def versions() -> dict[str, str]:
 def progress(total: int, label: str, show: bool = True, initial: int = 0) -> tqdm:
     """A text progress bar with an ETA on stderr; `show=False` or CLIPGEN_PROGRESS=0 turns it off."""
     hidden = not show or os.environ.get("CLIPGEN_PROGRESS") == "0"
-    return tqdm(
-        total=total, desc=label, initial=initial, leave=False, disable=hidden, mininterval=0.5, dynamic_ncols=True
-    )
+    return tqdm(total=total, desc=label, initial=initial, leave=False, disable=hidden, dynamic_ncols=True)
 
 
 class Stop:
@@ -208,7 +194,7 @@ class Stop:
         self.number = 0
 
     def raise_if_asked(self, save: Callable[[], None], where: str) -> None:
-        """Where a signal has come: save, then end by `Stopped`."""
+        """Save and raise `Stopped` where a signal has come."""
         if self.number:
             save()
             raise Stopped(self.number, where)
@@ -216,7 +202,7 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Within the block SIGTERM and SIGINT are noted instead of obeyed, for a loop that looks between two steps and saves first.
+    """Within the block the first SIGTERM or SIGINT is only noted, for a loop that checks between two steps and saves first.
 
     A second signal is obeyed at once. Outside of the main thread, where Python handles no signals, nothing changes.
     """
@@ -262,25 +248,23 @@ class Run:
 
     def log(self, stage: str, step: int, **scalars: float) -> None:
         """Append one line to metrics.jsonl."""
-        line = {"stage": stage, "step": step} | {k: _finite(v) for k, v in scalars.items()}
+        finite = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}  # JSON has no NaN
+        line = {"stage": stage, "step": step} | finite
         with room_on_disk(self.path / "metrics.jsonl"), open(self.file("metrics.jsonl"), "a") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop what a stage logged after `step`: a resumed run writes those lines again."""
-        if not self.file("metrics.jsonl").exists():
-            return
         kept = [line for line in self._lines() if line["stage"] != stage or line["step"] <= step]
         write_atomic(self.file("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in kept))
 
     def metrics(self, stage: str) -> list[dict]:
         """The logged lines of one stage in order of their steps."""
-        if not self.file("metrics.jsonl").exists():
-            return []
         return sorted((line for line in self._lines() if line["stage"] == stage), key=lambda line: line["step"])
 
     def _lines(self) -> Iterator[dict]:
-        for text in self.file("metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        path = self.path / "metrics.jsonl"
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):  # a line cut short by a kill; its step is logged again on resuming
@@ -297,7 +281,7 @@ class Run:
         return figure
 
     def summary(self) -> dict:
-        path = self.file("summary.json")
+        path = self.path / "summary.json"
         return read_json(path) if path.exists() else {"run": self.name}
 
     def add_to_summary(self, **entries: object) -> dict:
@@ -307,11 +291,6 @@ class Run:
             summary[key] = {**summary.get(key, {}), **value} if key in MERGED else value
         write_json(self.file("summary.json"), summary)
         return summary
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN: a value that is not finite is logged as null."""
-    return float(value) if math.isfinite(value) else None
 
 
 def open_run(name: str, results: Path | None = None) -> Run:

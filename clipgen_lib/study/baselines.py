@@ -1,10 +1,10 @@
 """The systems that CLIP-GEN is compared with, each behind the one call that the evaluation makes.
 
-In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for each, by `generate_each`, as
-`TextToImage` has it. All use the same CLIP, and all but the GAN and retrieval the same VQGAN.
+In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for each, by `generate_each`, as of
+`TextToImage`. All use the same CLIP, and all but the GAN and retrieval the same VQGAN.
 
-- `Retrieval`: the training image nearest in CLIP space. Trains nothing and draws nothing: the floor of effort.
-- `VQGANCLIP`: VQGAN's latents optimised for CLIP similarity (Crowson et al., arXiv 2204.08583). Trains nothing.
+- `Retrieval`: the training image nearest in CLIP space. It trains nothing and generates nothing: the floor of effort.
+- `VQGANCLIP`: VQGAN's latents optimised for CLIP similarity (Crowson et al., arXiv 2204.08583). It trains nothing.
 - `Supervised`: the same transformer with words in place of the embedding, trained on caption-image pairs (CogView,
   arXiv 2105.13290).
 - `FusionGAN`: a one-stage conditional GAN trained on pairs (DF-GAN, arXiv 2008.05865), as small as it can be.
@@ -12,33 +12,32 @@ In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from ..clip_embed import ClipEmbedder
-from ..config import Config, FusionGANConfig, SampleConfig, VQGANCLIPConfig, from_dict, replace_fields
+from ..config import FusionGANConfig, SampleConfig, VQGANCLIPConfig, replace_fields
 from ..data.batches import batch_rows
 from ..data.datasets import ImageSet
 from ..data.images import crop, to_float
-from ..runtime.checkpoints import built_strictly, read_weights
-from ..runtime.runs import ClipgenError, progress, read_json
-from ..sample import generate, row_noise
+from ..runtime.runs import ClipgenError, progress
+from ..sample import decode, generate, seeded_uniforms
 from ..store import TokenStore, nearest
 from ..transformer import ImageTransformer
 from ..vqgan import VQGAN
 
 
 @dataclass
-class _System:
-    """What the evaluation reads of a system, whatever it draws by."""
+class System:
+    """What the evaluation reads of every system."""
 
-    vqgan: VQGAN  # of which it measures the reconstruction
+    vqgan: VQGAN  # whose reconstruction is measured
     clip: ClipEmbedder
 
     @property
@@ -50,85 +49,73 @@ class _System:
 
 
 @dataclass
-class Retrieval(_System):
+class Retrieval(System):
     store: TokenStore
     images: ImageSet  # the images that the store was made of
 
-    def generate_each(
-        self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False
-    ) -> torch.Tensor:
+    def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int]) -> torch.Tensor:
         """The training image nearest to each prompt: (P, 3, H, W) in [-1, 1]. Seeds change nothing."""
-        found = nearest(self.store.embeds(slice(0, self.store.n_unmirrored)), self.embed(prompts).cpu().float(), 1)[
-            :, 0
-        ]
-        pictures = [crop(self.images[int(row)], self.images.size) for row in self.store.arrays["rows"][found.numpy()]]
-        return to_float(torch.stack(pictures)).to(self.device)
+        bank = self.store.embeds(slice(0, self.store.n_unmirrored))
+        found = nearest(bank, self.embed(prompts).cpu().float(), 1)[:, 0]
+        images = [crop(self.images[int(row)], self.images.size) for row in self.store.arrays["rows"][found.numpy()]]
+        return to_float(torch.stack(images)).to(self.device)
 
 
 @dataclass
-class VQGANCLIP(_System):
+class VQGANCLIP(System):
     """VQGAN-CLIP by its published recipe, at the resolution of the VQGAN at hand.
 
-    From random tokens, Adam on the latent grid; each step looks the grid up in the codebook (straight-through),
-    decodes it, and lowers the squared spherical distance of CLIP's embedding of augmented cutouts to the prompt's.
-    Cutouts are square, of side between half and all of the image, flipped, turned, warped and noised as in the released
-    notebook (but for its slight change of hue, which has no gradient here). Every image of a batch gets the same
-    cutouts, so that it does not depend on its company.
+    From random tokens, Adam on the latent grid. Each step looks the grid up in the codebook (straight-through), decodes
+    it, and lowers the squared spherical distance of CLIP's embedding of augmented cutouts to the prompt's. Cutouts are
+    square, of side between half and all of the image, flipped, turned, warped and noised as in the released notebook (but
+    for its slight change of hue, which has no gradient here). All images of a batch get the same cutouts, so that an
+    image does not depend on the others.
     """
 
     config: VQGANCLIPConfig
 
-    def generate_each(
-        self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False
-    ) -> torch.Tensor:
-        embeds, parts = self.embed(prompts).detach(), []
-        with progress(len(embeds) * self.config.steps, "optimising latents", show_progress) as bar:
-            for first in range(0, len(embeds), self.config.batch_size):
-                part = slice(first, first + self.config.batch_size)
-                parts.append(self._optimise(embeds[part].clone(), seeds[part], bar))
-        return torch.cat(parts)
+    def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        """One image for each prompt and seed: (P, 3, H, W) in [-1, 1]."""
+        embeds, size = self.embed(prompts).detach(), self.config.batch_size
+        parts = [slice(first, first + size) for first in range(0, len(embeds), size)]
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            return torch.cat([self._optimise(embeds[part].clone(), seeds[part]) for part in parts])
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def _optimise(self, embeds: torch.Tensor, seeds: list[int], bar) -> torch.Tensor:
+    def _optimise(self, embeds: torch.Tensor, seeds: list[int]) -> torch.Tensor:
         quantizer, side = self.vqgan.quantizer, self.vqgan.config.side
         codes = quantizer.codes().detach().clone()
-        tokens = (row_noise(seeds, side * side, embeds.device) * len(codes)).long()
+        tokens = (seeded_uniforms(seeds, side * side, embeds.device) * len(codes)).long()
         z = codes[tokens].unflatten(1, (side, side)).permute(0, 3, 1, 2).contiguous().requires_grad_()  # (B, C, h, w)
         lowest, highest = (bound[None, :, None, None] for bound in (codes.amin(0), codes.amax(0)))
-        optimizer = torch.optim.Adam([z], lr=self.config.lr)
-        smooth = {
-            "interpolation": v2.InterpolationMode.BILINEAR,
-            "fill": None,
-        }  # with a fill torchvision blocks gradients
-        augment = v2.Compose(
-            [
-                v2.RandomResizedCrop(self.vqgan.config.image_size, scale=(0.25, 1.0), ratio=(1.0, 1.0), antialias=True),
-                v2.RandomHorizontalFlip(),
-                v2.RandomAffine(30, translate=(0.1, 0.1), **smooth),
-                v2.RandomPerspective(0.2, p=0.4, **smooth),
-            ]
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # torchvision draws from the global generator
-            for _ in range(self.config.steps):
-                images = self._decode(z).add(1).div(2).clamp(0, 1)
-                seen = torch.cat([augment(images) for _ in range(self.config.cutouts)])
-                seen = seen + self.config.noise * torch.rand(()) * torch.randn(seen.shape[1:]).to(seen)
-                distance = (self.clip.images(seen * 2 - 1) - embeds.repeat(self.config.cutouts, 1)).norm(dim=1)
-                loss = distance.div(2).clamp(max=1 - 1e-6).arcsin().pow(2).mul(2).mean() * len(
-                    embeds
-                )  # a sum over images
-                z.grad = torch.autograd.grad(loss, z)[0]
-                optimizer.step()
-                with torch.no_grad():
-                    z.clamp_(lowest, highest)
-                bar.update(len(embeds))
+        optimizer, augment = torch.optim.Adam([z], lr=self.config.lr), _augmentation(self.vqgan.config.image_size)
+        torch.manual_seed(0)  # torchvision uses the global generator
+        for _ in range(self.config.steps):
+            images = self._decode(z).add(1).div(2).clamp(0, 1)
+            cutouts = torch.cat([augment(images) for _ in range(self.config.cutouts)])
+            cutouts = cutouts + self.config.noise * torch.rand(()) * torch.randn(cutouts.shape[1:]).to(cutouts)
+            distance = (self.clip.images(cutouts * 2 - 1) - embeds.repeat(self.config.cutouts, 1)).norm(dim=1)
+            loss = distance.div(2).clamp(max=1 - 1e-6).arcsin().pow(2).mul(2).mean() * len(embeds)  # a sum over images
+            z.grad = torch.autograd.grad(loss, z)[0]
+            optimizer.step()
+            with torch.no_grad():
+                z.clamp_(lowest, highest)
         return self._decode(z).detach().clamp(-1, 1)
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> images, through the nearest codes with a straight-through gradient."""
         return self.vqgan.decode_codes(self.vqgan.quantizer(z).codes)
+
+
+def _augmentation(size: int) -> v2.Transform:
+    smooth = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}  # with a fill torchvision has no gradient
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.25, 1.0), ratio=(1.0, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomAffine(30, translate=(0.1, 0.1), **smooth),
+            v2.RandomPerspective(0.2, p=0.4, **smooth),
+        ]
+    )
 
 
 class WordStore(TokenStore):
@@ -159,24 +146,20 @@ def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipE
 
 
 @dataclass
-class Supervised(_System):
+class Supervised(System):
     """The transformer with the text's own tokens before the image's (CogView's order; only the image is predicted)."""
 
     transformer: ImageTransformer
     settings: SampleConfig
 
     @torch.inference_mode()
-    def generate_each(
-        self, prompts: list[str], seeds: list[int], show_progress: bool = False, **settings: object
-    ) -> torch.Tensor:
-        words = self.clip.tokenizer(list(prompts)).to(self.device)
-        chosen = replace_fields(self.settings, settings)
-        tokens = generate(self.transformer, words, seeds, chosen, show_progress)
-        side = self.vqgan.config.side
-        return torch.cat([self.vqgan.decode(part.view(-1, side, side)) for part in tokens.split(chosen.batch_size)])
+    def generate_each(self, prompts: list[str], seeds: list[int], **settings: object) -> torch.Tensor:
+        """One image for each text and seed: (P, 3, H, W) in [-1, 1]."""
+        words, chosen = self.clip.tokenizer(list(prompts)).to(self.device), replace_fields(self.settings, settings)
+        return decode(self.vqgan, generate(self.transformer, words, seeds, chosen), chosen.batch_size)
 
 
-class _Fusion(nn.Module):
+class Fusion(nn.Module):
     """Two text-conditioned affine maps with activations before a convolution: half of DF-GAN's DFBlock."""
 
     def __init__(self, channels_in: int, channels_out: int, condition: int):
@@ -195,26 +178,18 @@ class _Fusion(nn.Module):
         return self.conv(x)
 
 
-class _UpBlock(nn.Module):
+class UpBlock(nn.Module):
+    """Twice the size, then two text-conditioned convolutions beside a shortcut."""
+
     def __init__(self, channels_in: int, channels_out: int, condition: int):
         super().__init__()
-        self.first, self.second = (
-            _Fusion(channels_in, channels_out, condition),
-            _Fusion(channels_out, channels_out, condition),
-        )
+        self.first = Fusion(channels_in, channels_out, condition)
+        self.second = Fusion(channels_out, channels_out, condition)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.shortcut(x) + self.second(self.first(x, condition), condition)
-
-
-@dataclass(frozen=True)
-class FusionGANSizes(Config):
-    """What a GAN takes from its images and CLIP, beside its own config."""
-
-    image_size: int
-    clip_dim: int
 
 
 class FusionGenerator(nn.Module):
@@ -223,16 +198,13 @@ class FusionGenerator(nn.Module):
     def __init__(self, config: FusionGANConfig, image_size: int, clip_dim: int):
         super().__init__()
         if image_size not in (4 * 2**i for i in range(1, 9)):
-            raise ClipgenError(
-                f"the GAN doubles from 4 pixels and cannot draw {image_size}: choose a power of two as image_size"
-            )
+            raise ClipgenError(f"the GAN doubles from 4 pixels and cannot reach {image_size}: choose a power of two")
         levels = (image_size // 4).bit_length() - 1
         widths = [config.channels * min(2**i, 4) for i in reversed(range(levels + 1))]
-        self.config, self.image_size, self.clip_dim = config, image_size, clip_dim
         self.noise_dim = config.noise_dim
         self.begin = nn.Linear(config.noise_dim, widths[0] * 16)
         condition = config.noise_dim + clip_dim
-        self.blocks = nn.ModuleList(_UpBlock(a, b, condition) for a, b in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(UpBlock(a, b, condition) for a, b in zip(widths, widths[1:], strict=False))
         self.end = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, noise: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
@@ -242,31 +214,18 @@ class FusionGenerator(nn.Module):
             x = block(x, condition)
         return self.end(F.leaky_relu(x, 0.2)).tanh()
 
-    def describe(self) -> dict:
-        return {"config": asdict(self.config), "image_size": self.image_size, "clip_dim": self.clip_dim}
 
-    @classmethod
-    def load(cls, folder: Path, device: str | torch.device = "cpu") -> FusionGenerator:
-        """Read what `save_weights` wrote to a folder, in eval mode."""
-        described = read_json(folder / "config.json")
-        config = from_dict(FusionGANConfig, described.pop("config", None))
-        sizes = asdict(from_dict(FusionGANSizes, described))
-        model = built_strictly(lambda: cls(config, **sizes), read_weights(folder), folder)
-        return model.to(device).eval().requires_grad_(False)
-
-
-class _Critic(nn.Module):
+class Critic(nn.Module):
     """DF-GAN's one-way discriminator: does this image, with this text, look real?"""
 
     def __init__(self, config: FusionGANConfig, image_size: int, clip_dim: int):
         super().__init__()
         levels = (image_size // 4).bit_length() - 1
         widths = [config.channels * min(2**i, 4) for i in range(levels + 1)]
+        steps = list(zip(widths, widths[1:], strict=False))
         self.begin = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
-        self.shortcut = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in steps)
+        self.shortcut = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in steps)
         self.joint = nn.Conv2d(widths[-1] + clip_dim, widths[-1], 3, padding=1)
         self.end = nn.Conv2d(widths[-1], 1, 4)
 
@@ -274,77 +233,67 @@ class _Critic(nn.Module):
         x = self.begin(images)
         for down, shortcut in zip(self.down, self.shortcut, strict=True):
             x = F.leaky_relu(down(x), 0.2) + F.avg_pool2d(shortcut(x), 2)
-        said = (embeds * embeds.shape[1] ** 0.5)[..., None, None].expand(-1, -1, 4, 4)
-        return self.end(F.leaky_relu(self.joint(torch.cat([x, said], dim=1)), 0.2)).flatten()
+        text = (embeds * embeds.shape[1] ** 0.5)[..., None, None].expand(-1, -1, 4, 4)
+        return self.end(F.leaky_relu(self.joint(torch.cat([x, text], dim=1)), 0.2)).flatten()
 
 
 @dataclass
-class FusionGAN(_System):
+class FusionGAN(System):
     generator: FusionGenerator
 
     @torch.inference_mode()
-    def generate_each(
-        self, prompts: list[str] | torch.Tensor, seeds: list[int], show_progress: bool = False
-    ) -> torch.Tensor:
-        uniform = row_noise(seeds, self.generator.noise_dim, self.device).clamp(1e-6, 1 - 1e-6)
+    def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        """One image for each prompt and seed: (P, 3, H, W) in [-1, 1]."""
+        uniform = seeded_uniforms(seeds, self.generator.noise_dim, self.device).clamp(1e-6, 1 - 1e-6)
         noise = torch.special.ndtri(uniform).float()  # normal, each row a function of its own seed
         pairs = zip(noise.split(64), self.embed(prompts).split(64), strict=True)
         return torch.cat([self.generator(n, e) for n, e in pairs])
 
 
-def train_fusion_gan(
-    images: ImageSet, clip: ClipEmbedder, config: FusionGANConfig, seed: int = 0, show_progress: bool = True
-) -> FusionGenerator:
-    """Train DF-GAN's two networks on images and the CLIP embeddings of their captions; returns the EMA generator.
+def critic_loss(critic: Critic, real: torch.Tensor, fake: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """Hinge loss on real, generated and mismatched pairs, and the matching-aware gradient penalty at real pairs
+    (arXiv 2008.05865, equations 1 and 2: k = 2, p = 6)."""
+    pair = real.clone().requires_grad_(), embeds.clone().requires_grad_()
+    matched, generated = critic(*pair), critic(fake.detach(), embeds)
+    mismatched = critic(real, embeds.roll(1, 0))
+    hinge = F.relu(1 - matched).mean() + 0.5 * (F.relu(1 + generated).mean() + F.relu(1 + mismatched).mean())
+    grads = torch.autograd.grad(matched.sum(), pair, create_graph=True)
+    norms = torch.cat([grad.flatten(1) for grad in grads], dim=1).norm(dim=1)
+    return hinge + 2 * norms.pow(6).mean()
 
-    Hinge loss on real, drawn and mismatched pairs, and the matching-aware gradient penalty at real pairs
-    (arXiv 2008.05865, equations 1 and 2: k = 2, p = 6).
-    """
+
+def train_fusion_gan(images: ImageSet, clip: ClipEmbedder, config: FusionGANConfig, seed: int = 0) -> FusionGenerator:
+    """Train DF-GAN's two networks on images and the CLIP embeddings of their captions; returns the EMA generator."""
     pairs = [(row, texts) for row, texts in enumerate(images.captions) if texts]
     if not pairs:
         raise ClipgenError(f"{images.root} has no captions beside its images: a supervised baseline needs pairs")
     torch.manual_seed(seed)
-    generator, critic = (kind(config, images.size, clip.dim).to(clip.device) for kind in (FusionGenerator, _Critic))
-    optimizers = [
-        torch.optim.Adam(m.parameters(), lr, betas=(0.0, 0.9))
-        for m, lr in ((generator, config.generator_lr), (critic, config.critic_lr))
-    ]
-    ema = torch.optim.swa_utils.AveragedModel(
-        generator, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
-    )
-    draw, blocks = np.random.default_rng([seed, 31]), images.blocks_of(np.array([row for row, _ in pairs]))
-    with progress(config.steps, "training GAN", show_progress) as bar:
+    generator, critic = (kind(config, images.size, clip.dim).to(clip.device) for kind in (FusionGenerator, Critic))
+    optimizer = torch.optim.Adam(generator.parameters(), config.generator_lr, betas=(0.0, 0.9))
+    critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, betas=(0.0, 0.9))
+    ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    rng = np.random.default_rng([seed, 31])
+    with progress(config.steps, "training GAN") as bar:
         for step in range(config.steps):
-            chosen = batch_rows(len(pairs), config.batch_size, seed, step, blocks, images.window)
-            rows, said = zip(*(pairs[i] for i in chosen), strict=True)
-            texts = [choice[draw.integers(len(choice))] for choice in said]
+            batch = [pairs[i] for i in batch_rows(len(pairs), config.batch_size, seed, step)]
             with torch.no_grad():
-                embeds = clip.texts(texts).clone()
-            real = to_float(torch.stack([crop(images[row], images.size) for row in rows])).to(clip.device)
-            fake = generator(torch.randn(len(rows), config.noise_dim, device=clip.device), embeds)
+                embeds = clip.texts([texts[rng.integers(len(texts))] for _, texts in batch]).clone()
+            real = to_float(torch.stack([crop(images[row], images.size) for row, _ in batch])).to(clip.device)
+            fake = generator(torch.randn(len(batch), config.noise_dim, device=clip.device), embeds)
 
-            leaves = real.clone().requires_grad_(), embeds.clone().requires_grad_()
-            matched = critic(*leaves)
-            drawn, mismatched = critic(fake.detach(), embeds), critic(real, embeds.roll(1, 0))
-            hinge = F.relu(1 - matched).mean() + 0.5 * (F.relu(1 + drawn).mean() + F.relu(1 + mismatched).mean())
-            slopes = torch.autograd.grad(matched.sum(), leaves, create_graph=True)
-            steepness = torch.cat([slope.flatten(1) for slope in slopes], dim=1).norm(dim=1)
-            critic_loss = hinge + 2 * steepness.pow(6).mean()
-            optimizers[1].zero_grad()
-            critic_loss.backward()
-            optimizers[1].step()
+            loss = critic_loss(critic, real, fake, embeds)
+            critic_optimizer.zero_grad()
+            loss.backward()
+            critic_optimizer.step()
 
             critic.requires_grad_(False)
             generator_loss = -critic(fake, embeds).mean()
-            optimizers[0].zero_grad()
+            optimizer.zero_grad()
             generator_loss.backward()
-            optimizers[0].step()
+            optimizer.step()
             critic.requires_grad_(True)
             ema.update_parameters(generator)
             bar.update()
-            if (step + 1) % config.log_every == 0:
-                losses = {"critic": float(critic_loss.detach()), "generator": float(generator_loss.detach())}
-                if not np.isfinite(list(losses.values())).all():
-                    raise ClipgenError(f"the GAN's losses are not finite by step {step + 1}: lower its learning rates")
-                bar.set_postfix({key: f"{value:.3g}" for key, value in losses.items()})
+            if (step + 1) % config.log_every == 0 and not np.isfinite([loss.item(), generator_loss.item()]).all():
+                raise ClipgenError(f"the GAN's losses are not finite by step {step + 1}: lower its learning rates")
     return ema.module.eval().requires_grad_(False)

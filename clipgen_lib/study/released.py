@@ -1,10 +1,9 @@
 """Released weights of other projects, loaded strictly into our own modules.
 
-In: a file as it was published. Out: a VQGAN or an ImageTransformer that computes the same function as the original.
-A release is a file, an architecture of ours and a family; a family is a key map (regular expressions, in order) and
-what its originals compute differently. Every tensor of a file is either named by the map or ignored by name, and every
-tensor of ours is filled; anything else is an error.
-Axes: K codebook size, C code dimension, E width.
+In: a file as it was published. Out: a VQGAN, an ImageTransformer or a TextToImage that computes the same function as the
+original. A release is a file, a module of ours and a family. A family is a key map (regular expressions, in order) and
+what its originals compute differently. The map names every tensor of a file or ignores it by name, and fills every
+tensor of ours; anything else is an error. Axes: K codebook size, C code dimension, E width.
 """
 
 from __future__ import annotations
@@ -17,10 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from ..config import SampleConfig, TransformerConfig, VQGANConfig
+from ..clip_embed import ClipEmbedder
+from ..config import Config, SampleConfig, TransformerConfig, VQGANConfig
 from ..runtime.runs import ClipgenError
+from ..text_to_image import TextToImage
 from ..transformer import ImageTransformer
 from ..vqgan import EPSILON, VQGAN
 
@@ -28,13 +30,11 @@ Rename = tuple[str, str | Callable[[re.Match], str]]  # what `re.sub` takes: the
 
 
 class Family(NamedTuple):
-    """How one project's files differ from our modules."""
+    """How the files of one project differ from our modules."""
 
     entry: str  # of the published dict, under which the tensors lie
     ignored: str  # names that belong to training alone
-    renames: Callable[
-        [VQGANConfig | TransformerConfig], list[Rename]
-    ]  # "{qkv}" in our name: three tensors fused in one
+    renames: Callable[[Config], list[Rename]]  # "{qkv}" in our name: three tensors of ours, fused in theirs
     epsilon: float = EPSILON  # of GroupNorm
 
 
@@ -47,33 +47,26 @@ class Release(NamedTuple):
     build: Callable[[], nn.Module]
 
 
-def _taming(config: VQGANConfig) -> list[Rename]:
-    """Names of taming-transformers, whose decoder counts its levels from the finest."""
+class Mismatch(Exception):
+    """Why a file is not the one of a release."""
+
+
+def _vqgan(config: VQGANConfig) -> list[Rename]:
+    """Names of taming-transformers, whose decoder counts its levels from the finest, and of LlamaGen."""
     last = len(config.channel_mult) - 1
     return [
         (r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{last - int(m[1])}."),
-        (r"\.(?:down|up)sample\.conv\.", ".resample.conv."),
-        (r"\.mid\.block_1\.", ".mid.0."),
-        (r"\.mid\.attn_1\.", ".mid.1."),
-        (r"\.mid\.block_2\.", ".mid.2."),
-        *_QUANTIZE,
-    ]
-
-
-def _llamagen(config: VQGANConfig) -> list[Rename]:
-    return [
         (r"^encoder\.conv_blocks\.", "encoder.down."),
         (r"^decoder\.conv_blocks\.", "decoder.up."),
         (r"\.res\.", ".block."),
         (r"\.(?:down|up)sample\.conv\.", ".resample.conv."),
-        *_QUANTIZE,
+        (r"\.mid\.(block_1|attn_1|block_2)\.", lambda m: f".mid.{('block_1', 'attn_1', 'block_2').index(m[1])}."),
+        (r"^quantize\.embed(?:ding)?\.weight$", "quantizer.codebook"),
+        (r"^quantize\.proj\.", "quantizer.projection."),
     ]
 
 
-_QUANTIZE = [
-    (r"^quantize\.embed(?:ding)?\.weight$", "quantizer.codebook"),
-    (r"^quantize\.proj\.", "quantizer.projection."),
-]
+_HFAI_RES = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}  # of a residual block, a list in theirs
 
 
 def _hfai_vqgan(config: VQGANConfig) -> list[Rename]:
@@ -84,10 +77,7 @@ def _hfai_vqgan(config: VQGANConfig) -> list[Rename]:
     return [
         (r"(?<=^encoder\.down\.)\d+", lambda m: down.get(int(m[0]), m[0])),
         (r"(?<=^decoder\.up\.)\d+", lambda m: up.get(int(m[0]), m[0])),
-        *(
-            (rf"\.block\.{i}\.(weight|bias)$", rf".{ours}.\1")
-            for i, ours in ((0, "norm1"), (2, "conv1"), (3, "norm2"), (6, "conv2"))
-        ),
+        (r"\.block\.([0236])\.(?=weight|bias)", lambda m: f".{_HFAI_RES[m[1]]}."),
         (r"\.shortcut\.", ".nin_shortcut."),
         (r"\.attn\.in_proj_(weight|bias)$", r".{qkv}.\1"),
         (r"\.attn\.out_proj\.", ".proj_out."),
@@ -124,108 +114,80 @@ def _hfai_gpt(config: TransformerConfig) -> list[Rename]:
     ]
 
 
-TAMING = Family("state_dict", r"^loss\.", _taming)
-LLAMAGEN = Family("model", r"^quantize\.codebook_used$", _llamagen)
+TAMING = Family("state_dict", r"^loss\.", _vqgan)
+LLAMAGEN = Family("model", r"^quantize\.codebook_used$", _vqgan)
 HFAI_VQGAN = Family("model", r"^discriminator\.", _hfai_vqgan, epsilon=1e-5)
 HFAI_GPT = Family("model", r"^blocks\.\d+\.mask$", _hfai_gpt)
 
 
-_F16 = VQGANConfig(
-    image_size=256,
-    channels=128,
-    channel_mult=(1, 1, 2, 2, 4),
-    res_blocks=2,
-    z_channels=256,
-    codebook_size=16_384,
-    code_dim=256,
-    l2_norm=False,
-)
-
-
+# f16 with 16,384 codes; the other sizes are the defaults of VQGANConfig
+_F16 = VQGANConfig(image_size=256, code_dim=256, l2_norm=False)
 _F8 = replace(_F16, channel_mult=(1, 1, 2, 4), codebook_size=8_192, codebook_update="gumbel")
-
-
 _COSINE = replace(_F16, code_dim=8, l2_norm=True)
-_GPT = partial(
-    ImageTransformer,
-    TransformerConfig(layers=24, width=1_024, heads=16),
-    codebook_size=16_384,
-    n_tokens=256,
-    clip_dim=512,
-)
+_COSINE_F8 = replace(_COSINE, channel_mult=(1, 2, 2, 4))
+_GPT = TransformerConfig(layers=24, width=1_024, heads=16)
+_CODES, _TOKENS, _CLIP_DIM = 16_384, 256, 512
 
 
-_TAMING_PAGE = "github.com/CompVis/taming-transformers (model zoo: {})".format
-_LLAMAGEN_PAGE = "github.com/FoundationVision/LlamaGen (tokenizers: {})".format
-_HFAI_PAGE = "github.com/HFAiLab/clip-gen (release v0.1.0)"
+def _release(family: Family, config: Config, file: str, source: str) -> Release:
+    if isinstance(config, VQGANConfig):
+        return Release(family, file, source, partial(VQGAN, config))
+    return Release(family, file, source, partial(ImageTransformer, config, _CODES, _TOKENS, _CLIP_DIM))
+
+
+_ZOO = "github.com/CompVis/taming-transformers (model zoo: vqgan_"
+_LLAMAGEN = "github.com/FoundationVision/LlamaGen (tokenizers: "
+_HFAI = "github.com/HFAiLab/clip-gen (release v0.1.0)"
 RELEASES = {
-    "taming-f16-1024": Release(
-        TAMING, "last.ckpt", _TAMING_PAGE("vqgan_imagenet_f16_1024"), partial(VQGAN, replace(_F16, codebook_size=1_024))
-    ),
-    "taming-f16-16384": Release(TAMING, "last.ckpt", _TAMING_PAGE("vqgan_imagenet_f16_16384"), partial(VQGAN, _F16)),
-    "taming-gumbel-f8": Release(TAMING, "last.ckpt", _TAMING_PAGE("vqgan_gumbel_f8"), partial(VQGAN, _F8)),
-    "hfai-vqgan-coco": Release(HFAI_VQGAN, "vqgan_coco.pt", _HFAI_PAGE, partial(VQGAN, _F16)),
-    "hfai-gpt-coco": Release(HFAI_GPT, "gpt_coco.pt", _HFAI_PAGE, _GPT),
-    "llamagen-f16": Release(LLAMAGEN, "vq_ds16_c2i.pt", _LLAMAGEN_PAGE("vq_ds16_c2i"), partial(VQGAN, _COSINE)),
-    "llamagen-f8": Release(
-        LLAMAGEN,
-        "vq_ds8_c2i.pt",
-        _LLAMAGEN_PAGE("vq_ds8_c2i"),
-        partial(VQGAN, replace(_COSINE, channel_mult=(1, 2, 2, 4))),
-    ),
+    "taming-f16-1024": _release(TAMING, replace(_F16, codebook_size=1_024), "last.ckpt", f"{_ZOO}imagenet_f16_1024)"),
+    "taming-f16-16384": _release(TAMING, _F16, "last.ckpt", f"{_ZOO}imagenet_f16_16384)"),
+    "taming-gumbel-f8": _release(TAMING, _F8, "last.ckpt", f"{_ZOO}gumbel_f8)"),
+    "hfai-vqgan-coco": _release(HFAI_VQGAN, _F16, "vqgan_coco.pt", _HFAI),
+    "hfai-gpt-coco": _release(HFAI_GPT, _GPT, "gpt_coco.pt", _HFAI),
+    "llamagen-f16": _release(LLAMAGEN, _COSINE, "vq_ds16_c2i.pt", f"{_LLAMAGEN}vq_ds16_c2i)"),
+    "llamagen-f8": _release(LLAMAGEN, _COSINE_F8, "vq_ds8_c2i.pt", f"{_LLAMAGEN}vq_ds8_c2i)"),
 }
 
 
-class Generator(NamedTuple):
-    """Releases that make a generator together, the CLIP of their training and the sampling of their authors' demo."""
+def load_hfai_coco(folder: str | Path, device: str | torch.device = "cpu") -> TextToImage:
+    """HFAiLab/clip-gen, trained on MS-COCO, with the sampling of their demo, from vqgan_coco.pt and gpt_coco.pt.
 
-    vqgan: str
-    transformer: str
-    clip: dict
-    clip_file: str  # under which its authors publish it
-    clip_hash: str  # the first 16 hex digits of that file's SHA-256
-    sample: SampleConfig
-
-
-GENERATORS = {
-    "hfai-coco": Generator(
-        "hfai-vqgan-coco",
-        "hfai-gpt-coco",
-        {"name": "ViT-B-32-quickgelu", "pretrained": "openai"},
-        "ViT-B-32.pt",
-        "40d365715913c9da",
-        SampleConfig(guidance=1.0, top_k=500, top_p=0.95),
-    )
-}
+    OpenAI's ViT-B-32.pt is used from the folder too, and downloaded where it is missing. A file that is missing, damaged,
+    of another model or with code in it is a ClipgenError.
+    """
+    vqgan, transformer = (load_released(name, folder, device) for name in ("hfai-vqgan-coco", "hfai-gpt-coco"))
+    source, file = {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}, Path(folder) / "ViT-B-32.pt"
+    clip = ClipEmbedder.load(source["name"], str(file.resolve()) if file.is_file() else "openai", device)
+    settings = SampleConfig(guidance=1.0, top_k=500, top_p=0.95)
+    return TextToImage.from_parts(vqgan, transformer, clip, source, settings)
 
 
-def load_released(name: str, path: str | Path, device: str | torch.device = "cpu") -> VQGAN | ImageTransformer:
+def load_released(
+    name: str | Release, path: str | Path, device: str | torch.device = "cpu"
+) -> VQGAN | ImageTransformer:
     """One of `RELEASES`, from its published file, in eval mode and float32.
 
     Args:
+        name: of a release, or a release of your own.
         path: the file, or the folder that holds it under its published name. A .safetensors file holds the tensors
             themselves, without the entry around them.
 
     Raises:
         ClipgenError: unknown name; file missing, damaged or with code in it; tensors of another model.
     """
-    if name not in RELEASES:
+    if isinstance(name, str) and name not in RELEASES:
         raise ClipgenError(f"unknown release {name!r}: choose one of {', '.join(RELEASES)}")
-    release, path = RELEASES[name], Path(path)
+    release, path = RELEASES[name] if isinstance(name, str) else name, Path(path)
     path = path if path.is_file() or path.suffix in (".pt", ".ckpt", ".safetensors") else path / release.file
     if not path.is_file():
-        raise ClipgenError(
-            f"{path.name} of {name} is missing: get it from {release.source} and put it into {path.parent}"
-        )
+        raise ClipgenError(f"{path.name} is missing: get it from {release.source} and put it into {path.parent}")
     try:
         tensors = read_tensors(path, release.family.entry)
         return build(release.build, release.family, tensors).to(device)
     except Mismatch as error:
-        raise ClipgenError(f"{path} is not the file of {name} ({error}): get it from {release.source}") from None
-
-
-class Mismatch(Exception):
-    """Why a file is not the one of a release."""
+        raise ClipgenError(
+            f"{path} is not the published {release.file} ({error}): get it from {release.source}"
+        ) from None
 
 
 def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -233,48 +195,35 @@ def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torc
 
     Args:
         make: makes the module, on torch's meta device: its own initial weights are never computed.
-        tensors: by their published names.
+        tensors: by their published names; they are not changed in place.
 
     Raises:
         Mismatch: a tensor too many, one too few, or one of another shape.
     """
     with torch.device("meta"):
         module = make()
-    module.load_state_dict(translate(tensors, family, module), assign=True)
-    return module.eval()
-
-
-def translate(tensors: dict[str, torch.Tensor], family: Family, module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of a module of ours from published tensors; nothing is changed in place.
-
-    Raises:
-        Mismatch: a tensor too many, one too few, or one of another shape.
-    """
     wanted, renames = module.state_dict(), family.renames(module.config)
-    own = {name: torch.zeros_like(wanted.pop(name), device="cpu") for name in _OWN if name in wanted}
+    unreleased = [name for name in ("quantizer.idle", "image_mean", "text_mean") if name in wanted]
+    zeros = {name: torch.zeros_like(wanted.pop(name), device="cpu") for name in unreleased}  # as they begin
     found, unknown, misshapen = {}, [], []
-    for theirs, tensor in tensors.items():
-        if re.search(family.ignored, theirs):
-            continue
-        for ours, part in _parts(theirs, tensor, renames):
-            if ours not in wanted or ours in found:
-                unknown.append(theirs)
-            elif _shape(part) != _shape(wanted[ours]):
-                misshapen.append(f"{theirs} {tuple(part.shape)}")
-            else:
-                found[ours] = part.reshape(wanted[ours].shape).float().clone()  # parts of one tensor part ways
+    published = {name: tensor for name, tensor in tensors.items() if not re.search(family.ignored, name)}
+    parts = [(theirs, *part) for theirs, tensor in published.items() for part in _parts(theirs, tensor, renames)]
+    for theirs, ours, part in parts:
+        if ours not in wanted or ours in found:
+            unknown.append(theirs)
+        elif _shape(part) != _shape(wanted[ours]):
+            misshapen.append(f"{theirs} {tuple(part.shape)}")
+        else:
+            found[ours] = part.reshape(wanted[ours].shape).float().clone()  # parts of one tensor need their own memory
     missing = [name for name in wanted if name not in found]
     for label, names in (("of another shape", misshapen), ("unknown", unknown), ("nothing for", missing)):
         if names:
-            raise Mismatch(
-                f"{label}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            )
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise Mismatch(f"{label}: {', '.join(names[:3])}{more}")
     if family.epsilon != EPSILON:
         found = rescale(found, (EPSILON / family.epsilon) ** 0.5)
-    return found | own
-
-
-_OWN = ("quantizer.idle", "image_mean", "text_mean")  # that no release has; zero is what they begin as
+    module.load_state_dict(found | zeros, assign=True)
+    return module.eval()
 
 
 def _parts(name: str, tensor: torch.Tensor, renames: list[Rename]) -> list[tuple[str, torch.Tensor]]:
@@ -292,11 +241,11 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def rescale(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """A VQGAN's weights, under our names, such that every input of a GroupNorm is `scale` times what it was.
+    """The weights of a VQGAN, under our names, such that the input of every GroupNorm is `scale` times what it was.
 
-    GroupNorm of s * x with epsilon s^2 * e is that of x with epsilon e, so that weights trained with e compute the same
-    function with ours, s = sqrt(EPSILON / e). Only norms read the residual stream: what is written to it is scaled, of
-    linear maps within it the bias alone.
+    GroupNorm of s * x with epsilon s^2 * e is that of x with epsilon e. So weights trained with e compute the same
+    function with ours, s = sqrt(EPSILON / e). Only norms read the residual stream: layers that write to it are scaled,
+    of linear maps within it the bias alone.
     """
     writes = r"\b(conv_in|conv1|conv2|proj_out)\.(weight|bias)$|\b(nin_shortcut|resample\.conv)\.bias$"
     return {name: tensor * scale if re.search(writes, name) else tensor for name, tensor in tensors.items()}
@@ -315,8 +264,6 @@ def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
     Raises:
         Mismatch: cut short or damaged; holds code; no such entry, or no tensors in it.
     """
-    from safetensors.torch import load_file
-
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -2,6 +2,7 @@
 
 In: scenes of the Shapes world, or images with captions. Out: a folder in open_clip's own layout (config, safetensors
 in float16, BPE merges) that `ClipEmbedder.load` reads like any other. Model and tokenizer are open_clip's.
+Axes: B batch, D CLIP dimension.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import gzip
 import hashlib
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from ..clip_embed import ClipEmbedder
 from ..config import ClipTrainConfig
@@ -33,8 +39,6 @@ MODEL = {
     "vision_cfg": {"image_size": shapes.CANVAS, "layers": [2, 2, 2, 2], "width": 24, "patch_size": None},
     "text_cfg": {"context_length": CONTEXT, "width": 192, "heads": 3, "layers": 4},
 }
-
-
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
@@ -42,7 +46,7 @@ def pool_scene(seed: int, index: int) -> shapes.Scene:
     """The index-th scene of the training pool, a wild one (`shapes.random_scene`).
 
     One scene in eight shows a held-out pair: CLIP knows every pair, the generator does not. After a scene of two
-    objects comes its twin with the places exchanged, so that each batch holds "a left of b" beside "b left of a".
+    objects comes the same scene with the places exchanged, so that each batch holds "a left of b" beside "b left of a".
     """
     even = index - index % 2
     scene = shapes.scene_at(seed, 50_000_000 + even, held_out=even % 16 == 0, wild=True)
@@ -51,37 +55,37 @@ def pool_scene(seed: int, index: int) -> shapes.Scene:
     if len(scene.objects) != 2:
         return shapes.scene_at(seed, 50_000_000 + index, wild=True)
     a, b = scene.objects
-    if a.size != b.size:  # a large obj may not fit where the small one was
-        b, a = replace(b, size=a.size, radius=a.radius), replace(a, size=b.size, radius=b.radius)
-        return replace(
-            scene,
-            objects=(
-                replace(a, x=scene.objects[1].x, y=scene.objects[1].y),
-                replace(b, x=scene.objects[0].x, y=scene.objects[0].y),
-            ),
-        )
-    return replace(scene, objects=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+    stay = (
+        ("x", "y") if a.size == b.size else ("x", "y", "size", "radius")
+    )  # a large one may not fit a small one's place
+    at_a, at_b = ({key: getattr(one, key) for key in stay} for one in (a, b))
+    return replace(scene, objects=(replace(a, **at_b), replace(b, **at_a)))
 
 
 class ScenePairs:
-    """Scenes of the Shapes world, drawn once, and captions drawn anew for each batch."""
+    """Scenes of the Shapes world, rendered once, and captions chosen anew for each batch."""
 
-    def __init__(self, config: ClipTrainConfig, seed: int, show_progress: bool = True):
+    def __init__(self, config: ClipTrainConfig, seed: int):
         self.config, self.seed, self.hash = config, seed, f"scenes-{config.scenes}-{seed}"
         self.pool = [pool_scene(seed, index) for index in range(config.scenes)]
         self.corpus = [text for scene in self.pool[:4000] for text in shapes.captions(scene)]
-        self.pictures = np.empty((len(self.pool), shapes.CANVAS, shapes.CANVAS, 3), np.uint8)
-        with progress(len(self.pool), "drawing", show_progress) as bar:
+        self.images = np.empty((len(self.pool), shapes.CANVAS, shapes.CANVAS, 3), np.uint8)
+        with progress(len(self.pool), "rendering") as bar:
             for index, scene in enumerate(self.pool):
-                self.pictures[index] = shapes.render(scene)
+                self.images[index] = shapes.render(scene)
                 bar.update()
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-        """Images (B, 3, H, W) in [-1, 1], a text for each, and which belong together (B, B): each to its own."""
-        rows = _batch_pairs(self.config, self.seed, step)
-        chooser = np.random.default_rng([self.seed, step])
-        texts = [shapes.caption(self.pool[row], chooser)[0] for row in rows]
-        return from_arrays(self.pictures[rows]), texts, torch.eye(len(rows))
+        """Images (B, 3, H, W) in [-1, 1], a text for each, and which belong together (B, B): each to its own.
+
+        Whole (2j, 2j + 1) pairs of scenes come together; a function of seed and step, so that resuming is exact.
+        """
+        half, per_epoch = self.config.batch_size // 2, self.config.scenes // self.config.batch_size
+        order = np.random.default_rng([self.seed, 7, step // per_epoch]).permutation(self.config.scenes // 2)
+        first = 2 * order[(step % per_epoch) * half :][:half]
+        rows, rng = np.stack([first, first + 1], 1).ravel(), np.random.default_rng([self.seed, step])
+        texts = [shapes.caption(self.pool[row], rng)[0] for row in rows]
+        return from_arrays(self.images[rows]), texts, torch.eye(len(rows))
 
 
 class ImagePairs:
@@ -94,27 +98,25 @@ class ImagePairs:
         if not len(self.rows):
             raise ClipgenError(f"{images.root} has no captions beside its images: CLIP learns from pairs")
         self.corpus = sorted({text for texts in images.captions for text in texts})
-        self.blocks = images.blocks_of(self.rows)
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """As of scenes, but images with the same words all belong together (UniCL, arXiv 2204.03610)."""
-        size, window = self.config.batch_size, self.images.window
-        rows = self.rows[batch_rows(len(self.rows), size, self.seed, step, self.blocks, window)]
-        rows, pictures = augmented_rows(self.images, rows, self.seed, step, flip=self.images.is_named_by_class)
-        chooser = np.random.default_rng([self.seed, step])
-        texts = [self.images.captions[row][chooser.integers(len(self.images.captions[row]))] for row in rows]
+        rows = self.rows[batch_rows(len(self.rows), self.config.batch_size, self.seed, step)]
+        rows, images = augmented_rows(self.images, rows, self.seed, step, flip=self.images.is_named_by_class)
+        rng = np.random.default_rng([self.seed, step])
+        texts = [self.images.captions[row][rng.integers(len(self.images.captions[row]))] for row in rows]
         wording = np.array(texts)
-        return to_float(pictures), texts, torch.from_numpy(wording[:, None] == wording).float()
+        return to_float(images), texts, torch.from_numpy(wording[:, None] == wording).float()
 
 
 def contrastive_loss(
     images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, together: torch.Tensor
 ) -> torch.Tensor:
-    """The symmetric cross-entropy of CLIP (arXiv 2103.00020, section 2.3), with several right answers where there are.
+    """The symmetric cross-entropy of CLIP (arXiv 2103.00020, section 2.3), where several texts may fit an image.
 
     Args:
         images, texts: (B, D) of unit norm. scale: the inverse temperature.
-        together: (B, B) of 0 and 1, symmetric; an image's right answers share its probability. The identity gives
+        together: (B, B) of 0 and 1, symmetric; texts that fit an image share its probability. The identity gives
             open_clip's `ClipLoss`.
     """
     logits, targets = scale * images @ texts.T, together / together.sum(1, keepdim=True)
@@ -123,9 +125,6 @@ def contrastive_loss(
 
 def train_tokenizer(texts: list[str], path: Path) -> int:
     """Learn BPE merges on texts and write them as open_clip's SimpleTokenizer reads them; returns its vocabulary size."""
-    from open_clip.tokenizer import SimpleTokenizer
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
@@ -135,52 +134,29 @@ def train_tokenizer(texts: list[str], path: Path) -> int:
     return SimpleTokenizer(bpe_path=str(path), context_length=CONTEXT).vocab_size
 
 
-def train_clip(
-    run: Run,
-    pairs: ScenePairs | ImagePairs,
-    config: ClipTrainConfig,
-    seed: int,
-    device: str = "cpu",
-    show_progress: bool = True,
-) -> Path:
-    """Train from scratch, or go on from the run's checkpoint, and write `<run>/clip/`; returns that folder."""
-    import open_clip
-    from open_clip.model import CLIP
-
-    torch.manual_seed(seed)
+def train_clip(run: Run, pairs: ScenePairs | ImagePairs, config: ClipTrainConfig) -> Path:
+    """Train from scratch, or resume from the run's checkpoint, and write `<run>/clip/`; returns that folder."""
+    torch.manual_seed(run.seed)
     merges = run.file("clip_bpe_merges.txt.gz")
     vocabulary = train_tokenizer(pairs.corpus, merges)
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT, bpe_path=str(merges))
     text_config = {**MODEL["text_cfg"], "vocab_size": vocabulary}
-    model = CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], text_config).to(device)
-    mean, std = (torch.tensor(PREPROCESS[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
+    model = CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], text_config).to(run.device)
+    mean, std = (torch.tensor(PREPROCESS[k], device=run.device).view(1, 3, 1, 1) for k in ("mean", "std"))
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # as in CLIP
         images, texts, together = pairs.batch(step)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
-            found = model(((images.to(device) + 1) / 2 - mean) / std, tokenizer(texts).to(device))[:3]
-        return contrastive_loss(*(x.float() for x in found), together.to(device)), {"scale": found[2].detach()}
+        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=config.bfloat16):
+            found = model(((images.to(run.device) + 1) / 2 - mean) / std, tokenizer(texts).to(run.device))[:3]
+        return contrastive_loss(*(x.float() for x in found), together.to(run.device)), {"scale": found[2].detach()}
 
-    @torch.no_grad()
-    def bound_scale() -> None:
-        model.logit_scale.clamp_(0, math.log(100))
-
-    facts = {"config": asdict(config), "seed": seed, "data": pairs.hash}
-    fit(run, "clip", model, config, facts, loss_of, 1.0, bound_scale, show_progress)
+    fit(run, "clip", model, config, loss_of, {"data": pairs.hash})
     return _export(model, text_config, merges, run.path / "clip")
 
 
-def _batch_pairs(config: ClipTrainConfig, seed: int, step: int) -> np.ndarray:
-    """Indices of a batch, whole (2j, 2j+1) pairs together: a function of seed and step, so that resuming is exact."""
-    half, per_epoch = config.batch_size // 2, config.scenes // config.batch_size
-    order = np.random.default_rng([seed, 7, step // per_epoch]).permutation(config.scenes // 2)
-    start = (step % per_epoch) * half
-    return np.stack([2 * order[start : start + half], 2 * order[start : start + half] + 1], 1).ravel()
-
-
 def _export(model: torch.nn.Module, text_config: dict, merges: Path, target: Path) -> Path:
-    from safetensors.torch import save_file
-
     with fresh_folder(target) as folder:
         halves = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         save_file(halves, folder / "open_clip_model.safetensors")
@@ -204,13 +180,13 @@ def retrieval(
         is the scene's own caption to the letter).
     """
     scenes = [shapes.scene_at(seed, 70_000_000 + i, i % 8 == 0, n_objects, wild=True) for i in range(n_scenes)]
-    said = [shapes.caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
-    pictures = from_arrays(np.stack([shapes.render(scene) for scene in scenes])).to(clip.device)
-    images = torch.cat([clip.images(part) for part in pictures.split(250)])
-    texts = torch.cat([clip.texts([t for t, _ in said[i : i + 250]]) for i in range(0, n_scenes, 250)])
+    captions = [shapes.caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
+    rendered = from_arrays(np.stack([shapes.render(scene) for scene in scenes])).to(clip.device)
+    images = torch.cat([clip.images(part) for part in rendered.split(250)])
+    texts = torch.cat([clip.texts([text for text, _ in captions[i : i + 250]]) for i in range(0, n_scenes, 250)])
     best = (images @ texts.T).argmax(1).tolist()
-    true = [shapes.holds(said[j][1], scene) for j, scene in zip(best, scenes, strict=True)]
-    own = [said[j][0] == said[i][0] for i, j in enumerate(best)]
+    true = [shapes.holds(captions[j][1], scene) for j, scene in zip(best, scenes, strict=True)]
+    own = [captions[j][0] == captions[i][0] for i, j in enumerate(best)]
     return {"n": n_scenes, "true_at_1": float(np.mean(true)), "own_at_1": float(np.mean(own))}
 
 
@@ -222,19 +198,15 @@ def caption_accuracy(clip: ClipEmbedder, images: ImageSet) -> dict[str, float]:
         `n` images, `wordings`, `accuracy` (share of images whose caption ranks first of all wordings) and `cosine` (mean
         of image and own caption: how far a text lies from its image, which is how far noise should reach).
     """
-    said = {row: texts[0] for row, texts in enumerate(images.captions) if texts}
-    wordings = sorted(set(said.values()))
+    first = {row: texts[0] for row, texts in enumerate(images.captions) if texts}
+    wordings = sorted(set(first.values()))
     texts = torch.cat([clip.texts(wordings[i : i + 256]) for i in range(0, len(wordings), 256)])
     place = {wording: i for i, wording in enumerate(wordings)}
-    right, cosines = [], []
-    for rows, batch in ordered_batches(images, list(said), 250):
+    correct, cosines = [], []
+    for rows, batch in ordered_batches(images, list(first), 250):
         similarity = clip.images(to_float(batch).to(clip.device)) @ texts.T
-        own = torch.tensor([place[said[row]] for row in rows], device=clip.device)
-        right += (similarity.argmax(1) == own).tolist()
+        own = torch.tensor([place[first[row]] for row in rows], device=clip.device)
+        correct += (similarity.argmax(1) == own).tolist()
         cosines += similarity.gather(1, own[:, None])[:, 0].tolist()
-    return {
-        "n": len(right),
-        "wordings": len(wordings),
-        "accuracy": float(np.mean(right)),
-        "cosine": float(np.mean(cosines)),
-    }
+    found = {"accuracy": float(np.mean(correct)), "cosine": float(np.mean(cosines))}
+    return {"n": len(correct), "wordings": len(wordings)} | found

@@ -1,0 +1,233 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from clipgen_lib.data.datasets import ImageSet
+from clipgen_lib.data.images import to_float
+from clipgen_lib.runtime.runs import ClipgenError, open_run
+from clipgen_lib.train_vqgan import (
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_loss,
+    discriminator_loss,
+    discriminator_step,
+    generator_step,
+    perceptual_loss,
+    ramp,
+    train_vqgan,
+)
+from clipgen_lib.vqgan import VQGAN
+
+
+def train(run, images, preset, clip, **changes):
+    preset = replace(preset, vqgan_train=replace(preset.vqgan_train, **changes))
+    return train_vqgan(replace(run, seed=1), images, images, preset, clip)
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+
+def test_hinge_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5])
+    assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.75))
+    assert adversarial_loss(fake).item() == pytest.approx(0.75)
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients_and_is_clamped():
+    layer = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def weigh(largest, times=1.0):
+        images = layer * torch.tensor([1.0, 2.0])
+        strong, weak = (images * torch.tensor([3.0, 2.0])).sum(), times * (images * torch.tensor([0.0, 1.0])).sum()
+        return adaptive_weight(strong, weak, images, layer, largest)
+
+    weight, *grads = weigh(100.0)
+    assert weight.item() == pytest.approx(2.5, rel=1e-4) and not weight.requires_grad
+    assert torch.equal(torch.stack(grads), torch.tensor([[3.0, 2.0], [0.0, 1.0]]))
+    assert weigh(1.5)[0].item() == 1.5 and weigh(10.0, times=0)[0].item() == 10.0
+
+
+def test_ramp():
+    assert [ramp(step, 100, 0.2, 0.4) for step in (0, 20, 30, 40, 99)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert ramp(0, 100, 0.0, 0.0) == 0 and ramp(1, 100, 0.0, 0.0) == 1
+
+
+@pytest.mark.parametrize("channels, layers, side", [(16, 3, 8), (16, 2, 16)])
+def test_a_logit_for_each_patch(channels, layers, side):
+    logits = PatchDiscriminator(channels, layers)(torch.zeros(2, 3, 64, 64))
+    assert logits.shape == (2, 1, side, side)
+
+
+def test_perceptual_losses(clip):
+    real, fake = torch.rand(2, 3, 64, 64) * 2 - 1, (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
+    distance = perceptual_loss("clip", clip)
+    assert distance(real, real).item() == pytest.approx(0, abs=1e-6)
+    near = distance(real, real + 0.05 * torch.randn_like(real))
+    assert 0 < near < distance(real, fake)
+    distance(real, fake).backward()
+    assert fake.grad.abs().sum() > 0 and all(p.grad is None for p in clip.parameters())
+    assert perceptual_loss("none")(real, fake).item() == 0
+
+
+def test_perceptual_choices_are_explicit(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ClipgenError, match="vgg16-397923af.pth"):
+        perceptual_loss("lpips")
+    with pytest.raises(ClipgenError, match="needs a CLIP"):
+        perceptual_loss("clip")
+    with pytest.raises(ClipgenError, match="choose lpips, clip or none"):
+        perceptual_loss("l2")
+
+
+# ---------------------------------------------------------------------------------------------- steps
+
+
+@pytest.fixture
+def parts(preset, clip, images):
+    """Both networks, the perceptual loss, four images and a config in float32 with every term switched on."""
+    torch.manual_seed(0)
+    config = replace(preset.vqgan_train, precision="no", perceptual="clip", l2_weight=0.5, perceptual_weight=0.3)
+    batch = to_float(torch.stack([images[row] for row in range(4)]))
+    return VQGAN(preset.vqgan), PatchDiscriminator(16, 2), perceptual_loss("clip", clip), batch, config
+
+
+@pytest.mark.parametrize("adv_weight", [0.0, 0.7])
+def test_generator_step_is_the_formula_and_its_gradient(parts, adv_weight):
+    """Value and gradient of the loss as the paper writes it, every network gone through plainly."""
+    vqgan, discriminator, perceptual, real, config = parts
+    step = generator_step(vqgan, discriminator, perceptual, real, config, adv_weight)
+    found = torch.autograd.grad(step.loss, list(vqgan.parameters()))
+
+    fake, quantized = vqgan(real)
+    reconstruction = config.l1_weight * F.l1_loss(fake, real) + 0.5 * F.mse_loss(fake, real)
+    reconstruction = reconstruction + 0.3 * perceptual(real, fake)
+    adversarial, last = -discriminator(fake).mean(), vqgan.decoder.conv_out.weight
+    norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (reconstruction, adversarial)]
+    weight = (norms[0] / (norms[1] + 1e-6)).clamp(0, config.adaptive_max)
+    loss = reconstruction + quantized.codebook_loss + config.beta * quantized.commitment_loss
+    loss = loss + adv_weight * weight * adversarial
+    wanted = torch.autograd.grad(loss, list(vqgan.parameters()))
+
+    assert step.scalars["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert step.scalars["psnr"].item() == pytest.approx(10 * np.log10(4 / F.mse_loss(fake, real).item()), rel=1e-5)
+    assert ("adversarial" in step.scalars) == (adv_weight > 0)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-7
+    assert torch.allclose(step.fake, fake) and torch.equal(step.quantized.tokens, quantized.tokens)
+
+
+def test_each_step_moves_its_own_network_only(parts):
+    vqgan, discriminator, perceptual, real, config = parts
+    step = generator_step(vqgan, discriminator, perceptual, real, config, 1.0)
+    step.loss.backward()
+    assert all(p.grad is None for p in discriminator.parameters())
+    assert all(p.grad is not None for p in vqgan.parameters())
+    vqgan.zero_grad()
+    loss, scalars = discriminator_step(discriminator, real, step.fake, config)
+    loss.backward()
+    assert all(p.grad is None for p in vqgan.parameters())
+    assert all(p.grad is not None for p in discriminator.parameters())
+    logits = discriminator(real), discriminator(step.fake)
+    assert loss.item() == pytest.approx(discriminator_loss(*logits).item(), rel=1e-5)
+    assert scalars["real_logit"].item() == pytest.approx(logits[0].mean().item(), rel=1e-4, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+class Killed(BaseException):
+    """Stands for a kill signal: nothing of ours catches it."""
+
+
+class Dying:
+    """A CLIP that works for some steps and then kills the training."""
+
+    def __init__(self, clip, steps):
+        self.clip, self.calls = clip, 2 * steps
+
+    def feature_maps(self, images):
+        self.calls -= 1
+        if self.calls < 0:
+            raise Killed
+        return self.clip.feature_maps(images)
+
+
+def test_resumed_is_uninterrupted(images, preset, clip, tmp_path):
+    whole = train(open_run("whole", tmp_path), images, preset, clip)
+    run = open_run("parts", tmp_path)
+    with pytest.raises(Killed):
+        train(run, images, preset, Dying(clip, steps=4))
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["vqgan-00000003.safetensors"]
+    assert same_weights(whole, train(run, images, preset, clip))
+    assert [line["step"] for line in run.metrics("vqgan")] == [2, 4, 6]
+    with pytest.raises(ClipgenError, match=r"differs in train\.lr"):
+        train(run, images, preset, clip, lr=0.5)
+    train(run, images, preset, clip, log_every=1)  # how it is logged may change
+
+
+def test_training_learns_and_logs_its_health(images, preset, clip, tmp_path):
+    run = open_run("r", tmp_path)
+    train(run, images, preset, clip, steps=40, batch_size=8, lr=2e-3, adversarial_ramp=(0.3, 0.6))
+    lines = run.metrics("vqgan")
+    assert lines[-1]["l1"] < 0.7 * lines[0]["l1"]
+    wanted = "perceptual codebook_loss commitment_loss psnr perplexity codebook_usage discriminator lr"
+    assert {*wanted.split(), "generator_gradient", "discriminator_gradient"} <= lines[0].keys()
+    assert "adversarial" not in lines[0] and "adaptive_weight" in lines[-1]
+    assert {"l1", "l2"} <= run.metrics("vqgan_val")[-1].keys()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("perceptual_weight", 5.0),
+        ("l1_weight", 3.0),
+        ("l2_weight", 9.0),
+        ("beta", 3.0),
+        ("accumulate", 2),
+        ("flip", True),
+        ("random_crop", True),
+        ("clip_norm", 1e-3),
+        ("weight_decay", 5.0),
+        ("ema_decay", 0.0),
+        ("precision", "no"),
+        ("discriminator_lr", 0.1),
+        ("optimizer", "adamw"),
+        ("adaptive_max", 0.0),
+        ("adversarial_weight", 9.0),
+    ],
+)
+def test_each_knob_matters(preset, clip, tmp_path, field, value):
+    rng = np.random.default_rng(0)
+    for i in range(8):  # not square, so that crops differ
+        path = tmp_path / "photos" / "train" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((96, 64)).save(path)
+    images = ImageSet("photos", "train", tmp_path, sorted((tmp_path / "photos").rglob("*.png")), 64)
+    steps = {"steps": 3, "adversarial_ramp": (0.0, 0.1), "adversarial_weight": 1.0, "save_every": 9}
+    plain = train(open_run("plain", tmp_path), images, preset, clip, **steps)
+    assert not same_weights(plain, train(open_run("new", tmp_path), images, preset, clip, **{**steps, field: value}))
+
+
+def test_compiled_training_is_the_plain_one(images, preset, clip, tmp_path, recwarn):
+    found = []
+    for compiled in (False, True):  # with the discriminator's part, for which the last layer is called apart
+        run, settings = open_run(f"r{compiled}", tmp_path), {"steps": 3, "precision": "no", "optimizer": "adamw"}
+        found.append(train(run, images, preset, clip, compile=compiled, adversarial_ramp=(0.0, 0.0), **settings))
+    if any("does not work on this machine" in str(w.message) for w in recwarn):
+        pytest.skip("torch.compile does not work on this machine")
+    for a, b in zip(*(module.state_dict().values() for module in found), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_a_batch_that_does_not_divide_is_one_sentence(images, preset, clip, tmp_path):
+    with pytest.raises(ClipgenError, match="batch_size 9 does not divide by 1 processes times accumulate 2"):
+        train(open_run("r", tmp_path), images, preset, clip, batch_size=9, accumulate=2)
