@@ -159,24 +159,34 @@ def _evaluate_folder(
 ) -> None:
     """Score a folder of anybody's images against a reference."""
     from .clip_embed import ClipEmbedder
-    from .evaluate import evaluate_folder
-    from .metrics.report import folder_table
+    from .config import EvaluateConfig
+    from .evaluate import Evaluators, Provenance, open_folder, open_reference, score_images
+    from .metrics.captions import caption_list, texts_of
+    from .metrics.report import score_table
     from .runtime.distributed import is_main
-    from .runtime.runs import write_atomic, write_json
+    from .runtime.runs import write_json
     from .workbench import clip_fields, pick_device
 
     if reference is None:
         raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR or stats.npz")
     _join(run_options["device"])
+    if not is_main():  # one process scores
+        return
     clip = ClipEmbedder.load(**clip_fields(run_options["clip"] or "shapes"), device=pick_device(run_options["device"]))
-    given = {name: value for name, value in folder_options.items() if value}
-    result = evaluate_folder(images, reference, clip, seed=run_options["seed"], **given)
-    listed = result.pop("caption_list", "")
-    _say(folder_table(result))
-    if output and is_main():
-        write_json(output, result)
-        if listed:
-            write_atomic(output.with_suffix(".captions.txt"), listed)
+    scored = open_folder(images, folder_options["size"])
+    real, texts = open_reference(reference, scored.size, folder_options["split"]), {}
+    if folder_options["captions"]:
+        texts = texts_of(scored, folder_options["captions"], run_options["seed"])
+    listed = caption_list((scored.names[row], text) for row, text in texts.items())
+    provenance = Provenance(texts, seed=run_options["seed"], captions=listed)
+    default = ("inception",) if reference.suffix == ".npz" else ("inception", "clip")  # pytorch-fid's are of Inception
+    configs = [EvaluateConfig(protocol=protocol) for protocol in folder_options["protocols"] or default]
+    scores = {c.protocol: score_images(scored, real, c, Evaluators(clip), provenance) for c in configs}
+    if not texts and not any(found["fid"] for found in scores.values()):
+        raise ClipgenError(" ".join(sentence for found in scores.values() for sentence in found["missing"]))
+    click.echo("\n\n".join(map(score_table, scores.values())))
+    if output:
+        write_json(output, scores)
 
 
 @main.command("generate")
@@ -315,13 +325,11 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
     for key in ("DATA", "CLIP"):  # notebooks run in their own folder
         if values.get(key, "shapes") != "shapes" and Path(values[key]).expanduser().exists():
             values[key] = str(Path(values[key]).expanduser().resolve())
-    default = chosen[0].partition("_")[2]
-    if "PRESET" in everything:
-        default = default_run(values["PRESET"], values.get("DATA", "shapes"))
+    of_preset = default_run(values["PRESET"], values.get("DATA", "shapes"))
+    default = of_preset if "PRESET" in everything else chosen[0].partition("_")[2]
     values["RUN"] = run or values.get("RUN") or default
     notice = _check(values)
-    if notice:
-        click.echo(notice, err=True)
+    click.echo(notice, err=True, nl=bool(notice))
     opened = open_run(values["RUN"])
     for index, name in enumerate(chosen):
         click.echo(f"{name}.ipynb ({index + 1} of {len(chosen)})", err=True)
@@ -396,6 +404,7 @@ def _execute(name: str, values: dict, output: Path) -> None:
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    given = [Path(values.get(key, "")) for key in ("DATA", "CLIP")]
     source = ROOT / "notebooks" / f"{name}.ipynb"
     options = {"progress_bar": False, "stderr_file": sys.stderr, "kernel_name": "python3"}
     options["extra_arguments"] = ["--IPKernelApp.log_level=40"]
@@ -408,9 +417,8 @@ def _execute(name: str, values: dict, output: Path) -> None:
     finally:
         if output.exists():
             text = output.read_text(encoding="utf-8")
-            for path in (Path(values.get(key, "")) for key in ("DATA", "CLIP")):
-                if path.is_absolute():  # a copy to share names the data, not where they lie on this machine
-                    text = text.replace(str(path), path.name)
+            for path in filter(Path.is_absolute, given):  # a copy names the data, not where they lie on this machine
+                text = text.replace(str(path), path.name)
             nbformat.write(tidied(nbformat.reads(text, as_version=4)), output)
 
 

@@ -154,7 +154,7 @@ class OptimConfig(Config):
     weight_decay: Amount = 0.05
     clip_norm: Amount = 1.0
     ema_decay: Share = 0.999
-    precision: Literal["bf16", "fp16", "no"] = "bf16"  # of autocast
+    precision: Literal["bf16", "no"] = "bf16"  # of autocast
     compile: bool = False
     log_every: Count = 100
     save_every: Count = 5_000
@@ -391,11 +391,6 @@ def load_preset(name: str, **overrides: dict) -> Preset:
         if part not in parts:
             raise ClipgenError(f"preset {name!r} has no part {part!r}: choose one of {', '.join(parts)}")
     return replace(_changed(PRESETS[name], **overrides), name=name)
-
-
-def replace_fields(config: Config, values: dict) -> Config:
-    """A copy of a config with some fields replaced; raises `ClipgenError` for an unknown one."""
-    return replace(config, **values)
 
 
 def from_dict(kind: type, values: dict, whole: bool = True) -> Config:

@@ -23,7 +23,7 @@ from .config import FitConfig, OptimConfig
 from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
 from .runtime.runs import ClipgenError, Run, differences, progress, stoppable
-from .vqgan import code_use, token_counts
+from .vqgan import statistics_of_counts, token_counts
 
 KEPT = 2  # last checkpoints of a training; the one with the best validation score stays as well
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient that end a training
@@ -47,7 +47,7 @@ def set_learning_rate(
 
 def step_seed(seed: int, step: int, rank: int | None = None) -> int:
     """A seed for one step on one process, or (None) for what all processes draw alike."""
-    words = [seed, 17, step] + ([] if rank is None else [rank])
+    words = [seed, 17, step, 0 if rank is None else rank + 1]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -195,9 +195,7 @@ class Log:
         self.run, self.stage, self.most = run, stage, min(MOST_SKIPPED, steps)
         self.scalars: dict[str, list[torch.Tensor]] = {}
         self.counts: torch.Tensor | None = None  # of the codes used since the last line
-        self.skipped = self.in_a_row = (
-            0  # steps that were not finite, since the last line and since the last finite one
-        )
+        self.skipped, self.in_a_row = 0, 0  # steps that were not finite: since the last line, since the last that was
 
     def add(self, **scalars: torch.Tensor) -> None:
         for key, value in scalars.items():
@@ -229,7 +227,9 @@ class Log:
         means = distributed.all_reduce_mean(torch.stack([x[x.isfinite()].mean() for x in values.values()])).tolist()
         line = dict(zip(values, means, strict=True)) | extra
         if self.counts is not None:
-            line |= code_use(distributed.all_reduce_sum(self.counts))
+            line |= statistics_of_counts(distributed.all_reduce_sum(self.counts))
+        if "l2" in line:
+            line["psnr"] = 10 * math.log10(4 / line["l2"])  # in dB; peak to peak is 2 in [-1, 1]
         if self.skipped:
             line["skipped"] = self.skipped
         if distributed.is_main():

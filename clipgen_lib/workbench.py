@@ -124,7 +124,8 @@ class Workbench:
             ClipgenError: the run was begun with another preset, data, seed or CLIP.
         """
         chosen = load_preset(preset, **({"clip": clip_fields(clip)} if clip else {}))
-        opened = replace(open_run(run), seed=seed, device=pick_device(device))
+        device = pick_device(device)
+        opened = replace(open_run(run), seed=seed, device=device)
         begun, path = asdict(Begun(chosen, _portable(data), seed)), opened.file("config.json")
         if path.exists():
             if differing := differences(asdict(_begun_with(path)), begun):
@@ -299,7 +300,7 @@ class Workbench:
                 f"the val split of {val_images.root} has no classes to try a classifier on: sort its images into a folder for each class"
             )
         with self._timed("classifier"):
-            classifier = train_classifier(self.run, images, self.preset.classifier, self.seed, self.device)
+            classifier = train_classifier(self.run, images, self.preset.classifier)
         self._record(classifier=accuracy(classifier, val_images))
         return self.run.summary()["classifier"]
 
@@ -379,41 +380,33 @@ class Workbench:
     def evaluate(self, guidance: float = 0.0) -> dict:
         """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown.
 
-        The caption list goes beside it into captions.txt: which image's caption each drawing had.
+        The generated images stay in generated/; captions.txt says which image's caption each of them was generated for.
         """
         generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
+        evaluators, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
         with self._timed("evaluate", resumable=False):
             numbers, shown = evaluate.evaluate_generator(
                 generator,
                 self.images("val"),
-                self.evaluation_clip,
+                evaluators,
                 self.preset.evaluate,
+                folder / "captions",
                 self.seed,
-                classifier=self.classifier(),
-                resume=self.run.path / "checkpoints",
                 **settings,
             )
-            oracle = None
+            entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
             if self.has_oracle:
                 n = self.preset.evaluate.n_oracle
-                oracle = evaluate.evaluate_oracle(
-                    generator, n, self.seed, resume=self.run.path / "checkpoints", **settings
-                )
-        sample = {**asdict(self.preset.sample), **settings}
+                entries["oracle"] = evaluate.evaluate_oracle(generator, folder / "oracle", n, self.seed, **settings)
         if not distributed.is_main():
             return shown
         start, texts = time.perf_counter(), shown["prompts"][:16]
         generator.generate_each(texts, list(range(len(texts))), **settings)
-        per_image = (time.perf_counter() - start) / len(texts)
-        entries = {"evaluation": numbers, "sample": sample} | ({"oracle": oracle} if oracle else {})
-        seconds = {**self.run.summary().get("seconds", {}), "per_image": per_image}
+        seconds = {**self.run.summary().get("seconds", {}), "per_image": (time.perf_counter() - start) / len(texts)}
         seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
         self._record(**entries, seconds=seconds)
         if shown["captions"]:
             write_atomic(self.run.file("captions.txt"), shown["captions"])
-        for kind in ("drawn", "oracle"):
-            for partial in (self.run.path / "checkpoints").glob(f"{kind}-*"):  # the numbers are on disk
-                partial.unlink()
         return shown
 
     def export(self, folder: Path, n: int, candidates: int) -> dict:
@@ -427,16 +420,15 @@ class Workbench:
         """
         self.generator().export(folder)
         written = TextToImage.from_pretrained(folder).to(self.device)
-        found: dict = {"bytes": (folder / "model.safetensors").stat().st_size}
+        entry: dict = {"bytes": (folder / "model.safetensors").stat().st_size}
         if self.has_oracle:
-            found["oracle"] = {
-                str(count): evaluate.evaluate_oracle(written, n, self.seed, modalities=("text",), candidates=count)[
-                    "text"
-                ]
-                for count in sorted({1, candidates})
-            }
-        self._record(export=found)
-        return found
+            entry["oracle"] = {}
+            for count in sorted({1, candidates}):
+                place = self.run.path / "generated" / f"export-{count}"
+                scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
+                entry["oracle"][str(count)] = scores["text"]
+        self._record(export=entry)
+        return entry
 
     def _record(self, **entries: object) -> None:
         """Put entries into summary.json; in a launch only the first process does."""

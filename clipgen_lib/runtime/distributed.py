@@ -27,7 +27,7 @@ def join(device: str = "auto") -> None:
     Args:
         device: `cpu` joins by gloo even where there are GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _is_launched():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import PartialState
 
         # a day: one process may have more to read, hash or write than the others, who wait for it
@@ -117,6 +117,8 @@ def data_parallel(*modules: nn.Module) -> list[nn.Module]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="no")  # autocast is the step functions' own
+    if accelerator.num_processes != world_size():  # it keeps what the notebook's own process was when it was first used
+        raise ClipgenError("Accelerate was used in this notebook before the launch: restart the kernel, then launch")
     return [accelerator.prepare(module) for module in modules]
 
 
