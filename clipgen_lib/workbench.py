@@ -29,20 +29,8 @@ from .data.images import grid, to_float
 from .metrics import oracle
 from .metrics.captions import choose_captions, split_prompts
 from .metrics.classifier import Classifier, accuracy, train_classifier
-from .runtime import distributed
-from .runtime.runs import (
-    RESULTS,
-    ROOT,
-    ClipgenError,
-    Run,
-    differences,
-    open_run,
-    read_json,
-    shortened,
-    versions,
-    write_atomic,
-    write_json,
-)
+from .runtime import distributed, runs
+from .runtime.runs import RESULTS, ROOT, ClipgenError, Run, shortened
 from .store import TokenStore, extract
 from .text_to_image import TextToImage, load_run
 from .vqgan import VQGAN
@@ -125,18 +113,18 @@ class Workbench:
         """
         chosen = load_preset(preset, **({"clip": clip_fields(clip)} if clip else {}))
         device = pick_device(device)
-        opened = replace(open_run(run), seed=seed, device=device)
+        opened = replace(runs.open_run(run), seed=seed, device=device)
         begun, path = asdict(Begun(chosen, _portable(data), seed)), opened.file("config.json")
         if path.exists():
-            if differing := differences(asdict(_begun_with(path)), begun):
+            if differing := runs.differences(asdict(_begun_with(path)), begun):
                 raise ClipgenError(
                     f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}"
                 )
         elif distributed.is_main():
-            write_json(path, begun)
+            runs.write_json(path, begun)
         wb = cls(opened, chosen, data)
         if not opened.summary().get("versions"):
-            wb._record(run=run, preset=preset, seed=seed, versions=versions())
+            wb._record(run=run, preset=preset, seed=seed, versions=runs.versions())
         return wb
 
     @classmethod
@@ -377,19 +365,14 @@ class Workbench:
         generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
         evaluators, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
         with self._timed("evaluate", resumable=False):
+            val_images, config, place = self.images("val"), self.preset.evaluate, folder / "captions"
             numbers, shown = evaluate.evaluate_generator(
-                generator,
-                self.images("val"),
-                evaluators,
-                self.preset.evaluate,
-                folder / "captions",
-                self.seed,
-                **settings,
+                generator, val_images, evaluators, config, place, self.seed, **settings
             )
             entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
             if self.has_oracle:
-                n = self.preset.evaluate.n_oracle
-                entries["oracle"] = evaluate.evaluate_oracle(generator, folder / "oracle", n, self.seed, **settings)
+                place, n = folder / "oracle", config.n_oracle
+                entries["oracle"] = evaluate.evaluate_oracle(generator, place, n, self.seed, **settings)
         if not distributed.is_main():
             return shown
         start, texts = time.perf_counter(), shown["prompts"][:16]
@@ -398,7 +381,7 @@ class Workbench:
         seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
         self._record(**entries, seconds=seconds)
         if shown["captions"]:
-            write_atomic(self.run.file("captions.txt"), shown["captions"])
+            runs.write_atomic(self.run.file("captions.txt"), shown["captions"])
         return shown
 
     def export(self, folder: Path, n: int, candidates: int) -> dict:
@@ -412,13 +395,12 @@ class Workbench:
         """
         self.generator().export(folder)
         written = TextToImage.from_pretrained(folder).to(self.device)
-        entry: dict = {"bytes": (folder / "model.safetensors").stat().st_size}
-        if self.has_oracle:
-            entry["oracle"] = {}
-            for count in sorted({1, candidates}):
-                place = self.run.path / "generated" / f"export-{count}"
-                scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
-                entry["oracle"][str(count)] = scores["text"]
+        entry, oracle = {"bytes": (folder / "model.safetensors").stat().st_size}, {}
+        for count in sorted({1, candidates}) if self.has_oracle else []:
+            place = self.run.path / "generated" / f"export-{count}"
+            scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
+            oracle[str(count)] = scores["text"]
+        entry |= {"oracle": oracle} if oracle else {}
         self._record(export=entry)
         return entry
 
@@ -440,7 +422,7 @@ class Workbench:
 
 def _begun_with(path: Path) -> Begun:
     """What a run was begun with. A field that its config.json lacks has the default."""
-    found = read_json(path)
+    found = runs.read_json(path)
     try:
         return Begun(from_dict(Preset, found.get("preset"), whole=False), found.get("data"), found.get("seed"))
     except ClipgenError as error:
