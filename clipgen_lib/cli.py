@@ -154,29 +154,37 @@ def evaluate(guidance: float, images: Path | None, reference: Path | None, outpu
     _say(table(wb.run.summary()))
 
 
-def _evaluate_folder(
-    images: Path, reference: Path | None, output: Path | None, run_options: dict, **folder_options
-) -> None:
+def _evaluate_folder(images: Path, reference: Path, output: Path | None, run_options: dict, **folder_options) -> None:
     """Score a folder of anybody's images against a reference."""
     from .clip_embed import ClipEmbedder
-    from .evaluate import evaluate_folder
-    from .metrics.report import folder_table
+    from .config import EvaluateConfig
+    from .evaluate import Evaluators, Provenance, open_folder, open_reference, score_images
+    from .metrics.captions import caption_list, texts_of
+    from .metrics.report import score_table
     from .runtime.distributed import is_main
-    from .runtime.runs import write_atomic, write_json
+    from .runtime.runs import write_json
     from .workbench import clip_fields, pick_device
 
     if reference is None:
         raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR or stats.npz")
     _join(run_options["device"])
+    if not is_main():  # one process scores
+        return
     clip = ClipEmbedder.load(**clip_fields(run_options["clip"] or "shapes"), device=pick_device(run_options["device"]))
-    given = {name: value for name, value in folder_options.items() if value}
-    result = evaluate_folder(images, reference, clip, seed=run_options["seed"], **given)
-    listed = result.pop("caption_list", "")
-    _say(folder_table(result))
-    if output and is_main():
-        write_json(output, result)
-        if listed:
-            write_atomic(output.with_suffix(".captions.txt"), listed)
+    scored = open_folder(images, folder_options["size"])
+    real, texts = open_reference(reference, scored.size, folder_options["split"]), {}
+    if folder_options["captions"]:
+        texts = texts_of(scored, folder_options["captions"], run_options["seed"])
+    listed = caption_list((scored.names[row], text) for row, text in texts.items())
+    provenance = Provenance(texts, seed=run_options["seed"], captions=listed)
+    default = ("inception",) if reference.suffix == ".npz" else ("inception", "clip")  # pytorch-fid's are of Inception
+    configs = [EvaluateConfig(protocol=protocol) for protocol in folder_options["protocols"] or default]
+    scores = {c.protocol: score_images(scored, real, c, Evaluators(clip), provenance) for c in configs}
+    if not texts and not any(found["fid"] for found in scores.values()):
+        raise ClipgenError(" ".join(sentence for found in scores.values() for sentence in found["missing"]))
+    click.echo("\n\n".join(map(score_table, scores.values())))
+    if output:
+        write_json(output, scores)
 
 
 @main.command("generate")
@@ -308,6 +316,11 @@ def doctor() -> None:
 @click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a parameter, such as DATA=/my/photos")
 def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameters: tuple[str, ...]) -> None:
     """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
+    from .clip_embed import photo_notice
+    from .config import load_preset
+    from .metrics.captions import split_prompts
+    from .workbench import clip_fields
+
     chosen = [_notebook(wanted) for wanted in only or NOTEBOOKS]
     known = {name: parameters_of(name) for name in chosen}
     everything = {key: is_text for names in known.values() for key, is_text in names.items()}
@@ -315,13 +328,13 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
     for key in ("DATA", "CLIP"):  # notebooks run in their own folder
         if values.get(key, "shapes") != "shapes" and Path(values[key]).expanduser().exists():
             values[key] = str(Path(values[key]).expanduser().resolve())
-    default = chosen[0].partition("_")[2]
-    if "PRESET" in everything:
-        default = default_run(values["PRESET"], values.get("DATA", "shapes"))
+    of_preset = default_run(values["PRESET"], values.get("DATA", "shapes"))
+    default = of_preset if "PRESET" in everything else chosen[0].partition("_")[2]
     values["RUN"] = run or values.get("RUN") or default
-    notice = _check(values)
-    if notice:
-        click.echo(notice, err=True)
+    split_prompts(values.get("PROMPTS", ""))  # what can be told before hours of training
+    clip = clip_fields(values["CLIP"])["name"] if values.get("CLIP") else load_preset(values["PRESET"]).clip.name
+    notice = photo_notice(clip, values.get("DATA", "shapes"))
+    click.echo(notice, err=True, nl=bool(notice))
     opened = open_run(values["RUN"])
     for index, name in enumerate(chosen):
         click.echo(f"{name}.ipynb ({index + 1} of {len(chosen)})", err=True)
@@ -336,10 +349,7 @@ def default_run(preset: str, data: str) -> str:
 
 
 def parse_parameter(text: str, known: dict[str, bool]) -> tuple[str, object]:
-    """KEY=VALUE for papermill: a number, or of a key whose default is a text the text as it is.
-
-    Args:
-        known: the notebooks' parameters, and of each whether it is a text.
+    """KEY=VALUE for papermill: a number, or the text itself where `known` says that the parameter is a text.
 
     Raises:
         ClipgenError: not KEY=VALUE, an unknown key, or no number where one is needed.
@@ -378,24 +388,13 @@ def _notebook(wanted: str) -> str:
     return matches[0]
 
 
-def _check(values: dict) -> str:
-    """What can be told before hours of training: an error for prompts that are none, a notice for a CLIP of shapes on photos."""
-    from .clip_embed import photo_notice
-    from .config import load_preset
-    from .metrics.captions import split_prompts
-    from .workbench import clip_fields
-
-    split_prompts(values.get("PROMPTS", ""))
-    clip = clip_fields(values["CLIP"])["name"] if values.get("CLIP") else load_preset(values["PRESET"]).clip.name
-    return photo_notice(clip, values.get("DATA", "shapes"))
-
-
 def _execute(name: str, values: dict, output: Path) -> None:
     """Run one notebook, its bars on this terminal; a ClipgenError inside becomes the command's own error."""
     import nbformat
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    given = [Path(values.get(key, "")) for key in ("DATA", "CLIP")]
     source = ROOT / "notebooks" / f"{name}.ipynb"
     options = {"progress_bar": False, "stderr_file": sys.stderr, "kernel_name": "python3"}
     options["extra_arguments"] = ["--IPKernelApp.log_level=40"]
@@ -408,9 +407,8 @@ def _execute(name: str, values: dict, output: Path) -> None:
     finally:
         if output.exists():
             text = output.read_text(encoding="utf-8")
-            for path in (Path(values.get(key, "")) for key in ("DATA", "CLIP")):
-                if path.is_absolute():  # a copy to share names the data, not where they lie on this machine
-                    text = text.replace(str(path), path.name)
+            for path in filter(Path.is_absolute, given):  # a copy names the data, not where they lie on this machine
+                text = text.replace(str(path), path.name)
             nbformat.write(tidied(nbformat.reads(text, as_version=4)), output)
 
 

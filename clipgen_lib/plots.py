@@ -42,7 +42,8 @@ def curves(metrics: list[dict], panels: dict[str, tuple[str, ...]], title: str) 
     logged = {key for line in metrics for key, value in line.items() if value is not None}
     panels = {label: [key for key in keys if key in logged] for label, keys in panels.items()}
     panels = {label: keys for label, keys in panels.items() if keys}
-    figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(3.2 * max(len(panels), 1), 2.8), squeeze=False)
+    columns = max(len(panels), 1)
+    figure, axes = plt.subplots(1, columns, figsize=(3.2 * columns, 2.8), squeeze=False)
     for axis, (label, keys) in zip(axes[0], panels.items(), strict=False):
         for key in keys:
             points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
@@ -208,17 +209,12 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
         images, texts: (N, D) of unit norm, text i of image i. noised: (N, D), what the transformer trains on.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    pairs = {
-        "image, its text": (images, texts),
-        "image, another's text": (images, texts.roll(1, 0)),
-        "image, another": (images, images.roll(1, 0)),
-        "image, itself noised": (images, noised),
-    }
+    others = {"image, another's text": (images, texts.roll(1, 0)), "image, another": (images, images.roll(1, 0))}
+    pairs = {"image, its text": (images, texts), **others, "image, itself noised": (images, noised)}
     for label, (a, b) in pairs.items():
         axes[0].hist((a * b).sum(1).numpy(), bins=np.linspace(-0.4, 1.001, 80), alpha=0.5, density=True, label=label)
     axes[0].set(xlabel="cosine", yticks=[], title="cosines")
-    both = torch.cat([images, texts])
-    centred = both - both.mean(0)
+    centred = torch.cat([images, texts]) - torch.cat([images, texts]).mean(0)
     plane = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).numpy()
     for label, part in (("images", plane[: len(images)]), ("texts", plane[len(images) :])):
         axes[1].scatter(part[:, 0], part[:, 1], s=4, alpha=0.5, label=label)
@@ -226,6 +222,31 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
     for axis in axes:
         legend(axis)
     figure.suptitle(title)
+    return figure
+
+
+def speed_ratios(rows: list[dict], title: str) -> Figure:
+    """How many times as long each peer takes as we do, on a log axis, one colour for each section.
+
+    Args:
+        rows: of `results/speed/cpu.json`, as tests/speed.py writes them; a peer that was not installed has no ratio.
+    """
+    rows = [row for row in rows if row["ratio"] is not None]
+    sections = list(dict.fromkeys(row["section"] for row in rows))
+    figure, axis = plt.subplots(figsize=(9, 0.26 * len(rows) + 1.2))
+    for place, row in enumerate(rows):
+        colour, spread = f"C{sections.index(row['section'])}", row["ratio_range"]
+        axis.plot(spread, [place, place], color=colour, linewidth=2, alpha=0.5)
+        axis.plot(row["ratio"], place, "o", color=colour)
+        axis.annotate(f"{row['ratio']:.2f}", (max(spread), place), (6, -3), textcoords="offset points", fontsize=7)
+    labels = [f"{row['section']}: {row['name']}; {row['peer']['name']}" for row in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize=7)
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="seconds of the peer / ours: right of 1 we are faster", title=title)
+    axis.grid(alpha=0.3, axis="x")
     return figure
 
 

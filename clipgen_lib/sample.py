@@ -184,7 +184,7 @@ class CachedDecoder:
         model = self.transformer
         self.cache, self.modulations = KVCache(model, len(embeds)), [None] * len(self.blocks)
         if model.adaptive:  # the same at every position
-            condition = F.silu(model._condition(embeds)[:, 0])
+            condition = F.silu(model.embed_condition(embeds)[:, 0])
             self.modulations = [block.modulation(condition).chunk(6, dim=-1) for block in model.blocks]
         return model(embeds, F.pad(known, (0, 1)), self.cache)[:, -1]
 

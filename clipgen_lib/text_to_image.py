@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from . import sample
 from .clip_embed import ClipEmbedder
-from .config import SampleConfig, VQGANConfig, from_dict, replace_fields
+from .config import SampleConfig, VQGANConfig, from_dict
 from .runtime.checkpoints import module_hash
 from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reason, shortened
 from .transformer import ImageTransformer, centre
@@ -98,14 +98,14 @@ class TextToImage(
             dims = f"{transformer.clip_dim} dimensions and CLIP {clip.name} has {clip.dim}"
             raise ClipgenError(f"the transformer takes embeddings of {dims}: use the CLIP of its training")
         bank = torch.zeros(0, clip.dim) if bank is None else bank
-        whole = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), len(bank))
-        whole.bank.copy_(bank)
+        generator = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), len(bank))
+        generator.bank.copy_(bank)
         if offset is not None:
-            whole.offset.copy_(offset)
-        whole.vqgan.load_state_dict(vqgan.state_dict())
-        whole.transformer.load_state_dict(transformer.state_dict())
-        whole._clip.append(clip)
-        return whole.to(clip.device)
+            generator.offset.copy_(offset)
+        generator.vqgan.load_state_dict(vqgan.state_dict())
+        generator.transformer.load_state_dict(transformer.state_dict())
+        generator._clip.append(clip)
+        return generator.to(clip.device)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: object) -> TextToImage:
@@ -172,7 +172,7 @@ class TextToImage(
     @torch.inference_mode()
     def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int], **settings: object) -> torch.Tensor:
         """One image for each prompt and seed, the nearest of `candidates` in CLIP space: (P, 3, H, W) in [-1, 1]."""
-        chosen = replace_fields(self.settings, settings)
+        chosen = replace(self.settings, **settings)
         return self._generate(self._prompt_embeds(prompts, chosen), seeds, chosen)
 
     @torch.inference_mode()
@@ -184,7 +184,7 @@ class TextToImage(
         A preview comes after every `every` tokens of an image; 0 takes a row of the token grid. The last one has share 1
         and the images of the plain call.
         """
-        chosen, every = replace_fields(self.settings, settings), every or self.vqgan.config.side
+        chosen, every = replace(self.settings, **settings), every or self.vqgan.config.side
         prompts, seeds = _repeat(prompt, n, seed)
         if len(seeds) != n:
             raise ClipgenError(f"{len(seeds) // n} prompts to generate progressively: give one")
@@ -212,7 +212,7 @@ class TextToImage(
             rows: rows of the token grid that are kept; 0 takes half of them.
         """
         side, size = self.vqgan.config.side, self.vqgan.config.image_size
-        chosen, rows = replace_fields(self.settings, settings), rows or side // 2
+        chosen, rows = replace(self.settings, **settings), rows or side // 2
         if not 0 < rows < side:
             raise ClipgenError(f"rows is {rows} of a grid of {side}: keep at least 1 and at most {side - 1}")
         if images.shape[1:] != (3, size, size):
@@ -233,7 +233,7 @@ class TextToImage(
         `shares` are places from 0 (a) to 1 (b) on the great circle between the two embeddings. Returns (shares, n, 3, H,
         W) float in [-1, 1], image j of each share with seed + j.
         """
-        chosen = replace_fields(self.settings, settings)
+        chosen = replace(self.settings, **settings)
         ends = [self._prompt_embeds(prompt, chosen) for prompt in (a, b)]
         if any(len(end.embeds) != 1 for end in ends):
             raise ClipgenError("a blend has one prompt at each end: give a text, an image (1, 3, H, W) or an embedding")

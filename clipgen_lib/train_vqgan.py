@@ -138,9 +138,7 @@ def _feature_distance(clip: ClipEmbedder, real: torch.Tensor, fake: torch.Tensor
 
 
 class GeneratorStep(NamedTuple):
-    loss: (
-        torch.Tensor
-    )  # its gradient is that of the generator's loss; its value is scalars["loss"] where adv_weight is 0
+    loss: torch.Tensor  # to go backward from: its gradient is that of scalars["loss"], its value need not be
     scalars: dict[str, torch.Tensor]
     fake: torch.Tensor  # (B, 3, H, W) reconstructions, for the discriminator
     quantized: Quantized  # for the codebook's own update
@@ -164,17 +162,17 @@ def generator_step(
         features, quantized = vqgan(images, until_last_layer=True)
         fake = decoder.last(
             features
-        )  # apart: the adaptive weight needs its gradient, and a compiled graph has only one
+        )  # apart: of a compiled graph the adaptive weight could not take the last layer alone
 
         # eq. 4 and its perceptual form: reconstruction + ||sg[z] - e||^2 + beta ||z - sg[e]||^2
         l1, l2, feature_distance = F.l1_loss(fake, images), F.mse_loss(fake, images), perceptual(images, fake)
         reconstruction = config.l1_weight * l1 + config.l2_weight * l2 + config.perceptual_weight * feature_distance
         codebook = quantized.codebook_loss + config.beta * quantized.commitment_loss
         loss = surrogate_loss = reconstruction + codebook
-        scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance, "psnr": 10 * torch.log10(4 / l2.detach())}
+        scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance}
 
         if adv_weight > 0:
-            adversarial = adversarial_loss(distributed.unwrapped(discriminator)(fake))  # eq. 5, the generator's side
+            adversarial = adversarial_loss(discriminator(fake))  # eq. 5, the generator's side
             # eq. 7. The gradients at the images, which it needs anyway, stand for the two losses in the surrogate, so that
             # the backward pass does not go through the perceptual network and the discriminator a second time.
             weight, *grads = adaptive_weight(
@@ -223,7 +221,7 @@ def train_vqgan(
     start, log = state.resume(), Log(run, "vqgan", config.steps)
     if config.compile:
         compile_in_place(vqgan, device)
-    generator, critic = distributed.data_parallel(vqgan, discriminator)
+    ddp_vqgan, ddp_discriminator = distributed.data_parallel(vqgan, discriminator)
     batches = training_batches(images, config, run.seed, start)
 
     def validate(step: int) -> float:
@@ -237,11 +235,11 @@ def train_vqgan(
             set_learning_rate(disc_optimizer, config.discriminator_lr, step, config)
             adv_weight = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
             batch, quantized = to_float(next(batches).to(device)), []
-            for real in distributed.microbatches(batch.chunk(config.accumulate), generator, critic):
-                generated = generator_step(generator, discriminator, perceptual, real, config, adv_weight)
+            for real in distributed.microbatches(batch.chunk(config.accumulate), ddp_vqgan, ddp_discriminator):
+                generated = generator_step(ddp_vqgan, discriminator, perceptual, real, config, adv_weight)
                 (generated.loss / config.accumulate).backward()
-                critic_loss, scalars = discriminator_step(critic, real, generated.fake, config)
-                (critic_loss / config.accumulate).backward()
+                disc_loss, scalars = discriminator_step(ddp_discriminator, real, generated.fake, config)
+                (disc_loss / config.accumulate).backward()
                 log.add(**generated.scalars, **scalars)
                 quantized.append(generated.quantized)
             vectors, tokens = torch.cat([q.vectors for q in quantized]), torch.cat([q.tokens for q in quantized])
@@ -259,7 +257,7 @@ def validation_reconstruction(vqgan: VQGAN, images: ImageSet, most: int = 256) -
     """L1 and L2 between a set's first images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped."""
     l1, l2, count = 0.0, 0.0, 0
     for _, batch in ordered_batches(images, range(min(most, len(images))), 64):
-        real = to_float(batch).to(vqgan.last_layer.device)
+        real = to_float(batch).to(next(vqgan.parameters()).device)
         error = vqgan.decode(vqgan.encode(real)) - real
         l1, l2, count = l1 + float(error.abs().sum()), l2 + float(error.pow(2).sum()), count + error.numel()
     if count == 0:

@@ -168,7 +168,7 @@ class ImageTransformer(nn.Module):
         x = self.token_embedding(tokens[:, max(past_len - first, 0) : -1])  # (B, new tokens, E)
         condition = None
         if past_len == 0 or self.adaptive:
-            condition = self._condition(embeds).to(x.dtype)  # (B, N or 1, E)
+            condition = self.embed_condition(embeds).to(x.dtype)  # (B, N or 1, E)
         if past_len == 0:
             x = torch.cat([self.prefix.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
         x = x + self.positions[:, past_len : past_len + x.shape[1]]
@@ -183,7 +183,7 @@ class ImageTransformer(nn.Module):
             x = x[:, first - 1 :]  # the last condition token predicts t0
         return self.norm(x)
 
-    def _condition(self, embeds: torch.Tensor) -> torch.Tensor:
+    def embed_condition(self, embeds: torch.Tensor) -> torch.Tensor:
         """(B, N or 1, E) in the dtype of the weights; text tokens in place of embeddings stay whole numbers."""
         embeds = embeds.to(self.condition.weight.dtype) if embeds.is_floating_point() else embeds
         return self.condition(embeds).view(len(embeds), -1, self.config.width)

@@ -43,10 +43,9 @@ class ChannelNorm(nn.Module):
         return x * scale * self.weight.to(x.dtype) + self.bias.to(x.dtype)
 
 
-def _norm(channels: int, local: bool) -> nn.Module:
-    if local:
-        return ChannelNorm(channels)
-    return nn.GroupNorm(32 if channels % 32 == 0 else channels // 4, channels, eps=EPSILON)
+def norm(channels: int, local: bool) -> nn.Module:
+    groups = 32 if channels % 32 == 0 else channels // 4
+    return ChannelNorm(channels) if local else nn.GroupNorm(groups, channels, eps=EPSILON)
 
 
 def _zero(layer: nn.Conv2d) -> None:
@@ -58,11 +57,10 @@ def _zero(layer: nn.Conv2d) -> None:
 class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, local: bool, kernel: int = 3):
         super().__init__()
-        self.norm1, self.conv1 = _norm(channels_in, local), nn.Conv2d(channels_in, channels_out, kernel, padding="same")
-        self.norm2, self.conv2 = (
-            _norm(channels_out, local),
-            nn.Conv2d(channels_out, channels_out, kernel, padding="same"),
-        )
+        self.norm1 = norm(channels_in, local)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, kernel, padding="same")
+        self.norm2 = norm(channels_out, local)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, kernel, padding="same")
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         _zero(self.conv2)
 
@@ -77,7 +75,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = _norm(channels, local=False)
+        self.norm = norm(channels, local=False)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
         _zero(self.proj_out)
 
@@ -108,16 +106,14 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: residual blocks, at the coarsest each followed by attention, then a resampling."""
+    """The blocks of one resolution, of these widths: residual blocks, each followed by attention if so asked, then a resampling."""
 
-    def __init__(
-        self, widths: list[int], local: bool, kernel: int, coarsest: bool = False, resample: nn.Module | None = None
-    ):
+    def __init__(self, widths: list[int], config: VQGANConfig, attention: bool, kernel: int, resample: nn.Module):
         super().__init__()
         pairs = list(itertools.pairwise(widths))
-        self.block = nn.ModuleList(ResBlock(a, b, local, kernel) for a, b in pairs)
-        self.attn = nn.ModuleList(AttentionBlock(b) for _, b in pairs if coarsest and not local)
-        self.resample = resample or nn.Identity()
+        self.block = nn.ModuleList(ResBlock(a, b, config.local, kernel) for a, b in pairs)
+        self.attn = nn.ModuleList(AttentionBlock(b) for _, b in pairs if attention and not config.local)
+        self.resample = resample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for index, block in enumerate(self.block):
@@ -127,12 +123,11 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-class Middle(nn.Sequential):
-    def __init__(self, channels: int, local: bool, kernel: int = 3):
-        between = nn.Identity() if local else AttentionBlock(channels)
-        super().__init__(
-            ResBlock(channels, channels, local, kernel), between, ResBlock(channels, channels, local, kernel)
-        )
+def middle(channels: int, local: bool, kernel: int = 3) -> nn.Sequential:
+    """The blocks between the coarsest levels: residual, attention, residual."""
+    between = nn.Identity() if local else AttentionBlock(channels)
+    first, last = (ResBlock(channels, channels, local, kernel) for _ in range(2))
+    return nn.Sequential(first, between, last)
 
 
 class Encoder(nn.Module):
@@ -141,21 +136,15 @@ class Encoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         widths = [config.channels * m for m in config.channel_mult]
-        last, local, kernel = len(widths) - 1, config.local, 1 if config.local else 3
+        last, kernel = len(widths) - 1, 1 if config.local else 3
         self.unfold = nn.PixelUnshuffle(config.patch)
         self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, kernel, padding="same")
-        self.down = nn.ModuleList(
-            Level(
-                [before] + [width] * config.res_blocks,
-                local,
-                kernel,
-                i == last,
-                Downsample(width, local) if i < last else None,
-            )
-            for i, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False))
-        )
-        self.mid = Middle(widths[-1], local, kernel)
-        self.norm_out = _norm(widths[-1], local)
+        self.down = nn.ModuleList()
+        for i, (before, width) in enumerate(itertools.pairwise([config.channels, *widths])):
+            resample = Downsample(width, config.local) if i < last else nn.Identity()
+            self.down.append(Level([before] + [width] * config.res_blocks, config, i == last, kernel, resample))
+        self.mid = middle(widths[-1], config.local, kernel)
+        self.norm_out = norm(widths[-1], config.local)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, kernel, padding="same")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -171,20 +160,13 @@ class Decoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         widths = [config.channels * m for m in reversed(config.channel_mult)]
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = Middle(widths[0], config.local)
-        self.up = nn.ModuleList(
-            Level(
-                [before] + [width] * (config.res_blocks + 1),
-                config.local,
-                3,
-                i == 0,
-                Upsample(width) if i < last else None,
-            )
-            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
-        )
-        self.norm_out = _norm(widths[-1], config.local)
+        self.mid = middle(widths[0], config.local)
+        self.up = nn.ModuleList()
+        for i, (before, width) in enumerate(itertools.pairwise([widths[0], *widths])):
+            resample = Upsample(width) if i < len(widths) - 1 else nn.Identity()
+            self.up.append(Level([before] + [width] * (config.res_blocks + 1), config, i == 0, 3, resample))
+        self.norm_out = norm(widths[-1], config.local)
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
         self.fold = nn.PixelShuffle(config.patch)
 
@@ -213,13 +195,10 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Nearest code, by cosine on unit vectors (`l2_norm`; ViT-VQGAN, arXiv 2110.04627) or by euclidean distance.
 
-    The two losses are those of VQ-VAE (arXiv 1711.00937, equation 3): ||sg[z] - e||^2 and ||z - sg[e]||^2, and beta
-    belongs to the second. With `codebook_update="ema"` codes follow the mean of their vectors instead of the first
-    loss (same paper, appendix A.1). A code unused for `restart_after` training steps takes the place of a random
-    encoder output (Jukebox, arXiv 2005.00341, section 3.1).
-
-    `codebook_update="gumbel"` is the quantiser of released VQGANs trained with a Gumbel softmax (arXiv 1611.01144): the
-    token is the largest of K projections of a vector, and the codebook is only looked up. It is not trained here.
+    The two losses are those of VQ-VAE (arXiv 1711.00937, equation 3): ||sg[z] - e||^2 and ||z - sg[e]||^2, and beta belongs to
+    the second. With `codebook_update="ema"` codes follow the mean of their vectors instead (same paper, appendix A.1). A code
+    unused for `restart_after` training steps becomes a random encoder output (Jukebox, arXiv 2005.00341, section 3.1).
+    With "gumbel", of released VQGANs (arXiv 1611.01144), the token is the largest of K projections; not trained here.
     """
 
     def __init__(self, config: VQGANConfig):
@@ -254,7 +233,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: torch.Tensor) -> Quantized:
         if self.training and self.projection is not None:
             raise ClipgenError(
-                "a Gumbel quantiser draws but cannot be trained here: choose codebook_update 'gradient' or 'ema', or call .eval() on the VQGAN"
+                "a Gumbel quantiser cannot be trained here: choose codebook_update 'gradient' or 'ema', or call .eval()"
             )
         z = z.float().permute(0, 2, 3, 1)  # (B, h, w, C)
         z = F.normalize(z, dim=-1) if self.l2_norm else z
@@ -270,8 +249,7 @@ class VectorQuantizer(nn.Module):
     def update_codebook(self, vectors: torch.Tensor, tokens: torch.Tensor, rng: torch.Generator) -> None:
         """After an optimiser step: move codes by EMA, count idle steps, restart dead codes.
 
-        Statistics are of the whole batch, and `rng` picks restarts from all of its vectors, so that every process comes to
-        the codebook that one process alone would.
+        Statistics and restarts are of the whole batch, so that every process comes to the codebook that one alone would.
 
         Args:
             vectors: (B, h, w, C). tokens: (B, h, w) int64; what the quantiser gave for this process's share of the batch.
@@ -330,11 +308,9 @@ class VQGAN(nn.Module):
         Raises:
             ClipgenError: H or W is not a multiple of the downsampling factor.
         """
-        factor = self.config.factor
-        if images.shape[-2] % factor or images.shape[-1] % factor:
-            raise ClipgenError(
-                f"images of {images.shape[-2]}x{images.shape[-1]} pixels do not divide by {factor}: resize them to multiples of {factor}"
-            )
+        (height, width), factor = images.shape[-2:], self.config.factor
+        if height % factor or width % factor:
+            raise ClipgenError(f"images of {height}x{width} pixels do not divide by {factor}: resize them to multiples")
         return self.quantizer(self.quant_conv(self.encoder(images))).tokens
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -347,7 +323,6 @@ class VQGAN(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight at which the adaptive adversarial weight compares gradients."""
         return self.decoder.conv_out.weight
 
     def describe(self) -> dict:
@@ -362,17 +337,16 @@ class VQGAN(nn.Module):
 
 
 def token_counts(tokens: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """How often each code occurs in tokens of any shape, (K,) int64; unlike `torch.bincount` without waiting for a GPU."""
-    flat = tokens.flatten()
-    return flat.new_zeros(codebook_size).scatter_add_(0, flat, torch.ones_like(flat))
+    """How often each code occurs in tokens of any shape, (K,) int64."""
+    return torch.bincount(tokens.flatten(), minlength=codebook_size)
 
 
 def codebook_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Share of codes used at all, and perplexity exp(entropy) of their frequencies, over tokens of any shape."""
-    return code_use(token_counts(tokens, codebook_size))
+    return statistics_of_counts(token_counts(tokens, codebook_size))
 
 
-def code_use(counts: torch.Tensor) -> dict[str, float]:
+def statistics_of_counts(counts: torch.Tensor) -> dict[str, float]:
     """`codebook_statistics` of how often each code (K,) was used."""
     frequencies = counts.double() / counts.sum()
     entropy = -(frequencies * frequencies.clamp_min(1e-12).log()).sum()

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -26,38 +28,33 @@ def folders(tmp_path):
 
 def test_it_learns_saves_and_resumes_to_the_same_weights(folders, tmp_path):
     train, val = (open_images(folders, split, 32) for split in ("train", "val"))
-    whole = train_classifier(open_run("whole", tmp_path), train, SMALL, show_progress=False)
+    whole = train_classifier(open_run("whole", tmp_path), train, SMALL)
     assert accuracy(whole, val) == {"n": 16, "accuracy": 1.0} and whole.names == ["bright", "dark"]
+    swapped = {row: "dark" if name == "bright" else "bright" for row, name in enumerate(val.classes)}
+    assert accuracy(whole, val, swapped) == {"n": 16, "accuracy": 0.0} == accuracy(whole, val, change=lambda x: -x)
     loaded = Classifier.load(tmp_path / "whole" / "classifier")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(loaded(images), whole(images)) and loaded.read(images) == whole.read(images)
-    run = open_run("parts", tmp_path)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("clipgen_lib.metrics.classifier.augmented_rows", _stop_at(8))
-        train_classifier(run, train, SMALL, show_progress=False)
-    again = train_classifier(run, train, SMALL, show_progress=False)
+    first = tmp_path / "parts" / "checkpoints"
+    shutil.copytree(tmp_path / "whole" / "checkpoints", first)
+    for path in first.iterdir():
+        if f"{SMALL.steps:06d}" in path.name:
+            path.unlink()  # as if it had been interrupted after the checkpoint before the last
+    assert len(list(first.iterdir())) == 1
+    again = train_classifier(open_run("parts", tmp_path), train, SMALL)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
 
 
-def _stop_at(last):
-    def rows(images, rows, seed, step, flip):
-        if step == last:
-            raise KeyboardInterrupt
-        return augmented_rows(images, rows, seed, step, flip)
-
-    return rows
-
-
-def test_pictures_without_classes_are_one_sentence(images, tmp_path):
+def test_images_without_classes_are_one_sentence(images, tmp_path):
     with pytest.raises(ClipgenError, match="has no classes"):
         train_classifier(open_run("r", tmp_path), images, SMALL)
 
 
-def test_an_unreadable_picture_leaves_with_its_label(folders):
+def test_an_unreadable_image_leaves_with_its_label(folders):
     (folders / "train" / "dark" / "3.png").write_bytes(b"no image")
     images = open_images(folders, "train", 32)
     bad = next(row for row, path in enumerate(images.paths) if path.name == "3.png" and path.parent.name == "dark")
-    rows, pictures = augmented_rows(images, np.arange(16), 0, 0, flip=True)
-    assert bad not in rows and len(rows) == len(pictures) == 15 and list(images.skipped) == ["train/dark/3.png"]
+    rows, batch = augmented_rows(images, np.arange(16), 0, 0, flip=True)
+    assert bad not in rows and len(rows) == len(batch) == 15 and list(images.skipped) == ["train/dark/3.png"]
     bright = [images.classes[row] == "bright" for row in rows]
-    assert ((pictures.float().mean((1, 2, 3)) > 128).numpy() == bright).all()
+    assert ((batch.float().mean((1, 2, 3)) > 128).numpy() == bright).all()

@@ -1,75 +1,96 @@
-"""The trainings in several processes of this machine, which gloo connects: what one process would have come to."""
+"""Several processes of this machine, connected by gloo, do what one does.
 
+The commands at the end run in the processes of a launch: `launched(processes, ...)` starts this very file there.
+"""
+
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
+import torch
 
-from clipgen_lib import train_transformer as train
-from clipgen_lib import training as loop
-from clipgen_lib.runtime import distributed as processes
+from clipgen_lib import cli
+from clipgen_lib.clip_embed import ClipEmbedder
+from clipgen_lib.config import load_preset
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.runtime import distributed
+from clipgen_lib.runtime.checkpoints import module_hash, save_weights
 from clipgen_lib.runtime.runs import ClipgenError, open_run
-from clipgen_lib.store import extract
+from clipgen_lib.train_transformer import Frozen, train_transformer
+from clipgen_lib.train_vqgan import train_vqgan
+from clipgen_lib.transformer import ImageTransformer
+from clipgen_lib.vqgan import VQGAN
+
+ROOT = Path(__file__).parents[1]
+
+
+class Dying:
+    """A store in the second process of a launch of which nothing is left after some batches."""
+
+    def __init__(self, store, batches):
+        self.store, self.batches = store, batches
+        self.meta, self.embeds, self.mean_embed = store.meta, store.embeds, store.mean_embed
+
+    def __len__(self):
+        return len(self.store)
+
+    def tokens(self, rows):
+        self.batches -= 1
+        if self.batches < 0 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.store.tokens(rows)
 
 
 @pytest.fixture
-def stages(images, preset, vqgan, clip, tmp_path):
+def stages(images, preset, vqgan, clip, store, tmp_path):
     """Both trainings as functions of a run's name; float32, everything that is random or reduced between processes switched on."""
     few = {"steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "precision": "no"}
-    codes = replace(preset.vqgan, l2_norm=False, codebook_update="ema", restart_after=2)
-    first = replace(
-        preset.vqgan_train, **few, flip=True, random_crop=True, adversarial_ramp=(0.0, 0.1), adversarial_weight=1.0
+    preset = replace(
+        preset,
+        vqgan=replace(preset.vqgan, l2_norm=False, codebook_update="ema", restart_after=2),
+        vqgan_train=replace(
+            preset.vqgan_train, **few, flip=True, random_crop=True, adversarial_ramp=(0.0, 0.1), adversarial_weight=1.0
+        ),
+        transformer_train=replace(preset.transformer_train, **few, embedding_share=0.25, noise_cos=0.5, accumulate=2),
     )
-    second = replace(preset.transformer_train, **few, embedding_share=0.25, noise_cos=0.5, accumulate=2)
-    store = extract(images, vqgan, clip, tmp_path / "store")
+
+    def run(name):
+        return replace(open_run(name, tmp_path), seed=1)
 
     def stage_one(name):
-        train.train_vqgan(open_run(name, tmp_path), images, images, codes, first, clip, seed=1)
+        train_vqgan(run(name), images, images, preset, clip)
 
-    def stage_two(name, optimizer="muon"):
-        config = replace(second, optimizer=optimizer)
-        train.train_transformer(open_run(name, tmp_path), store, store, preset.transformer, config, vqgan, clip, seed=1)
+    def stage_two(name, own=None):
+        train_transformer(run(name), own or store, store, preset, Frozen(vqgan, clip))
 
-    return {"vqgan": stage_one, "transformer": stage_two}
+    return {"vqgan": stage_one, "transformer": stage_two, "store": store}
 
 
 @pytest.mark.parametrize("stage", ["vqgan", "transformer"])
 def test_two_processes_have_the_losses_of_one(stages, stage, tmp_path):
     stages[stage]("one")
-    processes.launch(stages[stage], "two", processes=2)
+    distributed.launch(stages[stage], "two", processes=2)
     one, two = (open_run(name, tmp_path).metrics(stage) for name in ("one", "two"))
     assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {
-            "stage"
-        }:  # a vector halfway between two codes may fall to either, after sums in another order
+        for key in a.keys() - {"stage"}:
+            # a vector halfway between two codes may fall to either, after sums in another order
             close = 0.1 if key in ("perplexity", "codebook_usage") else 5e-3
             assert a[key] == pytest.approx(b[key], rel=1e-5 if a["step"] < 3 else close, abs=1e-4), (a["step"], key)
-    assert open_run("two", tmp_path).metrics(f"{stage}_held_out")[-1]["step"] == 6
+    assert open_run("two", tmp_path).metrics(f"{stage}_val")[-1]["step"] == 6
 
 
-def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(stages, tmp_path, monkeypatch):
+def test_a_killed_process_ends_all_and_another_number_of_them_resumes(stages, tmp_path):
     stages["transformer"]("whole")
-    real, count = loop.Log.valid, []
-
-    def valid(self, *norms):
-        count.append(1)
-        if len(count) == 4 and processes.rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, *norms)
-
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(ClipgenError, match="one of 2 processes failed: .*(SIGKILL|has ended)"),
-    ):
-        patch.setattr(loop.Log, "valid", valid)
-        processes.launch(stages["transformer"], "parts", processes=2)
+    with pytest.raises(ClipgenError, match="one of 2 processes failed: .*(SIGKILL|has ended)"):
+        distributed.launch(stages["transformer"], "parts", Dying(stages["store"], 3), processes=2)
     folder = tmp_path / "parts" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["transformer-00000002.safetensors"]
     stages["transformer"]("parts")
@@ -78,58 +99,89 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(stages, tm
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-3)
 
 
-class Killed(Exception):
-    """Stands for a signal that ends a process."""
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_sharded_and_whole_trainings_go_on_from_each_other(stages, tmp_path, monkeypatch, optimizer):
-    """One process to step 2, FSDP over two to step 4, one again to the end: the losses of one process alone.
-
-    Accelerate takes FSDP for GPUs only, but its second version runs on gloo too: here it is told that this is FSDP.
-    """
-    stages["transformer"]("one", optimizer=optimizer)
-    real_accelerator, real_valid, count = loop.accelerator_on, loop.Log.valid, []
-
-    def fully_sharded(config, device):
-        accelerator = real_accelerator(config, device)
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
-        )
-        return accelerator
-
-    def two_steps(self, *norms):
-        count.append(1)
-        if len(count) == 3:
-            raise Killed
-        return real_valid(self, *norms)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Log, "valid", two_steps)
-        with pytest.raises(Killed):
-            stages["transformer"]("parts", optimizer=optimizer)
-        count.clear()
-        patch.setattr(train, "accelerator_on", fully_sharded)
-        with pytest.raises(ClipgenError, match="one of 2 processes failed: .*Killed"):
-            processes.launch(stages["transformer"], "parts", optimizer, processes=2)
-    assert (tmp_path / "parts" / "checkpoints" / "transformer-00000004.safetensors").exists()
-    stages["transformer"]("parts", optimizer=optimizer)
-    one, parts = (open_run(name, tmp_path).metrics("transformer") for name in ("one", "parts"))
-    assert [line["step"] for line in parts] == [1, 2, 3, 4, 5, 6]
-    for key in ("loss", "gradient"):
-        assert [line[key] for line in parts] == pytest.approx([line[key] for line in one], rel=1e-3), key
-
-
-def test_a_batch_that_does_not_divide_is_one_sentence(images, preset, clip, tmp_path):
-    config = replace(preset.vqgan_train, batch_size=9, accumulate=2)
-    with pytest.raises(ClipgenError, match="batch_size 9 does not divide by 1 processes times accumulate 2"):
-        train.train_vqgan(open_run("r", tmp_path), images, images, preset.vqgan, config, clip)
-
-
-def test_numbers_of_processes_that_cannot_be_are_one_sentence():
+def test_launches_that_cannot_be_are_one_sentence(monkeypatch):
     with pytest.raises(ClipgenError, match="0 processes cannot be started"):
-        processes.launch(print, processes=0)
+        distributed.launch(print, processes=0)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ClipgenError, match="FSDP and DeepSpeed are not supported"):
+        distributed.training_device("cpu")
+
+
+def test_one_process_needs_no_launch():
+    x = torch.arange(3.0)
+    assert distributed.all_reduce_sum(x) is x and distributed.all_reduce_mean(x) is x
+    assert distributed.broadcast("a") == "a"
+    assert distributed.training_device("cpu") == torch.device("cpu")
+    (module,) = distributed.data_parallel(layer := torch.nn.Linear(1, 1))
+    assert module is layer and distributed.unwrapped(module) is layer
+    assert list(distributed.microbatches([1, 2, 3], module)) == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def a_run(results, data):
+    """A run of preset smoke with untrained weights, whose logits are far from even."""
+    preset, clip = load_preset("smoke"), ClipEmbedder.load("shapes")
+    folder = open_run("run", results).path
+    torch.manual_seed(0)
+    vqgan = VQGAN(preset.vqgan)
+    transformer = ImageTransformer(preset.transformer, preset.vqgan.codebook_size, preset.vqgan.side**2, clip.dim)
+    torch.nn.init.normal_(transformer.head.weight, std=0.5)
+    save_weights(folder / "vqgan", vqgan)
+    trained_with = {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}
+    save_weights(folder / "transformer", transformer, trained_with=trained_with)
+
+
+def commands(data, results):
+    """What is asked of the command line."""
+    options = ["--run", "run", "--preset", "smoke", "--data", str(data), "--device", "cpu"]
+    yield ["extract", *options]
+    yield ["evaluate", *options]
+    yield ["generate", "a red circle", "--run", "run", "-n", "5", "--device", "cpu", "-o", f"{results}/out.png"]
+
+
+def launched(processes, data, results):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CLIPGEN_RESULTS": str(results)}
+    command = [sys.executable, *map(str, [*torchrun, __file__, data, results])]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.replace(str(results), "")
+
+
+def leaves(node, name=""):
+    """A nested JSON value as one dict."""
+    if not isinstance(node, (dict, list)):
+        return {name: node}
+    parts = node.items() if isinstance(node, dict) else enumerate(node)
+    return {key: value for at, part in parts for key, value in leaves(part, f"{name}/{at}").items()}
+
+
+def test_every_command_does_in_two_processes_what_it_does_in_one(world, tmp_path):
+    data, said, files, summaries = tmp_path / "images", [], [], []
+    for split, of in (("train", "val"), ("val", "train")):  # 12 images to train on and 40 to test on, with captions
+        images = open_images(world, of)
+        (data / split).mkdir(parents=True)
+        for path, texts in zip(images.paths, images.captions, strict=True):
+            shutil.copy(path, data / split)
+            (data / split / path.with_suffix(".txt").name).write_text(texts[0])
+        (data / split / images.paths[5].name).write_bytes(b"broken")
+    for processes in (1, 2):
+        results = tmp_path / str(processes)
+        a_run(results, data)
+        said.append(launched(processes, data, results))
+        paths = sorted(path for path in results.rglob("*") if path.is_file())
+        files.append({path.relative_to(results).as_posix(): path.read_bytes() for path in paths})
+        summaries.append(json.loads(files[-1].pop("run/summary.json")))
+        assert summaries[-1].pop("seconds") and len(summaries[-1]["skipped"]) == 2
+    assert said[0] == said[1]  # the first process speaks, the other is silent
+    one, two = map(leaves, summaries)
+    assert one.keys() == two.keys()
+    for name, value in one.items():  # numpy's linear algebra has threads of its own
+        assert two[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
+    assert files[0].keys() == files[1].keys() and "out.png" in files[0]
+    assert [name for name, content in files[0].items() if content != files[1][name]] == []
 
 
 @pytest.mark.slow
@@ -141,3 +193,9 @@ def test_notebooks_share_the_work_by_one_parameter(tmp_path):
     subprocess.run(command, env={**os.environ, "CLIPGEN_RESULTS": str(tmp_path)}, check=True, timeout=600)
     summary = open_run("two", tmp_path).summary()
     assert {"vqgan", "transformer"} <= summary.keys() and (tmp_path / "two" / "figures" / "previews.png").exists()
+
+
+if __name__ == "__main__":  # in the processes of a launch
+    distributed.join("cpu")
+    for command in commands(*sys.argv[1:]):
+        cli.main(command, standalone_mode=False)

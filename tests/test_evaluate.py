@@ -1,7 +1,5 @@
 import json
 import shutil
-import tarfile
-import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -11,27 +9,31 @@ from click.testing import CliRunner
 from PIL import Image
 
 from clipgen_lib import cli, evaluate, plots
-from clipgen_lib.config import SampleConfig
+from clipgen_lib.config import EvaluateConfig, SampleConfig
 from clipgen_lib.data import shapes
 from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.datasets import open_images
-from clipgen_lib.data.images import from_arrays, to_float
+from clipgen_lib.data.images import from_arrays, to_arrays, to_float
 from clipgen_lib.evaluate import (
+    Evaluators,
+    Provenance,
     codec,
-    corruption_scores,
-    evaluate_folder,
     evaluate_generator,
     evaluate_oracle,
     evaluate_vqgan,
+    generate_images,
     open_folder,
+    open_reference,
+    score_images,
 )
-from clipgen_lib.metrics import passes
-from clipgen_lib.metrics.captions import caption_facts, caption_list, choose_captions, read_captions
+from clipgen_lib.metrics import oracle
+from clipgen_lib.metrics.captions import caption_facts, caption_list, read_captions, texts_of
 from clipgen_lib.metrics.distances import frechet_distance
 from clipgen_lib.metrics.features import FeatureNetwork, feature_network
-from clipgen_lib.metrics.report import folder_table, table
+from clipgen_lib.metrics.report import score_table, table
+from clipgen_lib.metrics.statistics import set_scores, set_statistics
 from clipgen_lib.runtime.checkpoints import MissingWeights
-from clipgen_lib.runtime.runs import ClipgenError
+from clipgen_lib.runtime.runs import ClipgenError, read_json
 from clipgen_lib.text_to_image import TextToImage
 
 
@@ -51,144 +53,178 @@ def stand_ins(protocol, clip):
     if protocol == "clip":
         return feature_network(protocol, clip)
     if protocol == "inception":
-        return FeatureNetwork(
-            protocol, StandIn(), "stand-in", "0", torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
-        )
+        head = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
+        return FeatureNetwork(protocol, StandIn(), "stand-in", "0", head)
     raise MissingWeights(f"protocol {protocol!r} needs weights")
 
 
-def test_captions_are_chosen_by_seed(world):
-    images = open_images(world, "val")
-    few, again, other = choose_captions(images, 12, 0), choose_captions(images, 12, 0), choose_captions(images, 12, 1)
-    assert few == again != other and sorted(row for row, _ in few) == list(range(12))
-    everything = choose_captions(images, 1000, 0)
-    assert len(everything) == 60 and all(text in images.captions[row] for row, text in everything)
+class Scenes(torch.nn.Module):
+    """A perfect generator: the scene of a text, and where embeddings come in the scene of a seed. It notes its batches."""
+
+    def __init__(self, clip, vqgan, seeds=20):
+        super().__init__()
+        self.vqgan, self.settings = vqgan, SampleConfig(batch_size=4)
+        self.clip, self.device, self.calls, self.n = clip, torch.device("cpu"), [], seeds
+
+    def generate_each(self, prompts, seeds, **settings):
+        self.calls.append(list(seeds))
+        one = oracle.prompts("one", self.n, 0)
+        known = {p.text: p for kind in ("one", "two", "held_out") for p in oracle.prompts(kind, self.n, 0)}
+        asked = [one[s] for s in seeds] if isinstance(prompts, torch.Tensor) else [known[text] for text in prompts]
+        return from_arrays(np.stack([shapes.render(p.scene) for p in asked]))
 
 
 @pytest.fixture
 def generator(vqgan, transformer, clip):
-    return TextToImage.from_parts(
-        vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, SampleConfig(guidance=2.0)
-    )
+    source = {"name": "shapes", "pretrained": None}
+    return TextToImage.from_parts(vqgan, transformer, clip, source, SampleConfig(guidance=2.0, batch_size=8))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------- generate
+
+
+def test_a_file_that_exists_is_not_generated_again(clip, vqgan, tmp_path):
+    system, texts = Scenes(clip, vqgan), [p.text for p in oracle.prompts("one", 10, 0)]
+    paths = generate_images(system, texts, tmp_path / "g", seed=3)
+    assert system.calls == [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12]] and [p.name for p in paths][-1] == "00009.png"
+    whole = contents(tmp_path / "g")
+    assert read_captions(tmp_path / "g" / "captions.txt") == {p.stem: t for p, t in zip(paths, texts, strict=True)}
+    for row in (1, 5, 9):
+        paths[row].unlink()
+    generate_images(system, texts, tmp_path / "g", seed=3)
+    assert system.calls[3:] == [[4], [8], [12]] and contents(tmp_path / "g") == whole
+
+
+def test_images_of_other_facts_are_not_taken_for_these(generator, tmp_path):
+    texts, folder = ["a red circle", "a blue star"], tmp_path / "g"
+    generate_images(generator, texts, folder)
+    before, facts = contents(folder), read_json(folder / "generated.json")
+    assert set(facts["weights"]) == {"generator", "clip"} and facts["configs"][0]["guidance"] == 2.0
+    for change in ({"seed": 5}, {"temperature": 0.5}):
+        generate_images(generator, texts, folder, **change)
+        assert contents(folder)["00000.png"] != before["00000.png"]
+    generate_images(generator, texts[:1], folder)
+    assert sorted(contents(folder)) == ["00000.png", "captions.txt", "generated.json"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_bytes(b"")
+    with pytest.raises(ClipgenError, match="were not generated here: give a new or empty folder"):
+        generate_images(generator, texts, tmp_path / "mine")
+
+
+def test_the_files_are_the_images(generator, tmp_path):
+    texts = ["a red circle", "a blue star", "a green ring"]
+    paths = generate_images(generator, texts, tmp_path / "g", seed=7)
+    wanted = to_arrays(generator.generate_each(texts, [7, 8, 9]))
+    assert all(np.array_equal(np.asarray(Image.open(path)), a) for path, a in zip(paths, wanted, strict=True))
+
+    class Broken(Scenes):
+        def generate_each(self, prompts, seeds, **settings):
+            return super().generate_each(prompts, seeds) * torch.nan
+
+    with pytest.raises(ClipgenError, match="NaN or infinite pixels"):
+        generate_images(Broken(generator.clip, generator.vqgan), [oracle.prompts("one", 1, 0)[0].text], tmp_path / "n")
+
+
+# ---------------------------------------------------------------------------------------------- a run
 
 
 def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
     images = open_images(world, "val")
     config = replace(preset.evaluate, n=24, blur=(0, 1), batch_size=8)
-    numbers, shown = evaluate_generator(generator, images, clip, config, folder=tmp_path)
+    numbers, shown = evaluate_generator(generator, images, Evaluators(clip), config, tmp_path / "g")
     assert numbers["n"] == 24 and numbers["n_reference"] == 12 and set(numbers["fid"]) == {"0", "1"}
     assert numbers["fid"]["0"] > numbers["floor"]["0"] > 0 and numbers["rfid"]["0"] > 0
-    assert (
-        numbers["caps_ceiling"] > numbers["caps_floor"] and numbers["r_precision_real"] > 0.3
-    )  # two captions of one image compete
-    assert "also the conditioning CLIP" in numbers["judge"] and "12" in str(numbers["n_reference"])
-    assert (
-        len(numbers["warnings"]) == 3
-        and "24 images for 256" in numbers["warnings"][0]
-        and numbers["reference"] == "world/val"
-    )
+    assert numbers["caps_ceiling"] > numbers["caps_floor"]
+    assert numbers["r_precision_real"] > 0.3  # two captions of one image compete
+    assert "also the conditioning CLIP" in numbers["judge"] and numbers["reference"] == "world/val"
+    assert len(numbers["warnings"]) == 3 and "24 images for 256" in numbers["warnings"][0]
     assert len(shown["prompts"]) == len(shown["images"]) == 24
-    assert (
-        numbers["kid"]["mean"] > 0
-        and 0 <= numbers["manifold"]["precision"] <= 1
-        and list(numbers["fid_over_n"]) == ["24"]
-    )
-    assert numbers["clip_score"] == pytest.approx(100 * numbers["caps"]) and numbers["judged"] == 24
+    assert numbers["kid"]["mean"] > 0 and 0 <= numbers["manifold"]["precision"] <= 1
+    assert list(numbers["fid_over_n"]) == ["24"] and numbers["judged"] == 24
+    assert numbers["clip_score"] == pytest.approx(max(100 * numbers["caps"], 0))
     card = numbers["card"]
     assert card["protocol"] == "clip" and card["weights_hash"] == clip.weights_hash and card["k"] == [0, 1]
     assert card["reference"] == {"name": "world", "split": "val", "n": 12, "codec": "PNG"} and card["scored"]["n"] == 24
     assert card["captions"] == {**caption_facts(shown["captions"]), "seed": 0} and "torch" in card["versions"]
-    summary = {"run": "x", "evaluation": numbers}
-    assert "KID" in table(summary) and json.loads(json.dumps(summary)) == summary
-    guided, _ = evaluate_generator(generator, images, clip, config, folder=tmp_path, guidance=5.0)
-    assert (
-        guided["caps"] != numbers["caps"] and guided["rfid"] == numbers["rfid"] and guided["floor"] == numbers["floor"]
-    )
-
-
-def test_the_real_pictures_are_seen_once(generator, world, clip, preset, tmp_path, monkeypatch):
-    images, config = open_images(world, "val"), replace(preset.evaluate, n=12, blur=(0,))
-    first, _ = evaluate_generator(generator, images, clip, config, folder=tmp_path)
-    monkeypatch.setattr(passes, "ordered_batches", lambda *a: pytest.fail("the images were read again"))
-    again, _ = evaluate_generator(generator, open_images(world, "val"), clip, config, folder=tmp_path)
-    assert again == first
-
-
-def test_an_interrupted_drawing_goes_on(generator, world, clip, preset, tmp_path, monkeypatch):
-    images, config = open_images(world, "val"), replace(preset.evaluate, n=24, blur=(0,), batch_size=4)
-    whole, shown = evaluate_generator(generator, images, clip, config, folder=tmp_path)
-    monkeypatch.setattr(passes, "SAVE_SECONDS", 0)
-    draw, calls = TextToImage.generate_each, []
-
-    def killed(self, *arguments, **settings):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return draw(self, *arguments, **settings)
-
-    monkeypatch.setattr(TextToImage, "generate_each", killed)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_generator(generator, images, clip, config, folder=tmp_path, resume=tmp_path / "run")
-    again, shown_again = evaluate_generator(generator, images, clip, config, folder=tmp_path, resume=tmp_path / "run")
-    assert len(calls) == 7 and again == whole and torch.equal(shown["images"], shown_again["images"])
-    assert len(list((tmp_path / "run").iterdir())) == 1  # for the caller to delete
+    assert "KID" in table({"run": "x", "evaluation": numbers}) and json.loads(json.dumps(numbers)) == numbers
+    alone = score_images(tmp_path / "g", open_reference(world, 64), config, Evaluators(clip))
+    assert alone["fid"] == numbers["fid"] and alone["floor"] == numbers["floor"] and "caps" not in alone
+    guided, _ = evaluate_generator(generator, images, Evaluators(clip), config, tmp_path / "g", guidance=5.0)
+    assert guided["caps"] != numbers["caps"]
+    assert guided["rfid"] == numbers["rfid"] and guided["floor"] == numbers["floor"]
 
 
 def test_missing_weights_leave_the_rest(generator, world, clip, preset, tmp_path):
-    config = replace(preset.evaluate, n=12, protocol="dmgan")
-    numbers, _ = evaluate_generator(
-        generator, open_images(world, "val"), clip, config, networks=stand_ins, folder=tmp_path
-    )
+    config, judges = replace(preset.evaluate, n=12, protocol="dmgan"), Evaluators(clip, networks=stand_ins)
+    numbers, _ = evaluate_generator(generator, open_images(world, "val"), judges, config, tmp_path / "g")
     assert numbers["fid"] == numbers["rfid"] == numbers["floor"] == {} and "card" not in numbers
     assert "'dmgan' needs weights" in numbers["missing"][0] and -1 < numbers["caps"] < 1
     assert "missing: protocol 'dmgan'" in table({"run": "x", "evaluation": numbers})
 
 
-class Perfect(torch.nn.Module):
-    """Draws exactly what it is asked for: the scene of a text, and where embeddings come in the scene of a seed."""
+class Colours(torch.nn.Module):
+    """A classifier of class folders `dark` and `bright` that needs no training."""
 
-    def __init__(self, clip, vqgan):
+    def __init__(self):
         super().__init__()
-        self.vqgan = vqgan
-        self.clip, self.device, self.settings = clip, torch.device("cpu"), SampleConfig()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def generate_each(self, prompts, seeds, **settings):
-        one = shapes.prompts("one", 20, 0)
-        known = {p.text: p for kind in ("one", "two", "held_out") for p in shapes.prompts(kind, 20, 0)}
-        asked = (
-            [one[seed] for seed in seeds] if isinstance(prompts, torch.Tensor) else [known[text] for text in prompts]
-        )
-        return from_arrays(np.stack([shapes.render(p.scene) for p in asked]))
+    def read(self, images):
+        return ["bright" if x.mean() > 0 else "dark" for x in images]
 
 
-def test_the_oracle_gives_a_perfect_generator_full_marks(clip, vqgan):
-    scores = evaluate_oracle(Perfect(clip, vqgan), n=20)
+def test_classes_and_images_without_captions(clip, vqgan, tmp_path):
+    for name, level in (("dark", 40), ("bright", 215)):
+        (tmp_path / "data" / "val" / name).mkdir(parents=True)
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        for i in range(6):
+            noise = np.random.default_rng([i, level]).integers(-30, 31, (64, 64, 3))
+            Image.fromarray((level + noise).astype(np.uint8)).save(tmp_path / "data" / "val" / name / f"{i}.png")
+            shutil.copy(tmp_path / "data" / "val" / name / f"{i}.png", tmp_path / "data" / "train" / name)
+
+    class Dark(Scenes):
+        def generate_each(self, prompts, seeds, **settings):
+            return torch.full((len(seeds), 3, 64, 64), -0.7) + torch.tensor(seeds).view(-1, 1, 1, 1) / 500
+
+    config = EvaluateConfig(n=12, blur=(0,), protocol="clip")
+    evaluators = Evaluators(clip, Colours())
+    numbers, _ = evaluate_generator(
+        Dark(clip, vqgan), open_images(tmp_path / "data", "val"), evaluators, config, tmp_path / "g"
+    )
+    assert numbers["classes"]["accuracy"] == 0.5 and numbers["classes"]["real"] == 1.0 and numbers["classes"]["n"] == 12
+    assert numbers["condition"] == "captions" and "class accuracy" in score_table(numbers)
+    for path in (tmp_path / "data").rglob("*.png"):  # without class folders there is neither class nor caption
+        path.rename(path.parent.parent / f"{path.parent.name}{path.name}")
+    for folder in [path for path in (tmp_path / "data").glob("*/*") if path.is_dir()]:
+        folder.rmdir()
+    (tmp_path / "data" / "val" / "bright0.png").write_bytes(b"broken")
+    images = open_images(tmp_path / "data", "val")
+    numbers, shown = evaluate_generator(Dark(clip, vqgan), images, evaluators, config, tmp_path / "h")
+    assert "caps" not in numbers and "classes" not in numbers and "no captions" in numbers["condition"]
+    assert numbers["n"] == numbers["n_reference"] == 11 and shown["captions"] == "" and len(shown["prompts"]) == 11
+    assert any("bright0.png" in w for w in numbers["warnings"])
+
+
+# ---------------------------------------------------------------------------------------------- the oracle
+
+
+def test_the_oracle_gives_a_perfect_generator_full_marks(clip, vqgan, tmp_path):
+    system = Scenes(clip, vqgan)
+    scores = evaluate_oracle(system, tmp_path, n=20)
     blind = scores["reconstruction"]["one"]  # an untrained tokenizer keeps nothing of the scenes
     assert blind["both"] < 0.3 and scores["reconstruction"]["two"]["both"] == 0.0
     assert scores["text"]["one"]["both"] == scores["text"]["two"]["relation"] == scores["image"]["one"]["shape"] == 1.0
-    assert set(scores["text"]) == {"one", "two", "held_out"}
+    assert set(scores["text"]) == {"one", "two", "held_out"} and len(system.calls) == 20
+    (tmp_path / "text-two" / "00003.png").unlink()
+    assert evaluate_oracle(system, tmp_path, n=20) == scores and system.calls[20:] == [[3]]
 
 
-def test_an_interrupted_oracle_goes_on_and_finds_the_same(generator, tmp_path, monkeypatch):
-    whole = evaluate_oracle(generator, n=6, seed=4, batch_size=4)
-    monkeypatch.setattr(passes, "SAVE_SECONDS", 0)
-    real, calls = shapes.right, []
-
-    def breaks(*args):
-        calls.append(1)
-        if len(calls) == 19:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(shapes, "right", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_oracle(generator, n=6, seed=4, batch_size=4, resume=tmp_path)
-    assert evaluate_oracle(generator, n=6, seed=4, batch_size=4, resume=tmp_path) == whole
-    assert len(calls) == 19 + 42 - 16  # what was read before the last checkpoint is not read again
-
-
-def test_the_oracle_is_not_fooled_by_an_untrained_one(generator):
-    assert evaluate_oracle(generator, n=24)["text"]["one"]["both"] < 0.3
+def test_the_oracle_is_not_fooled_by_an_untrained_one(generator, tmp_path):
+    assert evaluate_oracle(generator, tmp_path, 24, modalities=("text",))["text"]["one"]["both"] < 0.3
 
 
 def test_reconstructions_by_hand(vqgan, world, tmp_path, monkeypatch):
@@ -209,250 +245,123 @@ def test_reconstructions_by_hand(vqgan, world, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pictures(world, tmp_path):
+def folders(world, tmp_path):
     """Two folders of 20 images each, and a caption file of the first."""
     images = open_images(world, "train")
     for row, path in enumerate(images.paths):
         folder = tmp_path / ("a" if row < 20 else "b")
         folder.mkdir(exist_ok=True)
         shutil.copy(path, folder / path.name)
-    (tmp_path / "captions.txt").write_text(
-        caption_list((p.name, c[0]) for p, c in zip(images.paths, images.captions, strict=True))
-    )
+    pairs = zip(images.paths, images.captions, strict=True)
+    (tmp_path / "captions.txt").write_text(caption_list((path.name, texts[0]) for path, texts in pairs))
     return tmp_path
 
 
-def score(pictures, clip, reference="b", **arguments):
-    arguments = {
-        "protocols": ("inception", "clip", "dmgan"),
-        "networks": stand_ins,
-        "folder": pictures / "kept",
-        **arguments,
-    }
-    return evaluate_folder(pictures / "a", pictures / reference, clip, show_progress=False, **arguments)
+def score(folders, clip, reference="b", protocol="clip", size=0, captions=None):
+    images, listed = open_folder(folders / "a", size), ""
+    texts = texts_of(images, captions) if captions else {}
+    listed = caption_list((images.names[row], text) for row, text in texts.items())
+    reference = open_reference(folders / reference, images.size)
+    config, judges = EvaluateConfig(protocol=protocol, blur=(0, 2)), Evaluators(clip, networks=stand_ins)
+    return score_images(images, reference, config, judges, Provenance(texts, captions=listed))
 
 
-def test_any_folder_under_every_protocol_that_is_there(pictures, clip):
-    result = score(pictures, clip, captions=pictures / "captions.txt")
-    assert list(result["protocols"]) == ["inception", "clip"] and list(result["missing"]) == ["dmgan"]
-    for name, scores in result["protocols"].items():
-        assert (
-            set(scores["fid"]) == set(scores["floor"]) == {"0", "1", "2", "4", "8"}
-            and scores["card"]["protocol"] == name
-        )
-        assert {"kid", "manifold", "fid_over_n", "warnings"} <= scores.keys()
-        assert (
-            scores["card"]["scored"] == {"name": "a", "n": 20, "codec": "PNG"} and scores["card"]["captions"]["n"] == 20
-        )
-    assert result["protocols"]["inception"]["inception_score"]["mean"] >= 1 and result["captions"]["caps"] > 0.5
-    assert "inception_score" not in result["protocols"]["clip"] and result["n"] == 20 and result["resolution"] == 64
-    text = folder_table(result)
-    for word in (
-        "weights_hash",
-        "blur",
-        "versions",
-        "R-precision",
-        "CLIPScore",
-        "missing: protocol 'dmgan'",
-        "FID-0 over N",
-    ):
+def test_a_folder_scores_as_its_tensors_do(folders, clip):
+    tensors = [
+        torch.cat([to_float(b) for _, b in ordered_batches(open_folder(folders / name), range(20), 20)])
+        for name in "ab"
+    ]
+    network = stand_ins("inception", clip)
+    ours, theirs = (set_statistics([x], network, (0, 2)) for x in tensors)
+    wanted, found = set_scores(ours, theirs), score(folders, clip, protocol="inception")
+    assert found["fid"] == pytest.approx(wanted["fid"], rel=1e-5) and found["inception_score"]["mean"] > 1
+    assert found["floor"] == pytest.approx(wanted["floor"], rel=1e-5)
+    assert found["kid"]["mean"] == pytest.approx(wanted["kid"]["mean"], rel=1e-4)
+    assert found["manifold"] == wanted["manifold"]
+    moments = [(x.mean(0), np.cov(x.T)) for x in (network(x).double().numpy() for x in tensors)]
+    assert found["fid"]["0"] == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-4)
+
+
+def test_any_folder_with_its_captions(folders, clip):
+    found = score(folders, clip, captions=folders / "captions.txt")
+    assert found["caps"] > 0.5 and found["judged"] == found["n"] == 20 and "inception_score" not in found
+    assert found["card"]["scored"] == {"name": "a", "n": 20, "codec": "PNG"} and found["card"]["captions"]["n"] == 20
+    text = score_table(found)
+    for word in ("weights_hash", "blur", "versions", "R-precision", "CLIPScore", "FID-0 over N", "reference halves"):
         assert word in text
-    assert score(pictures, clip, captions=pictures / "captions.txt") == result  # from what was kept
-    zero = score(pictures, clip, reference="a", protocols=("clip",))["protocols"]["clip"]
-    assert (
-        abs(zero["fid"]["0"]) < 1e-3 * result["protocols"]["clip"]["fid"]["0"] and zero["manifold"]["precision"] == 1.0
-    )
+    zero = score(folders, clip, reference="a")
+    assert abs(zero["fid"]["0"]) < 1e-3 * found["fid"]["0"] and zero["manifold"]["precision"] == 1.0
+    assert plots.fid_over_n({"a": found["fid_over_n"]}, "bias").axes[0].lines and list(found["fid_over_n"]) == ["20"]
+    assert frechet_distance is evaluate.frechet_distance
 
 
-def test_a_coco_root_as_reference_has_ceiling_and_floor(pictures, world, clip):
-    result = evaluate_folder(
-        pictures / "a", world, clip, ("clip",), pictures / "captions.txt", show_progress=False, folder=pictures / "kept"
-    )
-    captions, card = result["captions"], result["protocols"]["clip"]["card"]
-    assert captions["caps_ceiling"] > captions["caps_floor"] and "real with own captions" in folder_table(result)
-    assert card["reference"]["split"] == "val" and card["reference"]["n"] == 12
+def test_a_coco_root_as_reference_has_ceiling_and_floor(folders, world, clip):
+    found = score(folders, clip, reference=world, captions=folders / "captions.txt")
+    assert found["caps_ceiling"] > found["caps_floor"] and "real with own captions" in score_table(found)
+    assert found["card"]["reference"]["split"] == "val" and found["n_reference"] == 12
 
 
-def test_shards_as_reference(pictures, clip):
-    """The images of a folder in tars: those named as of the split, all where none is; the numbers are the folder's."""
-    files = sorted((pictures / "b").iterdir())
-    for name, part in (("val-0.tar", files[::2]), ("val-1.tar", files[1::2]), ("train-0.tar", files[:4])):
-        (pictures / "tars").mkdir(exist_ok=True)
-        with tarfile.open(pictures / "tars" / name, "w") as tar:
-            for file in part:
-                tar.add(file, file.name)
-                (pictures / "caption.txt").write_text("a large red circle")
-                tar.add(pictures / "caption.txt", f"{file.stem}.txt")
-    by_folder = score(pictures, clip)["protocols"]["clip"]
-    result = score(pictures, clip, reference="tars", captions=pictures / "captions.txt")
-    found = result["protocols"]["clip"]
-    assert found["fid"] == pytest.approx(by_folder["fid"], rel=1e-4) and "caps_floor" in result["captions"]
-    assert found["card"]["reference"] == {"name": "tars", "split": "val", "n": 20, "codec": "PNG"}
-    alone = score(pictures, clip, reference="tars/train-0.tar")["protocols"]["clip"]["card"]["reference"]
-    assert alone == {"name": "train-0.tar", "split": "all", "n": 4, "codec": "PNG"}
-    shutil.copy(files[0], pictures / "tars")
-    with pytest.raises(ClipgenError, match="both images"):
-        score(pictures, clip, reference="tars")
-
-
-def test_statistics_as_reference(pictures, clip):
-    batch = torch.cat([to_float(b) for _, b in ordered_batches(open_folder(pictures / "b"), range(20), 20)])
+def test_statistics_as_reference(folders, clip):
+    batch = torch.cat([to_float(b) for _, b in ordered_batches(open_folder(folders / "b"), range(20), 20)])
     features = stand_ins("inception", clip)(batch).double().numpy()
-    np.savez(pictures / "b.npz", mu=features.mean(0), sigma=np.cov(features.T))
-    result = score(pictures, clip, reference="b.npz")
-    by_folder = score(pictures, clip)["protocols"]["inception"]["fid"]
-    assert result["protocols"]["inception"]["fid"] == {"0": pytest.approx(by_folder["0"], rel=1e-4)}
-    assert "12 dimensions, protocol 'clip' has 256" in result["missing"]["clip"]
-    assert "FID-k" in folder_table(result)
+    np.savez(folders / "b.npz", mu=features.mean(0), sigma=np.cov(features.T))
+    found = score(folders, clip, reference="b.npz", protocol="inception", captions=folders / "captions.txt")
+    by_folder = score(folders, clip, protocol="inception")["fid"]
+    assert found["fid"] == {"0": pytest.approx(by_folder["0"], rel=1e-4)} and found["floor"] == {}
+    assert "FID-k" in score_table(found) and found["caps"] > 0.5
+    with pytest.raises(ClipgenError, match="256 and 12 dimensions: use one feature network"):
+        score(folders, clip, reference="b.npz")
 
 
-def test_mistakes_with_folders_are_one_sentence(pictures, clip, tmp_path):
+def test_mistakes_with_folders_are_one_sentence(folders, clip, tmp_path):
     for n, name in enumerate(("none", "one")):
         (tmp_path / name).mkdir()
         for i in range(n):
             Image.new("RGB", (64, 64)).save(tmp_path / name / f"{i}.png")
         with pytest.raises(ClipgenError, match=f"holds {n} images, too few"):
-            score(tmp_path, clip, reference=name)
+            open_folder(tmp_path / name)
     Image.new("RGB", (80, 60)).save(tmp_path / "a" / "large.png")
     with pytest.raises(ClipgenError, match=r"2 different sizes \(64x64, 80x60, ...\): say by --size"):
-        score(pictures, clip)
-    assert score(pictures, clip, size=32)["protocols"]["clip"]["card"]["resolution"] == 32
-    with pytest.raises(ClipgenError, match="needs weights"):
-        score(pictures, clip, size=64, protocols=("dmgan",))
+        score(folders, clip)
+    assert score(folders, clip, size=32)["card"]["resolution"] == 32
     (tmp_path / "short.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(ClipgenError, match="cut short"):
-        score(pictures, clip, reference="short.npz", size=64)
-    with pytest.raises(ClipgenError, match="is not a folder"):
-        score(pictures, clip, reference="nowhere", size=64)
+        score(folders, clip, reference="short.npz", size=64)
+    with pytest.raises(ClipgenError, match="nowhere"):
+        score(folders, clip, reference="nowhere", size=64)
 
 
-def test_a_picture_with_nan_pixels_is_left_out_and_named(pictures, clip):
+def test_an_image_with_nan_pixels_is_left_out_and_named(folders, clip):
     values = np.full((64, 64), 0.5, np.float32)
     values[3, 3] = np.nan
-    Image.fromarray(values).save(pictures / "a" / "nan.tif")
-    result = score(pictures, clip, protocols=("clip",))
-    assert result["n"] == 20 and "nan.tif" in result["warnings"][0] and "not finite" in result["warnings"][0]
-    assert result["protocols"]["clip"]["card"]["scored"]["codec"] == "mixed: PNG, TIFF"
+    Image.fromarray(values).save(folders / "a" / "nan.tif")
+    found = score(folders, clip)
+    assert found["n"] == found["card"]["scored"]["n"] == 20
+    assert any("nan.tif" in w and "not finite" in w for w in found["warnings"])
+    assert found["card"]["scored"]["codec"] == "mixed: PNG, TIFF" and codec(["a.JPG", "b.jpeg"]) == "JPEG"
 
 
-def test_captions_in_chinese_and_of_300_words(pictures, clip):
-    names = sorted(p.name for p in (pictures / "a").iterdir())
+def test_captions_in_chinese_and_of_300_words(folders, clip):
+    names = sorted(p.name for p in (folders / "a").iterdir())
     texts = ["一个红色的圆圈", "a red circle " * 100, "a small blue star"]
-    (pictures / "odd.txt").write_text(caption_list(zip(names, texts, strict=False)), encoding="utf-8")
-    result = score(pictures, clip, captions=pictures / "odd.txt", protocols=("clip",))
-    assert result["captions"]["judged"] == 3 and np.isfinite(result["captions"]["caps"])
-    assert result["captions"]["truncated_captions"] == 1
-    assert any("17 of 20 images have no caption" in w for w in result["warnings"])
-    assert any(
-        f"1 captions are longer than CLIP's {clip.tokenizer.context_length} tokens" in w for w in result["warnings"]
-    )
+    (folders / "odd.txt").write_text(caption_list(zip(names, texts, strict=False)), encoding="utf-8")
+    found = score(folders, clip, captions=folders / "odd.txt")
+    assert found["judged"] == 3 and np.isfinite(found["caps"]) and found["truncated_captions"] == 1
+    assert any("17 of 20 images have no caption" in w for w in found["warnings"])
+    assert any(f"1 captions are longer than CLIP's {clip.tokenizer.context_length}" in w for w in found["warnings"])
 
 
-def test_caption_files(pictures, world, tmp_path):
-    by_coco = read_captions(world / "annotations" / "captions_val.json")
-    images = open_images(world, "val")
-    assert len(by_coco) == 12 and all(by_coco[p.stem] in c for p, c in zip(images.paths, images.captions, strict=True))
-    assert read_captions(world / "annotations" / "captions_val.json", seed=1) != by_coco
-    (tmp_path / "c.json").write_text(json.dumps({"x/1.png": "one", "2.jpg": "two  words"}))
-    assert read_captions(tmp_path / "c.json") == {"x/1": "one", "2": "two words"}
-    for name, content, sentence in (
-        ("d.json", '{"1.png": 3}', "neither COCO's captions"),
-        ("e.json", '{"images": [], "annotations": [{}]}', "neither COCO's"),
-        ("f.txt", "a.png no tab\n", "line 1 of"),
-        ("g.txt", "", "holds no captions"),
-    ):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(ClipgenError, match=sentence):
-            read_captions(tmp_path / name)
-    with pytest.raises(ClipgenError, match="cannot be read"):
-        read_captions(tmp_path / "absent.txt")
-    (tmp_path / "h.txt").write_text("elsewhere.png\ta text\n")
-    with pytest.raises(ClipgenError, match="names none of the 20 images"):
-        evaluate.texts_of(open_folder(pictures / "a"), tmp_path / "h.txt")
-
-
-def test_codecs(tmp_path):
-    assert codec([tmp_path / "a.JPG", tmp_path / "b.jpeg"]) == "JPEG"
-    assert codec([tmp_path / "a.png", tmp_path / "b.jpeg"]) == "mixed: JPEG, PNG"
-
-
-def test_the_command(pictures, world):
+def test_the_command(folders, world):
     run = lambda *arguments: CliRunner().invoke(cli.main, ["evaluate", *map(str, arguments)])
-    done = run(
-        "--images",
-        pictures / "a",
-        "--reference",
-        world,
-        "--captions",
-        pictures / "captions.txt",
-        "-o",
-        pictures / "r.json",
-    )
+    wanted = ("--images", folders / "a", "--reference", world, "--captions", folders / "captions.txt")
+    done = run(*wanted, "-o", folders / "r.json")
     assert done.exit_code == 0, done.output
-    assert "missing: protocol 'inception' needs pt_inception" in done.output and "protocol clip" in done.output
-    result, listed = json.loads((pictures / "r.json").read_text()), (pictures / "r.captions.txt").read_text()
-    assert result["protocols"]["clip"]["card"]["captions"] == caption_facts(listed)
-    assert "give --reference" in run("--images", pictures / "a").output
+    assert "missing: protocol 'inception' needs pt_inception" in done.output and "clip-FID" in done.output
+    scores = json.loads((folders / "r.json").read_text())
+    assert list(scores) == ["inception", "clip"] and scores["clip"]["card"]["captions"]["n"] == 20
+    assert "give --reference" in run("--images", folders / "a").output
     assert "name it by --images" in run("--protocol", "clip").output
-    wrong = run("--images", pictures / "a", "--reference", pictures / "b", "--protocol", "vgg")
-    assert wrong.exit_code == 1 and "choose from inception" in wrong.output
-    done = CliRunner().invoke(
-        cli.main, ["captions", "--data", str(world), "-n", "500", "-o", str(pictures / "list.txt")]
-    )
-    assert done.exit_code == 0 and "12 captions of world/val" in done.output
-    assert len(read_captions(pictures / "list.txt")) == 12
-
-
-# ---------------------------------------------------------------------------------------------- real photos
-
-
-def check_order(found):
-    """Real against real < JPEG < blur < noise, for every metric that knows this order.
-
-    Precision and density do not: an image made softer may well stay inside, or lie deeper in, the real manifold.
-    """
-    for metric, sign in (("fid", 1), ("kid", 1), ("recall", -1), ("coverage", -1), ("psnr", -1), ("ssim", -1)):
-        values = [sign * scores[metric] for scores in found.values()]
-        assert values == sorted(values) and values[0] < values[-1], (metric, values)
-    for metric in ("precision", "density"):
-        assert found["noise"][metric] < 0.5 * found["none"][metric]
-    assert all(np.isfinite(v) for scores in found.values() for key, v in scores.items() if key != "psnr")
-
-
-def test_photos_are_ordered_by_damage(shared, clip, tmp_path):
-    archive = shared / "tiny-imagenet-20.zip"
-    if not archive.is_file():
-        pytest.skip("tiny-imagenet-20.zip is not on this machine")
-    with zipfile.ZipFile(archive) as content:
-        names = [n for n in content.namelist() if "/val/" in f"/{n}" and n.lower().endswith((".jpeg", ".jpg", ".png"))]
-        content.extractall(tmp_path, names)
-    found = corruption_scores(open_folder(tmp_path), feature_network("clip", clip))
-    check_order(found)
-    assert plots.corruptions(found, "photos").axes
-
-
-def test_few_photos_are_ordered_by_distance(shared, clip):
-    found = corruption_scores(open_folder(shared / "coco-mini", 64), feature_network("clip", clip))
-    for metric in ("fid", "kid"):
-        values = [scores[metric] for scores in found.values()]
-        assert values == sorted(values)
-
-
-def test_fid_over_n_is_drawn(pictures, clip):
-    found = score(pictures, clip, protocols=("clip",))["protocols"]["clip"]["fid_over_n"]
-    assert plots.fid_over_n({"a": found}, "bias").axes[0].lines and list(found) == ["20"]
-    assert frechet_distance is evaluate.frechet_distance
-
-
-def test_bare_names_are_used_only_where_they_say_which(tmp_path):
-    for name in ("bee", "goldfish"):
-        (tmp_path / "drawn" / name).mkdir(parents=True)
-        Image.new("RGB", (16, 16)).save(tmp_path / "drawn" / name / "0.png")
-    Image.new("RGB", (16, 16)).save(tmp_path / "drawn" / "bee" / "1.png")
-    folder = open_folder(tmp_path / "drawn")
-    (tmp_path / "list.txt").write_text("goldfish/0.png\ta goldfish\n1.png\ta bee\n")
-    found = {
-        folder.paths[row].relative_to(folder.root).as_posix(): text
-        for row, text in evaluate.texts_of(folder, tmp_path / "list.txt").items()
-    }
-    assert found == {"goldfish/0.png": "a goldfish", "bee/1.png": "a bee"}
+    wrong = run("--images", folders / "a", "--reference", folders / "b", "--protocol", "vgg")
+    assert wrong.exit_code == 1 and "vgg" in wrong.output and "inception" in wrong.output
+    alone = run("--images", folders / "a", "--reference", folders / "b", "--protocol", "dmgan")
+    assert alone.exit_code == 1 and "needs inception_v3" in alone.output

@@ -27,7 +27,7 @@ from clipgen_lib.config import ClassifierConfig, FusionGANConfig, Preset, from_d
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.metrics.captions import read_captions, split_prompts, texts_of
 from clipgen_lib.metrics.classifier import Classifier
-from clipgen_lib.metrics.passes import StatisticsFile
+from clipgen_lib.metrics.statistics import read_statistics
 from clipgen_lib.runtime.checkpoints import load_checkpoint, load_strictly, read_weights, save_checkpoint, save_weights
 from clipgen_lib.runtime.runs import DATA, ClipgenError, Run, read_json
 from clipgen_lib.study.baselines import FusionGenerator
@@ -359,7 +359,7 @@ def statistics_file(data, folder):
     stream = io.BytesIO()
     np.savez(stream, mu=np.zeros(2), sigma=np.eye(2))
     path = write(folder / "x.npz", damaged(data.draw, stream.getvalue()))
-    found = outcome(lambda: StatisticsFile(path), folder, str(path))
+    found = outcome(lambda: read_statistics(path), folder, str(path))
     assert found is None or found.sigma.shape == (len(found.mu),) * 2
 
 

@@ -25,7 +25,7 @@ from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ClassifierConfig, VQGANTrainConfig, load_preset
 from clipgen_lib.data.images import load_image
 from clipgen_lib.metrics.classifier import Classifier
-from clipgen_lib.metrics.passes import StatisticsFile
+from clipgen_lib.metrics.statistics import read_statistics
 from clipgen_lib.runtime.checkpoints import (
     Weights,
     load_checkpoint,
@@ -175,9 +175,9 @@ def test_clip_folder_with_code_for_weights(armed, tmp_path):
 def test_statistics_with_code(tmp_path):
     fired = tmp_path / "fired"
     np.savez(tmp_path / "x.npz", mu=np.array([Bomb(fired)], dtype=object), sigma=np.eye(1))
-    refused(lambda: StatisticsFile(tmp_path / "x.npz"), fired)
+    refused(lambda: read_statistics(tmp_path / "x.npz"), fired)
     (tmp_path / "y.npz").write_bytes(pickle.dumps(Bomb(fired)))
-    refused(lambda: StatisticsFile(tmp_path / "y.npz"), fired)
+    refused(lambda: read_statistics(tmp_path / "y.npz"), fired)
     with np.load(tmp_path / "x.npz", allow_pickle=True) as content:  # the same file fires where pickles are allowed
         content["mu"]
     assert fired.exists()

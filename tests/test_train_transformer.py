@@ -25,11 +25,6 @@ from clipgen_lib.train_vqgan import train_vqgan
 
 
 @pytest.fixture
-def store(images, vqgan, clip, tmp_path):
-    return extract(images, vqgan, clip, tmp_path / "store", batch_size=16)
-
-
-@pytest.fixture
 def frozen(vqgan, clip):
     return Frozen(vqgan, clip)
 

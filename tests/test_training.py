@@ -1,9 +1,23 @@
+import resource
+from dataclasses import replace
+
 import pytest
 import torch
 
-from clipgen_lib.config import TransformerConfig, VQGANConfig
-from clipgen_lib.runtime.runs import ClipgenError
-from clipgen_lib.training import build_optimizer
+from clipgen_lib.config import FitConfig, TransformerConfig, TransformerTrainConfig, VQGANConfig
+from clipgen_lib.runtime.checkpoints import load_checkpoint
+from clipgen_lib.runtime.runs import ClipgenError, open_run
+from clipgen_lib.training import (
+    Log,
+    TrainingState,
+    build_optimizer,
+    fit,
+    learning_rate,
+    local_rows,
+    moving_average,
+    optimizer_step,
+    step_seed,
+)
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 
@@ -11,8 +25,8 @@ SMALL = VQGANConfig(image_size=16, patch=2, channels=8, channel_mult=(1, 1), z_c
 
 
 def names_in(module, optimizer, chosen):
-    found = {id(p) for group in optimizer.param_groups if chosen(group) for p in group["params"]}
-    return {name for name, p in module.named_parameters() if id(p) in found}
+    listed = {id(p) for group in optimizer.param_groups if chosen(group) for p in group["params"]}
+    return {name for name, p in module.named_parameters() if id(p) in listed}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -58,3 +72,140 @@ def test_muon_steps_are_orthogonal_in_hidden_layers_only():
 def test_unknown_optimizer_is_one_sentence():
     with pytest.raises(ClipgenError, match="choose adamw or muon"):
         build_optimizer(torch.nn.Linear(2, 2), "sgd", 1.0, 0.9, 0.0)
+
+
+def test_learning_rate_by_hand():
+    assert learning_rate(0, 100, 1.0, 10) == pytest.approx(0.1)
+    assert learning_rate(9, 100, 1.0, 10) == pytest.approx(1.0)
+    assert learning_rate(55, 100, 1.0, 10, floor=0.0) == pytest.approx(0.5)
+    assert learning_rate(100, 100, 1.0, 10, floor=0.02) == pytest.approx(0.02)
+
+
+def test_seeds_differ_and_rows_cover_the_batch():
+    assert len({step_seed(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (None, 0, 1)}) == 12
+    assert local_rows(TransformerTrainConfig(batch_size=8, accumulate=2)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_moving_average_by_hand():
+    module = torch.nn.BatchNorm1d(2)
+    ema = moving_average(module, 0.9)
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(module.weight, value)
+        module.running_mean.fill_(value)
+        ema.update_parameters(module)
+    assert torch.allclose(ema.module.weight, torch.full((2,), 0.9 * 1.0 + 0.1 * 2.0))  # the first update is copied
+    assert ema.module.running_mean.tolist() == [2.0, 2.0] and not ema.module.training  # buffers always are
+    assert not any(p.requires_grad for p in ema.parameters())
+
+
+@pytest.fixture
+def state(tmp_path):
+    """The state of a training of one layer, in a folder of its own."""
+
+    def make(name="r", seed=0, **changes):
+        model, run = torch.nn.Linear(200, 200), replace(open_run(name, tmp_path), seed=seed)
+        return TrainingState(run, "layer", FitConfig(**changes), {"model": model}, {"data": "x"})
+
+    return make
+
+
+def kept(state):
+    return [int(path.stem[-8:]) for path in state.paths()]
+
+
+def test_the_last_checkpoints_and_the_best_stay(state):
+    training = state()
+    for step, score in enumerate([0.9, 0.2, 0.5, 0.4, 0.3, float("nan")], 1):
+        training.save(step, score)
+    assert kept(training) == [2, 5, 6]
+    assert [load_checkpoint(path)[1]["score"] for path in training.paths()] == [0.2, 0.3, None]
+    training.save(5)  # a stop right after a checkpoint leaves its score alone
+    assert load_checkpoint(training.paths()[1])[1]["score"] == 0.3
+
+
+def test_a_training_resumes_its_own_state_only(state):
+    first = state()
+    first.save(7)
+    again = state(log_every=1)
+    assert again.resume() == 7 and state("other").resume() == 0
+    assert torch.equal(again.parts["model"].weight, first.parts["model"].weight)
+    with pytest.raises(ClipgenError, match="belongs to another training .differs in seed, train.lr"):
+        state(seed=1, lr=0.5).resume()
+
+
+def test_damaged_checkpoints_take_no_place_of_later_ones(state):
+    """The last two cut: the one before is resumed, and a stop one step later is not pruned in favour of those."""
+    training = state()
+    for step in (2, 4, 6):
+        training.save(step, 1.0)
+    for path in training.paths()[1:]:
+        path.write_bytes(b"cut")
+    with pytest.warns(UserWarning, match="resumes from step 2"):
+        assert training.resume() == 2
+    training.save(3)
+    assert kept(training) == [2, 3] and len(list(training.folder.glob("*.damaged"))) == 2
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(state):
+    """A limit on the size of files stands for the end of the disk: writing fails in the same place and way."""
+    training, limits = state(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    training.save(3)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ClipgenError, match="no room for .*layer-00000006"):
+            training.save(6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in training.folder.iterdir()] == ["layer-00000003.safetensors"]
+
+
+def test_log_lines_are_means_of_what_is_finite(tmp_path):
+    log = Log(open_run("r", tmp_path), "layer", steps=99)
+    for value in (1.0, 3.0, float("nan")):
+        log.add(loss=torch.tensor(value))
+    log.count(torch.tensor([0, 0, 1, 1]), 8)
+    log.write(3, lr=0.5)
+    (line,) = log.run.metrics("layer")
+    wanted = {"loss": 2.0, "lr": 0.5, "codebook_usage": 0.25, "perplexity": 2.0}
+    assert {key: line[key] for key in wanted} == pytest.approx(wanted) and line["step"] == 3
+
+
+def test_gradients_are_clipped_and_a_step_that_is_not_finite_is_not_taken(tmp_path):
+    log, weight = Log(open_run("r", tmp_path), "layer", steps=3), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for step, scale in enumerate((1.0, float("nan"), float("inf"))):
+        loss = (weight * torch.tensor([3.0, 4.0])).sum() * scale
+        loss.backward()
+        log.add(loss=loss)
+        assert optimizer_step(log, step, 0.5, gradient=optimizer) == (step == 0)
+        assert torch.allclose(weight.detach(), torch.tensor([-0.3, -0.4])) and weight.grad is None
+    assert log.scalars["gradient"][0].item() == pytest.approx(5.0)
+    assert log.skipped == 2
+
+
+def test_fit_resumed_is_uninterrupted_and_learns(tmp_path):
+    def train(name, steps_before=99):
+        torch.manual_seed(0)
+        model, target = torch.nn.Linear(4, 4), torch.eye(4)
+
+        def loss_of(step):
+            if step == steps_before:
+                raise KeyboardInterrupt
+            x = torch.randn(32, 4, generator=torch.Generator().manual_seed(step))
+            return (model(x) - x @ target).pow(2).mean(), {}
+
+        run, config = open_run(name, tmp_path), FitConfig(steps=20, warmup=2, lr=0.05, log_every=5, save_every=4)
+        fit(run, "layer", model, config, loss_of, {"data": "x"})
+        return model, run
+
+    whole, run = train("whole")
+    assert run.metrics("layer")[-1]["loss"] < 0.3 * run.metrics("layer")[0]["loss"]
+    with pytest.raises(KeyboardInterrupt):
+        train("parts", 10)
+    parts, run = train("parts")
+    assert torch.equal(whole.weight, parts.weight) and [line["step"] for line in run.metrics("layer")] == [
+        5,
+        10,
+        15,
+        20,
+    ]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from clipgen_lib.config import VQGANConfig
 from clipgen_lib.runtime.checkpoints import save_weights
 from clipgen_lib.runtime.runs import ClipgenError
-from clipgen_lib.vqgan import VQGAN, VectorQuantizer, _norm, codebook_statistics
+from clipgen_lib.vqgan import VQGAN, VectorQuantizer, codebook_statistics, norm
 
 
 @pytest.fixture(params=[True, False], ids=["cosine", "euclidean"])
@@ -112,7 +112,7 @@ def test_downsampling_factors(preset, mult, patch):
 
 @pytest.mark.parametrize("channels, groups", [(128, 32), (96, 32), (64, 32), (32, 32), (48, 12), (16, 4)])
 def test_groups_of_the_norm(channels, groups):
-    assert _norm(channels, local=False).num_groups == groups
+    assert norm(channels, local=False).num_groups == groups
 
 
 def test_a_gumbel_quantiser_draws_and_is_not_trained(preset):

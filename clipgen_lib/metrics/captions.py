@@ -1,8 +1,6 @@
-"""Metrics: pure functions on statistics that are streamed over batches.
+"""Captions for evaluation: which are chosen, how they are read from files, and how well images fit them.
 
-In: features (B, d) of a network, logits, embeddings or pairs of images. Out: numbers. Nothing here knows a file, a model
-or a protocol. Sums are float64 and do not grow with N; what needs the features themselves (KID, precision, recall, density,
-coverage, FID over N) looks at a sample of at most SAMPLE rows that is chosen by seed, and says how many it looked at.
+In: unit-norm CLIP embeddings (N, D) of images and of texts, or caption files. Out: CapS, R-precision, row -> caption.
 """
 
 from __future__ import annotations
@@ -15,63 +13,75 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..clip_embed import ClipEmbedder
+from ..data.batches import ordered_batches
 from ..data.datasets import ImageSet
+from ..data.images import to_float
 from ..runtime.runs import ClipgenError, read_json, reason, shortened
 
-
-def clip_score(caps: float) -> float:
-    """CLIPScore as torchmetrics defines it (after arXiv 2104.08718): the mean cosine times 100, not below 0.
-
-    The paper itself has 2.5 max(cosine, 0) and a prefix "A photo depicts"; neither is here.
-    """
-    return max(100 * caps, 0.0)
+PAIRS = 10_000  # of image and caption, on which R-precision and shuffled captions are measured
 
 
+@torch.inference_mode()
 def caption_scores(
-    pictures: torch.Tensor, texts: torch.Tensor, wording: list[str], seed: int = 0, owners: Sequence[int] = ()
+    images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder, seed: int = 0, owners: dict | range = range(0)
 ) -> dict[str, float]:
-    """How N images fit N captions: `caps` with their own, `shuffled` with those of others, and R-precision.
+    """How images fit their captions under a CLIP.
 
     Args:
-        images, texts: (N, D) embeddings of unit norm, row i of both belonging together.
-        owners: the real image that each caption describes, where one image has several; none are alike by default.
+        pairs: (row, caption); those whose image cannot be read are left out.
+        owners: row -> the real image that its caption describes, where some share one.
+
+    Returns:
+        `caps` (CapS, the mean cosine), `truncated_captions`, and of the first PAIRS pairs what `fit_scores` gives and their
+        number as `judged`.
     """
-    owner = np.asarray(owners) if len(owners) else np.arange(len(wording))
-    shift = int(np.random.default_rng([seed, 19]).integers(1, max(len(wording), 2)))
-    other = torch.from_numpy(owner != np.roll(owner, shift)) if len(wording) > 1 else torch.ones(1, dtype=torch.bool)
+    embeds: dict[int, torch.Tensor] = {}
+    for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), 64):
+        embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu() if rows else (), strict=True)
+    kept = [(row, text) for row, text in pairs if row in embeds]
+    if not kept:
+        raise ClipgenError(f"none of {len(pairs)} images of {images.root} could be read: check the files")
+    wording, described = [text for _, text in kept], [owners[row] for row, _ in kept] if owners else []
+    texts = torch.cat([clip.texts(wording[i : i + 256]).cpu() for i in range(0, len(kept), 256)])
+    shown = torch.stack([embeds[row] for row, _ in kept])
     return {
-        "caps": float((pictures * texts).sum(1).mean()),
-        "shuffled": float((pictures * texts.roll(shift, 0)).sum(1)[other].mean()),
-        "r_precision": r_precision(pictures, texts, wording, owners=owner),
+        "caps": float((shown * texts).sum(1).double().mean()),
+        "truncated_captions": sum(map(clip.is_truncated, wording)),
+        "judged": len(kept[:PAIRS]),
+        **fit_scores(shown[:PAIRS], texts[:PAIRS], wording[:PAIRS], seed, described[:PAIRS]),
     }
 
 
-def r_precision(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    texts: list[str],
-    others: int = 99,
-    owners: Sequence[int] = (),
-) -> float:
-    """Share of images whose own caption ranks first among itself and `others` captions of other images.
+def fit_scores(
+    images: torch.Tensor, texts: torch.Tensor, wording: list[str], seed: int = 0, owners: Sequence[int] = ()
+) -> dict[str, float]:
+    """How N images fit captions that are not their own.
 
-    AttnGAN's protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker; captions of the same wording, or of the
-    same image, are not drawn as others. Fewer others are used where there are not so many; chance is 1 / (others + 1).
+    R-precision is the share of images whose own caption ranks first among itself and 99 captions of other images: AttnGAN's
+    protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker. Captions of the same wording, or of the same image,
+    are not chosen as others; a small set has fewer.
 
     Args:
-        image_embeds, text_embeds: (N, D), row i of both belonging to text i.
-        owners: the real image that each text describes, where one image has several.
+        images, texts: (N, D) embeddings of unit norm; row i of both belongs together.
+        owners: the real image that each caption describes, where one image has several captions.
+
+    Returns:
+        `caps_shuffled`, the mean cosine with captions of other images, and `r_precision`.
     """
-    draw, hits = np.random.default_rng(23), []
-    wording = np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
-    owner = np.asarray(owners) if len(owners) else np.arange(len(texts))
-    for first in range(0, len(texts), 1_000):
-        similarity = (image_embeds[first : first + 1_000] @ text_embeds.T).cpu().numpy()
+    owner, same = (np.unique(np.array(x, dtype=object), return_inverse=True)[1] for x in (owners, wording))
+    owner = owner if len(owner) else np.arange(len(wording))
+    shift = int(np.random.default_rng([seed, 19]).integers(1, max(len(wording), 2)))
+    other = torch.from_numpy((owner != np.roll(owner, shift)) | (len(wording) == 1))
+    shuffled = float((images * texts.roll(shift, 0)).sum(1)[other].mean())
+    rng, hits = np.random.default_rng(23), []
+    for first in range(0, len(wording), 1_000):
+        similarity = (images[first : first + 1_000] @ texts.T).cpu().numpy()
         for i, row in enumerate(similarity, first):
-            candidates = np.flatnonzero((wording != wording[i]) & (owner != owner[i]))
-            chosen = draw.choice(candidates, min(others, len(candidates)), replace=False)
+            candidates = np.flatnonzero((same != same[i]) & (owner != owner[i]))
+            chosen = rng.choice(candidates, min(99, len(candidates)), replace=False)
             hits.append(bool((row[i] > row[chosen]).all()))
-    return float(np.mean(hits))
+    return {"caps_shuffled": shuffled, "r_precision": float(np.mean(hits))}
 
 
 def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]]:
@@ -79,30 +89,25 @@ def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]
 
     A smaller set gives further captions of its images until n or all of them are used.
     """
-    order = np.random.default_rng([seed, 17]).permutation(len(images))
-    rounds = max((len(c) for c in images.captions), default=0)
-    pairs = [
-        (int(row), images.captions[row][i]) for i in range(rounds) for row in order if i < len(images.captions[row])
-    ]
+    order = np.random.default_rng([seed, 17]).permutation(len(images)).tolist()
+    captions = images.captions
+    rounds = range(max((len(c) for c in captions), default=0))
+    pairs = [(row, captions[row][i]) for i in rounds for row in order if i < len(captions[row])]
     if not pairs:
-        raise ClipgenError(
-            f"the {images.split} split of {images.root} has images but no captions: evaluate on another split"
-        )
+        raise ClipgenError(f"the {images.split} split of {images.root} has no captions: evaluate on another split")
     return pairs[:n]
 
 
 def split_prompts(text: str) -> list[str]:
-    """The prompts of one text, with `|` between them; none of an empty text.
+    """The prompts of one text, separated by `|`; none for an empty text.
 
     Raises:
         ClipgenError: a text that is not empty and holds no prompt.
     """
-    found = list(dict.fromkeys(" ".join(part.split()) for part in text.split("|") if part.strip()))
-    if text and not found:
-        raise ClipgenError(
-            f"PROMPTS is {shortened(text)!r}, without a prompt: write them with | between, such as 'a dog|a red car'"
-        )
-    return found
+    prompts = list(dict.fromkeys(" ".join(part.split()) for part in text.split("|") if part.strip()))
+    if text and not prompts:
+        raise ClipgenError(f"PROMPTS {shortened(text)!r} holds no prompt: write for example 'a dog|a red car'")
+    return prompts
 
 
 def caption_list(pairs: Iterable[tuple[str, str]]) -> str:
@@ -111,7 +116,7 @@ def caption_list(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def caption_facts(text: str) -> dict:
-    """Length and hash of a caption list, for the card."""
+    """Length and hash of a caption list, for the protocol card."""
     return {"n": text.count("\n"), "hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
@@ -124,67 +129,61 @@ def read_captions(path: Path, seed: int = 0) -> dict[str, str]:
     Raises:
         ClipgenError: missing, not in one of these layouts, or without a caption.
     """
-    found: dict[str, list[str]] = {}
-    if path.suffix == ".json":
-        content = read_json(path)
-        try:
-            if "annotations" in content:
-                names = {int(image["id"]): image["file_name"] for image in content["images"]}
-                pairs = [(names[int(a["image_id"])], a["caption"]) for a in content["annotations"]]
-            else:
-                pairs = list(content.items())
-            for name, text in pairs:
-                found.setdefault(_stem(name), []).append(" ".join(text.split()))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ClipgenError(
-                f"{path} is neither COCO's captions nor {{name: caption}} ({type(error).__name__}: {reason(error)}): restore the original file"
-            ) from None
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ClipgenError(
-                f"captions {path} cannot be read ({reason(error)}): give a UTF-8 text file or a json"
-            ) from None
-        for number, line in enumerate(lines, 1):
-            name, tab, text = line.partition("\t")
-            if line.strip() and not (tab and name.strip() and text.strip()):
-                raise ClipgenError(f"line {number} of {path} is not name<TAB>caption: mend that line")
-            if line.strip():
-                found.setdefault(_stem(name.strip()), []).append(" ".join(text.split()))
-    if not found:
+    captions: dict[str, list[str]] = {}
+    for name, text in _json_pairs(path) if path.suffix == ".json" else _text_pairs(path):
+        captions.setdefault(_stem(name), []).append(" ".join(text.split()))
+    if not captions:
         raise ClipgenError(f"{path} holds no captions: write one name<TAB>caption line for each image")
-    draw = np.random.default_rng([seed, 37])
-    return {name: texts[int(draw.integers(len(texts)))] for name, texts in sorted(found.items())}
+    rng = np.random.default_rng([seed, 37])
+    return {name: texts[int(rng.integers(len(texts)))] for name, texts in sorted(captions.items())}
+
+
+def _json_pairs(path: Path) -> list[tuple[str, str]]:
+    content = read_json(path)
+    try:
+        if "annotations" not in content:
+            return [(name, str.strip(text)) for name, text in content.items()]
+        names = {int(image["id"]): str.strip(image["file_name"]) for image in content["images"]}
+        return [(names[int(a["image_id"])], str.strip(a["caption"])) for a in content["annotations"]]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        found = f"{type(error).__name__}: {reason(error)}"
+        raise ClipgenError(
+            f"{path} is neither COCO's captions nor {{name: caption}} ({found}): restore the original file"
+        ) from None
+
+
+def _text_pairs(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClipgenError(f"captions {path} cannot be read ({reason(error)}): give a UTF-8 text or a json") from None
+    parts = [(number, *line.partition("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, name, _, text in parts:
+        if not (name.strip() and text.strip()):
+            raise ClipgenError(f"line {number} of {path} is not name<TAB>caption: correct that line")
+    return [(name.strip(), text) for _, name, _, text in parts]
 
 
 def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
-    """Row -> caption of the images that a caption file has one for, by their place in the folder or their bare name.
+    """Row -> caption of the images that a caption file names, by their place in the folder or by their bare file name.
+
+    A bare name counts only where one caption and one image have it.
 
     Raises:
-        ClipgenError: the file cannot be read, or names none of them.
+        ClipgenError: the file cannot be read, or names none of the images.
     """
     known = read_captions(path, seed)
-    bare = _unambiguous(known, images.names)
-    found = {}
-    for row, name in enumerate(images.names):
-        text = known.get(_stem(name)) or bare.get(Path(name).stem)
-        if text:
-            found[row] = text
-    if not found:
+    counts = [Counter(Path(name).name for name in known), Counter(Path(name).stem for name in images.names)]
+    bare = {Path(name).name: text for name, text in known.items()}
+    bare = {name: text for name, text in bare.items() if all(count[name] == 1 for count in counts)}
+    texts = {row: known.get(_stem(name)) or bare.get(Path(name).stem) for row, name in enumerate(images.names)}
+    texts = {row: text for row, text in texts.items() if text}
+    if not texts:
+        some = (shortened(Path(images.names[0]).name, 80), shortened(next(iter(known)), 80))
         raise ClipgenError(
-            f"{path} names none of the {len(images)} images in {images.root} (an image is {shortened(Path(images.names[0]).name, 80)}, a caption's name {shortened(next(iter(known)), 80)}): use the images' file names"
+            f"{path} names none of the {len(images)} images in {images.root} (an image is {some[0]}, a caption's name {some[1]}): use the images' file names"
         )
-    return found
-
-
-def _unambiguous(known: dict[str, str], names: Iterable[str]) -> dict[str, str]:
-    """Captions by bare name, where one caption and one image have that name."""
-    captions = Counter(Path(name).name for name in known)
-    pictures = Counter(Path(name).stem for name in names)
-    return {
-        bare: text for name, text in known.items() if captions[bare := Path(name).name] == 1 and pictures[bare] == 1
-    }
+    return texts
 
 
 def _stem(name: str) -> str:

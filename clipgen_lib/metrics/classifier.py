@@ -1,12 +1,13 @@
-"""A classifier of real images that judges drawn ones: does what was drawn for "a photo of a goldfish" look like one?
+"""A classifier of real images that scores generated ones: is the image for "a photo of a goldfish" classified as a goldfish?
 
-In: images sorted into class folders. Out: `<run>/classifier/`, a timm network trained on the real images only. It has
-seen neither CLIP nor a drawn image, so that, unlike CapS, it is not the judge in its own cause.
+In: images sorted into class folders. Out: `<run>/classifier/`, a timm network trained on the real images only. It has seen
+neither CLIP nor a generated image: unlike CapS, its accuracy is independent of the networks it evaluates.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -57,39 +58,40 @@ class Classifier(nn.Module):
         return model.to(device).eval().requires_grad_(False)
 
 
-def train_classifier(
-    run: Run, images: ImageSet, config: ClassifierConfig, seed: int = 0, device: str = "cpu", show_progress: bool = True
-) -> Classifier:
-    """Train on class folders, or go on from the run's checkpoint, and write `<run>/classifier/`.
+def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Classifier:
+    """Train on class folders, or resume from the last checkpoint, and write `<run>/classifier/`.
 
     Raises:
         ClipgenError: no class folders, or a loss that is not finite.
     """
     if images.classes is None:
         raise ClipgenError(f"{images.root} has no classes: sort its images into a folder for each class")
-    torch.manual_seed(seed)
-    model = Classifier(config, sorted(set(images.classes))).to(device)
+    torch.manual_seed(run.seed)
+    model = Classifier(config, sorted(set(images.classes))).to(run.device)
     labels = torch.tensor([model.names.index(name) for name in images.classes])
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
-        rows = batch_rows(len(images), config.batch_size, seed, step)
-        rows, pictures = augmented_rows(images, rows, seed, step, flip=True)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bfloat16):
-            logits = model(to_float(pictures).to(device))
-        return F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1), {}
+        rows = batch_rows(len(images), config.batch_size, run.seed, step)
+        rows, batch = augmented_rows(images, rows, run.seed, step, flip=True)
+        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=config.bfloat16):
+            logits = model(to_float(batch).to(run.device))
+        return F.cross_entropy(logits.float(), labels[rows].to(run.device), label_smoothing=0.1), {}
 
-    run = replace(run, seed=seed, device=device)
     fit(run, "classifier", model, config, loss_of, {**model.describe(), "data": images.hash})
     save_weights(run.path / "classifier", model)
     return model.eval().requires_grad_(False)
 
 
-def accuracy(classifier: Classifier, images: ImageSet) -> dict[str, float]:
-    """Share of a split's images whose class is read right."""
-    device = next(classifier.parameters()).device
-    right = [
-        found == images.classes[row]
-        for rows, batch in ordered_batches(images, range(len(images)), 250)
-        for row, found in zip(rows, classifier.read(to_float(batch).to(device)), strict=True)
-    ]
-    return {"n": len(right), "accuracy": sum(right) / len(right)}
+def accuracy(
+    classifier: Classifier,
+    images: ImageSet,
+    classes: dict[int, str] | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> dict[str, float]:
+    """Share of images, changed first, that are classified as their class; None takes the classes of `images`."""
+    device, correct = next(classifier.parameters()).device, []
+    classes = dict(enumerate(images.classes)) if classes is None else classes
+    for rows, batch in ordered_batches(images, list(classes), 250):
+        names = classifier.read(change(to_float(batch).to(device)))
+        correct += [name == classes[row] for row, name in zip(rows, names, strict=True)]
+    return {"n": len(correct), "accuracy": sum(correct) / max(len(correct), 1)}

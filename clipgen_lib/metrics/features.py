@@ -1,8 +1,8 @@
 """Protocols: the feature network and the resize in front of it, which are part of the name of every distance.
 
 In: the name of a protocol. Out: a `FeatureNetwork`, images (B, 3, H, W) in [-1, 1] -> features (B, d). Weights are files
-that lie in torch's hub folder already: nothing is downloaded, and one that is missing is a sentence that says which, whence
-and whither. No network ever takes the place of another.
+in torch's hub folder. Nothing is downloaded: an error names the missing file, its source and the folder it belongs in. No
+network ever takes the place of another.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..runtime.checkpoints import (
     FID_INCEPTION,
     TORCHVISION_INCEPTION,
     MissingWeights,
+    Weights,
     weights_alone,
     weights_file,
 )
@@ -35,11 +36,10 @@ DEFINITIONS = {
     "clean": "clean-fid: the same Inception weights in pytorch-fid's port; bicubic antialiased resize to 299 on float pixels, scaled (x - 128) / 128",
     "torchmetrics": "torchmetrics: the same Inception weights in torch-fidelity's network; bilinear antialiased resize to 299 of 8-bit pixels, scaled (x - 128) / 128",
     "dmgan": "DM-GAN, as CogView and DALL-E: torchvision's Inception v3; Pillow's bilinear resize to 299 of 8-bit pixels, then x * (0.229 / 0.5) + (0.485 - 0.5) / 0.5 and so on for pixels x in [0, 1]",
-    "clip": "CLIP-FID: image features of the judge CLIP before normalisation, behind CLIP's own resize",
+    "clip": "CLIP-FID: image features of the evaluation CLIP before normalisation, behind CLIP's own resize",
 }
-
-
 PROTOCOLS = tuple(DEFINITIONS)
+WEIGHTS = {name: FID_INCEPTION for name in ("inception", "clean", "torchmetrics")} | {"dmgan": TORCHVISION_INCEPTION}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class FeatureNetwork:
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, d) float32."""
-        found = self.module(prepare(self.protocol, images))
-        return (found[0] if isinstance(found, (list, tuple)) else found).flatten(1).float()
+        features = self.module(prepare(self.protocol, images))
+        return (features[0] if isinstance(features, (list, tuple)) else features).flatten(1).float()
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """(B, d) -> (B, classes), without the bias, as the Inception Score has been computed from the first."""
@@ -86,15 +86,14 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
         return to_uint8(images)
     if protocol == "dmgan":
         squares = [Image.fromarray(a).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for a in to_arrays(images)]
-        pixels = (
-            torch.from_numpy(np.stack([np.asarray(s) for s in squares])).permute(0, 3, 1, 2).to(images.device) / 255
-        )
+        arrays = np.stack([np.asarray(square) for square in squares])
+        pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2).to(images.device) / 255
         std, mean = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
         return pixels * (std / 0.5) + (mean - 0.5) / 0.5
     return images
 
 
-def feature_network(protocol: str, clip: ClipEmbedder) -> FeatureNetwork:
+def feature_network(protocol: str, clip: ClipEmbedder, weights: dict[str, Weights] = WEIGHTS) -> FeatureNetwork:
     """The feature network that a protocol names, on the CLIP's device.
 
     Raises:
@@ -105,35 +104,32 @@ def feature_network(protocol: str, clip: ClipEmbedder) -> FeatureNetwork:
         raise ClipgenError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
     if protocol == "clip":
         return FeatureNetwork(protocol, clip.features, clip.name, clip.weights_hash)
-    weights = TORCHVISION_INCEPTION if protocol == "dmgan" else FID_INCEPTION
-    path = weights_file(weights, f"protocol {protocol!r}", "choose protocol 'clip'")
-    module, head = {"torchmetrics": _torchmetrics_network, "dmgan": _torchvision_network}.get(
-        protocol, _pytorch_fid_network
-    )(protocol, path)
-    return FeatureNetwork(
-        protocol, module.eval().requires_grad_(False).to(clip.device), weights.file, file_hash(path), head
-    )
+    path = weights_file(weights[protocol], f"protocol {protocol!r}", "choose protocol 'clip'")
+    load = {"torchmetrics": _torchmetrics_network, "dmgan": _torchvision_network}.get(protocol, _pytorch_fid_network)
+    module, head = load(protocol, path)
+    module = module.eval().requires_grad_(False).to(clip.device)
+    return FeatureNetwork(protocol, module, path.name, file_hash(path), head)
 
 
 def _pytorch_fid_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
     from pytorch_fid.inception import InceptionV3
 
-    head = torch.load(path, map_location="cpu", weights_only=True)["fc.weight"]  # which InceptionV3 leaves out
-    own = protocol == "inception"  # `prepare` resizes and scales for the others
+    head = torch.load(path, map_location="cpu", weights_only=True)["fc.weight"]  # InceptionV3 leaves it out
+    resizes = protocol == "inception"  # `prepare` resizes and scales for the others
     with weights_alone():
-        return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]], resize_input=own, normalize_input=own), head
+        return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]], resizes, normalize_input=resizes), head
 
 
 def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
     from torchmetrics.image.fid import NoTrainInceptionV3
-    from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
-    if not _TORCH_FIDELITY_AVAILABLE:
+    try:
+        with weights_alone():
+            module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+    except ModuleNotFoundError:
         raise MissingWeights(
-            f"protocol {protocol!r} needs the package torch-fidelity, which holds torchmetrics' Inception: pip install torch-fidelity"
-        )
-    with weights_alone():
-        module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+            f"protocol {protocol!r} needs torch-fidelity, which holds torchmetrics' Inception: pip install torch-fidelity"
+        ) from None
     return module, module.fc.weight.detach()
 
 

@@ -1,11 +1,7 @@
-"""The Shapes world: captioned scenes drawn from a seed, and an oracle that reads them back.
+"""The oracle of the Shapes world: plain image processing, without a network, reads an image back.
 
-In: a seed. Out: scenes of one to three coloured shapes as 64x64 images, five captions each, on disk in MS-COCO's
-own layout, so that the code which reads MS-COCO reads them too. The oracle is plain image processing without a
-network: it says which shapes, colours and relation an image shows, and so turns "does the image match the text"
-into a measured fact. Nothing here knows about tokens, embeddings or models.
-
-Coordinates are pixels of a 64x64 canvas, x to the right and y down.
+In: a 64x64 image. Out: which shapes, colours, sizes and relation it shows, and so whether it matches a prompt: a measured
+fact. Also the evaluation prompts, whose wording says all that is scored.
 """
 
 from __future__ import annotations
@@ -82,7 +78,7 @@ def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:
     chroma = np.hypot(lab[..., 1], lab[..., 2])
     nearest = np.linalg.norm(lab[:, :, None] - _PALETTE, axis=-1).argmin(-1)
     blobs, count = ndimage.label(chroma > _MIN_CHROMA)
-    found = []
+    objects = []
     for blob in range(1, count + 1):
         whole = blobs == blob
         if whole.sum() < _MIN_AREA:
@@ -92,10 +88,8 @@ def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:
         colours = np.flatnonzero(shares >= 0.2)
         parts = [whole] if len(colours) < 2 else [ndimage.binary_opening(whole & (nearest == c)) for c in colours]
         for part in parts:
-            obj = _read_blob(part, lab, chroma)
-            if obj:
-                found.append(obj)
-    return tuple(sorted(found, key=lambda t: -t.radius))
+            objects.append(_read_blob(part, lab, chroma))
+    return tuple(sorted(filter(None, objects), key=lambda t: -t.radius))
 
 
 def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> SceneObject | None:
@@ -123,6 +117,8 @@ def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> SceneOb
 
 @dataclass(frozen=True)
 class Prompt:
+    """A text to generate from, and what an image must show to be correct."""
+
     text: str
     claim: Claim
     scene: Scene  # a scene of which the text is true, for an image as the condition
@@ -136,7 +132,7 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
     """
     if kind not in ("one", "two", "held_out"):
         raise ValueError(f"unknown kind of prompt {kind!r}: choose one, two or held_out")
-    found = []
+    chosen = []
     for index in range(n):
         scene = scene_at(seed, 30_000_000 + index, kind == "held_out", 2 if kind == "two" else 1)
         objects = scene.objects
@@ -147,8 +143,8 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
         else:
             claim = Claim((SceneObject(objects[0].shape, objects[0].colour, objects[0].size),))
             text = _plain(claim.objects[0])
-        found.append(Prompt(text, claim, scene))
-    return found
+        chosen.append(Prompt(text, claim, scene))
+    return chosen
 
 
 def _plain(obj: SceneObject) -> str:
@@ -156,7 +152,7 @@ def _plain(obj: SceneObject) -> str:
     return " ".join([_article(words[0]), *words])
 
 
-def right(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
+def correct(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
     """What of a prompt an image (64, 64, 3) uint8 shows, read by the oracle: the parts of `score`."""
     reading, objects = read_scene(image), prompt.claim.objects
     if len(objects) == 2:
@@ -165,15 +161,15 @@ def right(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
             "relation": match(prompt.claim, reading) is not None,
         }
     shown = reading[0] if reading else SceneObject(None, None, None)
-    found = {key: getattr(objects[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
-    return {**found, "both": found["colour"] and found["shape"], "count": len(reading) == 1}
+    parts = {key: getattr(objects[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
+    return {**parts, "both": parts["colour"] and parts["shape"], "count": len(reading) == 1}
 
 
-def score(found: list[dict[str, bool]]) -> dict[str, float]:
-    """Shares of images that show what their prompts ask for, from what is `right` in each; all prompts of one kind.
+def score(answers: list[dict[str, bool]]) -> dict[str, float]:
+    """Shares of images that show what their prompts ask for, from what is `correct` in each; all prompts of one kind.
 
     One object asked for: `colour`, `shape`, `size` of the largest object read, `both` (colour and shape) and `count`
     (exactly one object there). Two: `both` (each with shape and colour, anywhere) and `relation` (both, and placed
     as asked; so never above `both`).
     """
-    return {"n": len(found), **{key: float(np.mean([parts[key] for parts in found])) for key in found[0]}}
+    return {"n": len(answers), **{key: float(np.mean([parts[key] for parts in answers])) for key in answers[0]}}

@@ -1,8 +1,6 @@
-"""Where things live and how they are kept: runs, checkpoints, logs, seeds, progress.
+"""Weights on disk: safetensors with their hashes, and the published files that metrics and losses need. No pickle is read.
 
-A run is a folder `results/<run>/` with config.json, metrics.jsonl, summary.json, figures/ and notebooks/. Everything
-here is written beside its place and renamed, so that an interruption leaves the previous version whole. Nothing here
-knows what a model is.
+A file is written beside its place and renamed, so that an interruption leaves the previous version whole.
 """
 
 from __future__ import annotations
@@ -16,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, reason, room_on_disk, write_json
 
@@ -29,8 +30,6 @@ def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
     Raises:
         ClipgenError: the disk is full; a file that was there stays.
     """
-    from safetensors.torch import save_file
-
     tensors: dict = {}
     header = {"state": json.dumps(_take_tensors(state, tensors)), "meta": json.dumps(meta)}
     tensors = _apart({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
@@ -44,27 +43,19 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
     Raises:
         ClipgenError: missing, cut short, changed since it was written, or not one of ours.
     """
-    from safetensors import safe_open
-
     try:
         with safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
         if header.pop("sha256") != _digest(header, tensors):
-            raise ClipgenError(
-                f"checkpoint {path} is not as it was written (its SHA-256 differs): delete it and run its step again"
-            )
+            raise ValueError("its SHA-256 differs from when it was written")
         state, meta = _put_tensors(json.loads(header["state"]), tensors), json.loads(header["meta"])
         if not isinstance(state, dict) or not isinstance(meta, dict):
             raise ValueError("no state in it")
         return state, meta
     except FileNotFoundError:
         raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
-    except ClipgenError:
-        raise
-    except (
-        Exception
-    ) as error:  # a header of any bytes: safetensors, JSON and what takes it apart raise whatever they like
+    except Exception as error:  # a header of any bytes: safetensors, JSON and the rest raise whatever they like
         raise ClipgenError(
             f"checkpoint {path} is damaged or not one of ours ({reason(error)}): delete it and run its step again"
         ) from None
@@ -72,8 +63,6 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
 
 def checkpoint_meta(path: Path) -> dict:
     """The `meta` of a checkpoint, its tensors left unread; empty where the file is damaged."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as stream:
             return json.loads((stream.metadata() or {})["meta"])
@@ -82,8 +71,6 @@ def checkpoint_meta(path: Path) -> dict:
 
 
 def _digest(header: dict[str, str], tensors: dict) -> str:
-    import torch
-
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -103,8 +90,6 @@ def _apart(tensors: dict) -> dict:
 
 def _take_tensors(node: object, tensors: dict) -> object:
     """Replace every tensor by a reference into `tensors`; dicts become pairs, since JSON turns integer keys to text."""
-    import torch
-
     if isinstance(node, torch.Tensor):
         key = f"{len(tensors):06d}"
         tensors[key] = node
@@ -124,10 +109,8 @@ def _put_tensors(node: object, tensors: dict) -> object:
     return node
 
 
-def save_weights(folder: Path, module: object, **facts: object) -> None:
+def save_weights(folder: Path, module: nn.Module, **facts: object) -> None:
     """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
-    from safetensors.torch import save_file
-
     with room_on_disk(folder), fresh_folder(folder) as fresh:
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, fresh / "model.safetensors"
@@ -137,20 +120,16 @@ def save_weights(folder: Path, module: object, **facts: object) -> None:
 
 def read_weights(folder: Path) -> dict:
     """The tensors of `folder/model.safetensors`; missing or damaged is one sentence."""
-    from safetensors.torch import load_file
-
     path = folder / "model.safetensors"
     if not path.is_file():
         raise ClipgenError(f"{path} is missing: run the step that trains it first, or choose the run that has it")
     try:
         return load_file(path)
-    except (
-        Exception
-    ) as error:  # of a header of any bytes: safetensors' own errors, of the system, of a dtype torch lacks
+    except Exception as error:  # as above
         raise ClipgenError(f"{path} is damaged ({reason(error)}): delete it and run its step again") from None
 
 
-def load_strictly(module: object, tensors: dict, source: Path) -> None:
+def load_strictly(module: nn.Module, tensors: dict, source: Path) -> None:
     """Load weights into a module; any name or shape that differs is an error that names the first ones."""
     try:
         module.load_state_dict(tensors)
@@ -161,7 +140,7 @@ def load_strictly(module: object, tensors: dict, source: Path) -> None:
         ) from None
 
 
-def built_strictly(make: Callable[[], object], tensors: dict, source: Path) -> object:
+def built_strictly(make: Callable[[], nn.Module], tensors: dict, source: Path) -> nn.Module:
     """The module that `make` builds, with these weights.
 
     It is built without memory first: a config of other sizes than its weights' is refused before it costs anything.
@@ -169,8 +148,6 @@ def built_strictly(make: Callable[[], object], tensors: dict, source: Path) -> o
     Raises:
         ClipgenError: the config describes nothing that can be built, or the weights are of something else.
     """
-    import torch
-
     try:
         with torch.device("meta"):
             imagined = make()
@@ -184,7 +161,7 @@ def built_strictly(make: Callable[[], object], tensors: dict, source: Path) -> o
     return module
 
 
-def module_hash(module: object) -> str:
+def module_hash(module: nn.Module) -> str:
     """16 hex digits of the SHA-256 over names and bytes of a module's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

@@ -27,7 +27,7 @@ def join(device: str = "auto") -> None:
     Args:
         device: `cpu` joins by gloo even where there are GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _is_launched():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import PartialState
 
         # a day: one process may have more to read, hash or write than the others, who wait for it
@@ -55,18 +55,6 @@ def barrier() -> None:
     """Wait until every process has come here."""
     if world_size() > 1:
         dist.barrier()
-
-
-def gather(item: object) -> list:
-    """What each process gave, in the order of their ranks, for the first of them; an empty list for the others.
-
-    Tensors travel by way of the CPU: give them there.
-    """
-    if world_size() == 1:
-        return [item]
-    items = [None] * world_size() if is_main() else None
-    dist.gather_object(item, items)
-    return items or []
 
 
 def broadcast(item: object) -> object:
@@ -117,6 +105,8 @@ def data_parallel(*modules: nn.Module) -> list[nn.Module]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="no")  # autocast is the step functions' own
+    if accelerator.num_processes != world_size():  # it keeps what the notebook's own process was when it was first used
+        raise ClipgenError("Accelerate was used in this notebook before the launch: restart the kernel, then launch")
     return [accelerator.prepare(module) for module in modules]
 
 
@@ -127,11 +117,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def microbatches(parts: list, *modules: nn.Module) -> Iterator:
     """Yield the parts of a batch; the gradients of the modules travel between processes with the last part only."""
+    replicas = [module for module in modules if isinstance(module, DistributedDataParallel)]
     for index, part in enumerate(parts):
         with ExitStack() as stack:
-            for module in modules:
-                if isinstance(module, DistributedDataParallel) and index + 1 < len(parts):
-                    stack.enter_context(module.no_sync())
+            for replica in replicas if index + 1 < len(parts) else []:
+                stack.enter_context(replica.no_sync())
             yield part
 
 

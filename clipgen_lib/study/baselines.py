@@ -12,7 +12,7 @@ In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from ..clip_embed import ClipEmbedder
-from ..config import FusionGANConfig, SampleConfig, VQGANCLIPConfig, replace_fields
+from ..config import FusionGANConfig, SampleConfig, VQGANCLIPConfig
 from ..data.batches import batch_rows
 from ..data.datasets import ImageSet
 from ..data.images import crop, to_float
@@ -155,7 +155,7 @@ class Supervised(System):
     @torch.inference_mode()
     def generate_each(self, prompts: list[str], seeds: list[int], **settings: object) -> torch.Tensor:
         """One image for each text and seed: (P, 3, H, W) in [-1, 1]."""
-        words, chosen = self.clip.tokenizer(list(prompts)).to(self.device), replace_fields(self.settings, settings)
+        words, chosen = self.clip.tokenizer(list(prompts)).to(self.device), replace(self.settings, **settings)
         return decode(self.vqgan, generate(self.transformer, words, seeds, chosen), chosen.batch_size)
 
 

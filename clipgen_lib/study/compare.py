@@ -17,11 +17,10 @@ import numpy as np
 from PIL import Image
 
 from .. import evaluate, train_transformer
-from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig, replace_fields
+from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig
 from ..data.images import grid
 from ..runtime.checkpoints import module_hash
 from ..runtime.runs import RESULTS, ClipgenError, Run, open_run, read_json, write_json
-from ..store import TokenStore
 from ..text_to_image import TextToImage
 from ..transformer import ImageTransformer
 from ..workbench import Workbench
@@ -188,7 +187,7 @@ def configs_of(wb: Workbench, recipe: Recipe, seed: int = 0, steps: int = 0) -> 
         config = {"retrieval": None, "vqgan-clip": preset.vqgan_clip, "gan": preset.fusion_gan}[recipe.system]
         return {"system": recipe.system, "config": config, "text": recipe.text, "seed": seed}
     parts = {"transformer": preset.transformer, "train": preset.transformer_train, "sample": preset.sample}
-    made = {name: replace_fields(part, {**PLAIN[name], **getattr(recipe, name)}) for name, part in parts.items()}
+    made = {name: replace(part, **{**PLAIN[name], **getattr(recipe, name)}) for name, part in parts.items()}
     if made["transformer"].conditioning == "words":  # as many as CLIP itself reads
         made["transformer"] = replace(made["transformer"], condition_tokens=wb.clip.tokenizer.context_length)
     if steps:
@@ -212,17 +211,18 @@ def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: 
         if other := [key for key in inputs if before["recipe"][key] != inputs[key]]:
             cure = "move that folder away, or compare with the run they are of"
             raise ClipgenError(f"{path.parent.parent} holds rows of another run (another {other[0]}): {cure}")
-        if _agrees(before["recipe"], kept):
+        if _filled(before["recipe"]) == {key: value for key, value in kept.items() if key in before["recipe"]}:
             return before
     print(f"{recipe.name}, seed {seed}", flush=True)
     system, facts, seconds = _system(wb, recipe, configs, inputs, results / "ablation" / "trainings")
     start, oracle = time.perf_counter(), {}
+    evaluators, folder = evaluate.Evaluators(wb.evaluation_clip, classifier), path.parents[1] / "generated" / path.stem
     evaluation, _ = evaluate.evaluate_generator(
-        system, wb.images("val"), wb.evaluation_clip, config, wb.seed, classifier=classifier
+        system, wb.images("val"), evaluators, config, folder / "captions", wb.seed
     )
     if n_oracle:
         modalities = ("text", "image") if recipe.system == "clip-gen" else ("text",)
-        oracle = evaluate.evaluate_oracle(system, n_oracle, wb.seed, modalities=modalities)
+        oracle = evaluate.evaluate_oracle(system, folder / "oracle", n_oracle, wb.seed, modalities)
     evaluated, prompts = time.perf_counter(), wb.preview_prompts()
     path.parent.mkdir(parents=True, exist_ok=True)
     _save_images(system, prompts, path.with_suffix(".png"))
@@ -271,19 +271,15 @@ def _train(wb: Workbench, run: Run, configs: dict) -> None:
     """Train the transformer of a recipe, and put its seconds and validation losses into the run's summary."""
     preset = replace(wb.preset, transformer=configs["transformer"], transformer_train=configs["train"])
     frozen = train_transformer.Frozen(wb.vqgan(), wb.clip, wb.text_mean() if configs["train"].centre else None)
-    store, val_store = (_store(wb, configs, split) for split in ("train", "val"))
+    stores = {split: wb.store(split) for split in ("train", "val")}
+    if configs["text"] == "paired":
+        words = preset.transformer.conditioning == "words"
+        captions = {split: wb.images(split).captions for split in stores}
+        stores = {k: baselines.paired_store(v, captions[k], wb.clip, words) for k, v in stores.items()}
     start = time.perf_counter()
-    transformer = train_transformer.train_transformer(run, store, val_store, preset, frozen)
-    facts = train_transformer.validation_losses(transformer.to(run.device), val_store, frozen)
+    transformer = train_transformer.train_transformer(run, stores["train"], stores["val"], preset, frozen)
+    facts = train_transformer.validation_losses(transformer.to(run.device), stores["val"], frozen)
     run.add_to_summary(seconds={"train": time.perf_counter() - start}, transformer=facts)
-
-
-def _store(wb: Workbench, configs: dict, split: str) -> TokenStore:
-    """The run's store, or for paired text its tokens with captions beside them."""
-    if configs["text"] != "paired":
-        return wb.store(split)
-    words = configs["transformer"].conditioning == "words"
-    return baselines.paired_store(wb.store(split), wb.images(split).captions, wb.clip, words)
 
 
 def metrics(result: dict) -> dict[str, float]:
@@ -360,11 +356,6 @@ def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 
 
-def _agrees(before: dict, wanted: dict) -> bool:
-    """Whether an earlier result has the wanted configs: fields that did not exist did what their default does."""
-    return _filled(before) == {key: value for key, value in wanted.items() if key in before}
-
-
 def _is_of(recipe: Recipe, configs: dict) -> bool:
     """Whether configs are the plain ones with the recipe's changes, whatever the preset decides."""
     if "train" not in configs:
@@ -380,7 +371,7 @@ _DEFAULTS = {"transformer": TransformerConfig(), "train": TransformerTrainConfig
 
 
 def _filled(configs: dict) -> dict:
-    """Configs with the fields of today: missing ones at their default, those that no longer exist left out."""
+    """Earlier configs with the fields of today: missing ones did what the default does, unknown ones are left out."""
     defaults = {part: _plain_json(asdict(config)) for part, config in _DEFAULTS.items() if part in configs}
     return configs | {p: {key: configs[p].get(key, d) for key, d in part.items()} for p, part in defaults.items()}
 

@@ -193,12 +193,8 @@ def load_released(
 def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """A module of ours, in eval mode, that computes what the original computes with these tensors.
 
-    Args:
-        make: makes the module, on torch's meta device: its own initial weights are never computed.
-        tensors: by their published names; they are not changed in place.
-
-    Raises:
-        Mismatch: a tensor too many, one too few, or one of another shape.
+    `make` is called on torch's meta device; `tensors` have their published names and are not changed in place. A tensor
+    too many, one too few or one of another shape is a Mismatch.
     """
     with torch.device("meta"):
         module = make()
@@ -258,11 +254,7 @@ _CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callba
 def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
     """The tensors of a published file, on the CPU, by name; no code in the file is run.
 
-    Args:
-        entry: of a .pt or .ckpt file, under which the tensors lie.
-
-    Raises:
-        Mismatch: cut short or damaged; holds code; no such entry, or no tensors in it.
+    They lie under `entry` in a .pt or .ckpt file. A file that is damaged, holds code or has no such entry is a Mismatch.
     """
     try:
         if path.suffix == ".safetensors":

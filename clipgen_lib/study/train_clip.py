@@ -55,9 +55,8 @@ def pool_scene(seed: int, index: int) -> shapes.Scene:
     if len(scene.objects) != 2:
         return shapes.scene_at(seed, 50_000_000 + index, wild=True)
     a, b = scene.objects
-    stay = (
-        ("x", "y") if a.size == b.size else ("x", "y", "size", "radius")
-    )  # a large one may not fit a small one's place
+    # a large object may not fit the place of a small one, so sizes stay where they are
+    stay = ("x", "y") if a.size == b.size else ("x", "y", "size", "radius")
     at_a, at_b = ({key: getattr(one, key) for key in stay} for one in (a, b))
     return replace(scene, objects=(replace(a, **at_b), replace(b, **at_a)))
 

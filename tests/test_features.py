@@ -1,3 +1,5 @@
+import importlib.util
+
 import numpy as np
 import pytest
 import pytorch_fid.inception
@@ -7,12 +9,10 @@ from PIL import Image
 from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
 
 from clipgen_lib.data.images import from_arrays, to_float
-from clipgen_lib.evaluate import open_folder
-from clipgen_lib.metrics import features as protocols
 from clipgen_lib.metrics.distances import frechet_distance
-from clipgen_lib.metrics.features import FeatureNetwork, feature_network, lpips_network, prepare
-from clipgen_lib.metrics.passes import Change, SetStatistics, measure
-from clipgen_lib.runtime.checkpoints import MissingWeights
+from clipgen_lib.metrics.features import WEIGHTS, FeatureNetwork, feature_network, lpips_network, prepare
+from clipgen_lib.metrics.statistics import set_statistics
+from clipgen_lib.runtime.checkpoints import MissingWeights, Weights
 from clipgen_lib.runtime.runs import ClipgenError, file_hash
 
 
@@ -28,7 +28,7 @@ class StandIn(torch.nn.Module):
         return [torch.nn.functional.conv2d(x, self.kernel, stride=3).relu().mean((2, 3), keepdim=True)]
 
 
-def random_pictures(n, side=40, seed=0):
+def random_images(n, side=40, seed=0):
     coarse = np.random.default_rng(seed).integers(0, 256, (n, 6, 6, 3)).astype(np.uint8)
     return np.stack([np.asarray(Image.fromarray(c).resize((side, side), Image.Resampling.BICUBIC)) for c in coarse])
 
@@ -45,7 +45,7 @@ def folder_of(path, arrays):
 
 @pytest.mark.parametrize("side", [64, 400])
 def test_clean_is_pillows_bicubic_on_floats(side):
-    arrays = random_pictures(2, side)
+    arrays = random_images(2, side)
     found = prepare("clean", from_arrays(arrays)) * 128 + 128
     for picture, array in zip(found, arrays, strict=True):
         for channel in range(3):
@@ -55,7 +55,7 @@ def test_clean_is_pillows_bicubic_on_floats(side):
 
 
 def test_dmgan_is_pillows_resize_and_torchvisions_scaling():
-    arrays = random_pictures(2, 100)
+    arrays = random_images(2, 100)
     found = prepare("dmgan", from_arrays(arrays))
     wanted = np.asarray(Image.fromarray(arrays[1]).resize((299, 299), Image.Resampling.BILINEAR)) / 255
     for channel, (std, mean) in enumerate(((0.229, 0.485), (0.224, 0.456), (0.225, 0.406))):
@@ -63,7 +63,7 @@ def test_dmgan_is_pillows_resize_and_torchvisions_scaling():
 
 
 def test_the_others_leave_the_resize_to_their_network():
-    x = from_arrays(random_pictures(2))
+    x = from_arrays(random_images(2))
     assert torch.allclose(prepare("inception", x), (x + 1) / 2) and torch.equal(prepare("clip", x), x)
     assert prepare("torchmetrics", x).dtype == torch.uint8 and torch.equal(to_float(prepare("torchmetrics", x)), x)
 
@@ -71,16 +71,18 @@ def test_the_others_leave_the_resize_to_their_network():
 # ---------------------------------------------------------------------------------------------- parity
 
 
-def test_the_same_pictures_by_pytorch_fid(tmp_path):
+def test_the_same_images_by_pytorch_fid(tmp_path):
     """Folders of PNG through pytorch-fid's own pass and through ours, by one network object."""
     network, moments, theirs = StandIn(), [], []
     for seed in (0, 1):
-        folder = folder_of(tmp_path / str(seed), random_pictures(60, seed=seed))
+        folder = folder_of(tmp_path / str(seed), random_images(60, seed=seed))
         files = sorted(folder.glob("*.png"))
         theirs += calculate_activation_statistics(files, network, batch_size=20, dims=12, num_workers=0)
-        statistics = SetStatistics(FeatureNetwork("inception", network, "stand-in", "0"), (0,))
-        measure(open_folder(folder), {"s": statistics}, Change("none", lambda x: x), 16, "", False, tmp_path / "kept")
-        moments += statistics.moments(0)
+        batches = (
+            from_arrays(np.stack([np.asarray(Image.open(file)) for file in files[i : i + 16]]))
+            for i in range(0, 60, 16)
+        )
+        moments += set_statistics(batches, FeatureNetwork("inception", network, "stand-in", "0"), (0,)).moments(0)
     assert all(np.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(moments, theirs, strict=True))
     wanted = calculate_frechet_distance(*theirs)
     assert frechet_distance(*theirs) == pytest.approx(wanted, rel=1e-6)  # the same statistics
@@ -123,32 +125,31 @@ def test_lpips_and_unknown_names(clip, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def random_inceptions(tmp_path_factory):
-    """Both Inceptions with random weights, in files of the published names."""
+    """Both Inceptions with random weights, in files of the published names, and the facts of these files."""
     home = tmp_path_factory.mktemp("torch")
     folder = home / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *a, **k: {})
         patch.setattr(torchvision.models.Inception3, "load_state_dict", lambda self, state: None)
-        torch.save(pytorch_fid.inception.fid_inception_v3().state_dict(), folder / protocols.FID_INCEPTION.file)
+        torch.save(pytorch_fid.inception.fid_inception_v3().state_dict(), folder / WEIGHTS["inception"].file)
     whole = torchvision.models.inception_v3(weights=None, init_weights=False)
-    torch.save(whole.state_dict(), folder / protocols.TORCHVISION_INCEPTION.file)
-    return home
+    torch.save(whole.state_dict(), folder / WEIGHTS["dmgan"].file)
+    return home, {name: Weights(w.file, file_hash(folder / w.file), w.source) for name, w in WEIGHTS.items()}
 
 
 @pytest.mark.parametrize(
     "protocol, classes", [("inception", 1008), ("clean", 1008), ("torchmetrics", 1008), ("dmgan", 0)]
 )
 def test_networks_load_from_their_files(clip, random_inceptions, monkeypatch, protocol, classes):
-    if protocol == "torchmetrics":
-        pytest.importorskip("torch_fidelity", reason="protocol torchmetrics needs the package torch-fidelity")
-    monkeypatch.setenv("TORCH_HOME", str(random_inceptions))
-    for name in ("FID_INCEPTION", "TORCHVISION_INCEPTION"):
-        weights = getattr(protocols, name)
-        digest = file_hash(random_inceptions / "hub" / "checkpoints" / weights.file)
-        monkeypatch.setattr(protocols, name, protocols.Weights(weights.file, digest, weights.source))
-    network = feature_network(protocol, clip)
-    x = from_arrays(random_pictures(2, 64))
+    home, weights = random_inceptions
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    if protocol == "torchmetrics" and not importlib.util.find_spec("torch_fidelity"):
+        with pytest.raises(MissingWeights, match="pip install torch-fidelity"):
+            feature_network(protocol, clip, weights)
+        return
+    network = feature_network(protocol, clip, weights)
+    x = from_arrays(random_images(2, 64))
     features = network(x)
     assert features.shape == (2, 2048) and features.dtype == torch.float32 and torch.isfinite(features).all()
     assert torch.allclose(network(x[:1]), features[:1], atol=1e-4)  # in eval mode: a row does not see the others
@@ -156,13 +157,3 @@ def test_networks_load_from_their_files(clip, random_inceptions, monkeypatch, pr
         assert network.logits(features).shape == (2, classes)
     else:
         assert network.head is None
-
-
-def test_torchmetrics_network_needs_its_package(clip, random_inceptions, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(random_inceptions))
-    monkeypatch.setattr("torchmetrics.utilities.imports._TORCH_FIDELITY_AVAILABLE", False)
-    weights = protocols.FID_INCEPTION
-    digest = file_hash(random_inceptions / "hub" / "checkpoints" / weights.file)
-    monkeypatch.setattr(protocols, "FID_INCEPTION", protocols.Weights(weights.file, digest, weights.source))
-    with pytest.raises(MissingWeights, match="pip install torch-fidelity"):
-        feature_network("torchmetrics", clip)

@@ -1,0 +1,59 @@
+"""What is scored and what it is scored against: any folder of images, a data set's split, or statistics of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image
+
+from ..data.datasets import ImageSet, open_images
+from ..data.images import EXTENSIONS
+from ..runtime.runs import ClipgenError
+from .statistics import Moments, read_statistics
+
+
+def open_folder(root: Path, size: int = 0) -> ImageSet:
+    """Every image below a folder, without splits and captions.
+
+    Args:
+        size: short side in pixels; 0 takes the images' own.
+
+    Raises:
+        ClipgenError: no folder, fewer than 2 images, or images of different sizes and no `size`.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise ClipgenError(f"{root} is not a folder of images: check the path, or unpack the archive")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if len(paths) < 2:
+        raise ClipgenError(f"{root} holds {len(paths)} images, too few to compare: give a folder of at least 2")
+    sizes = set()
+    for path in paths if not size else ():
+        with suppress(OSError, Image.DecompressionBombError), Image.open(path) as image:  # reading it will say why
+            sizes.add(image.size)
+    if not size and len(sizes) != 1:
+        some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
+        raise ClipgenError(
+            f"the images in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which side they are brought to"
+        )
+    return ImageSet(root.resolve().name, "all", root, paths, size or min(*sizes.pop()))
+
+
+def open_reference(reference: str | Path, size: int, split: str = "val") -> ImageSet | Moments:
+    """What images are scored against: pytorch-fid's statistics (.npz), a data set's split, or every image below a folder."""
+    path = Path(reference)
+    if path.suffix == ".npz":
+        return read_statistics(path)
+    is_folder = any(file.suffix.lower() in EXTENSIONS for file in path.rglob("*"))
+    if is_folder and not (path / "annotations").is_dir():
+        return open_folder(path, size)
+    return open_images(reference, split, size)
+
+
+def codec(names: Iterable[str]) -> str:
+    """PNG, JPEG, ..., or mixed with their names, by the endings of file names."""
+    known, endings = Image.registered_extensions(), {Path(name).suffix for name in names}
+    codecs = sorted({known.get(ending.lower(), ending) for ending in endings})
+    return codecs[0] if len(codecs) == 1 else "mixed: " + ", ".join(codecs)

@@ -1,0 +1,189 @@
+"""Statistics of one set of images, from one pass over it, and the scores that compare two sets.
+
+In: batches of images and a feature network. Out: sums in float64 that do not grow with N. What needs the features themselves
+(KID, precision, recall, density, coverage, Inception Score, FID over N) looks at a sample of at most SAMPLE rows, chosen by seed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..data.images import blur, eight_bit
+from ..runtime.runs import ClipgenError, reason
+from .distances import frechet_distance, inception_score, kernel_distance, manifold_scores
+from .features import FeatureNetwork
+
+SAMPLE = 10_000  # rows of features that are kept of a set
+
+
+class Moments(NamedTuple):
+    """Mean (d,) and covariance (d, d) of features, float64."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+
+
+class GaussianStatistics:
+    """Mean and covariance of features, summed in float64 over batches; memory does not grow with N."""
+
+    def __init__(self) -> None:
+        self.n, self.total, self.outer = 0, 0.0, 0.0
+
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be added to outside of it
+    def update(self, features: torch.Tensor) -> None:
+        """features: (B, d), finite."""
+        x = features.detach().cpu().double()
+        if not torch.isfinite(x).all():
+            raise ClipgenError("a feature is not finite: look for NaN pixels in the images that are evaluated")
+        if not self.n:
+            self.outer = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        self.n, self.total = self.n + len(x), self.total + x.sum(0)
+        self.outer.addmm_(x.T, x)  # in place: at 2,048 dimensions new matrices would take longer than the product
+
+    def compute(self) -> Moments:
+        """Mean and unbiased covariance; at least 2 rows are needed."""
+        if self.n < 2:
+            raise ClipgenError(f"statistics of {self.n} images have no covariance: give at least 2")
+        mean = self.total / self.n
+        covariance = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
+        return Moments(mean.numpy(), covariance.numpy())
+
+    def __add__(self, other: GaussianStatistics) -> GaussianStatistics:
+        """The statistics of two disjoint sets taken together."""
+        whole = GaussianStatistics()
+        whole.n, whole.total, whole.outer = self.n + other.n, self.total + other.total, self.outer + other.outer
+        return whole
+
+
+class FeatureSample:
+    """At most `size` rows of features, each of the N equally likely, the same whatever the batches.
+
+    Row i has a random key from (seed, i); the rows with the smallest keys stay, in the order of their keys: the first m of
+    them are a random sample too.
+    """
+
+    def __init__(self, size: int = SAMPLE, seed: int = 0):
+        self.size, self.seed, self.n = size, seed, 0
+        self.heap: list[tuple[float, int, torch.Tensor]] = []  # (-key, number, row), the largest key first
+
+    def update(self, features: torch.Tensor) -> None:
+        """features: (B, d)."""
+        for row in features.detach().cpu().float():
+            key = float(np.random.default_rng([self.seed, 29, self.n]).random())
+            add = heapq.heappush if len(self.heap) < self.size else heapq.heappushpop
+            add(self.heap, (-key, self.n, row.clone()))
+            self.n += 1
+
+    def compute(self) -> torch.Tensor:
+        """The rows that were kept, (min(N, size), d) float32, in random order."""
+        return torch.stack([row for _, _, row in sorted(self.heap, key=lambda entry: -entry[0])])
+
+
+def read_statistics(path: Path) -> Moments:
+    """Mean and covariance from an npz file of pytorch-fid's (`mu`, `sigma`), without running pickled code."""
+    again = "make it again by pytorch-fid's --save-stats"
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            mu, sigma = (np.asarray(content[key], np.float64) for key in ("mu", "sigma"))
+    except FileNotFoundError:
+        raise ClipgenError(f"{path} is missing: check the path") from None
+    except Exception as error:  # of an archive of any bytes: zipfile, zlib and numpy raise whatever they like
+        raise ClipgenError(f"{path} is cut short or holds no mu and sigma ({reason(error)}): {again}") from None
+    d = len(mu) if mu.ndim == 1 else 0
+    if sigma.shape != (d, d) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ClipgenError(f"{path} holds mu {mu.shape} and sigma {sigma.shape}, not finite (d,) and (d, d): {again}")
+    return Moments(mu, sigma)
+
+
+def frechet_over_n(features: torch.Tensor, reference: Moments, points: int = 5, fewest: int = 16) -> dict[str, float]:
+    """Frechet distance of the first n rows to a reference, for n = N, N/2, N/4, ...: the bias of a small N.
+
+    Args:
+        features: (N, d) in random order.
+
+    Returns:
+        n as text -> distance, from the smallest n; at most `points` of them, none below `fewest`.
+    """
+    distances = {}
+    for n in sorted({len(features) >> i for i in range(points)}):
+        if n >= fewest:
+            part = GaussianStatistics()
+            part.update(features[:n])
+            distances[str(n)] = frechet_distance(*reference, *part.compute())
+    return distances
+
+
+def few_images(counts: dict[str, int], dim: int) -> list[str]:
+    """A sentence for each set whose covariance of `dim` dimensions is estimated from fewer than that many images."""
+    biased = "its distances are biased upwards and compare with themselves only"
+    return [f"{s} has {n} images for {dim} feature dimensions: {biased}" for s, n in counts.items() if n < dim]
+
+
+class SetStatistics(NamedTuple):
+    """What all distances need of one set of images under one protocol, from one pass over it."""
+
+    halves: dict[int, tuple[GaussianStatistics, GaussianStatistics]]  # blur radius -> sums of every other image
+    sample: FeatureSample  # features of unblurred images
+    network: FeatureNetwork
+
+    @property
+    def dim(self) -> int:
+        return len(next(iter(self.halves.values()))[0].total)
+
+    def moments(self, k: int) -> Moments:
+        first, second = self.halves[k]
+        return (first + second).compute()
+
+
+@torch.inference_mode()
+def set_statistics(batches: Iterable[torch.Tensor], network: FeatureNetwork, radii: Iterable[int]) -> SetStatistics:
+    """Statistics of images (B, 3, H, W) in [-1, 1], rounded to 8 bits first, at every blur radius at once."""
+    halves = {k: (GaussianStatistics(), GaussianStatistics()) for k in radii}
+    sample, n = FeatureSample(), 0
+    for images in map(eight_bit, batches):
+        for k, (first, second) in halves.items():
+            features = network(blur(images, k)).cpu()
+            first.update(features[n % 2 :: 2])
+            second.update(features[(n + 1) % 2 :: 2])
+            if k == 0:
+                sample.update(features)
+        n += len(images)
+    return SetStatistics(halves, sample, network)
+
+
+def fid_by_radius(scored: SetStatistics, reference: SetStatistics | Moments) -> dict[str, float]:
+    """FID-k for every blur radius k; against statistics of a file for k = 0 alone."""
+    is_file = isinstance(reference, Moments)
+    known = {0: reference} if is_file else {k: reference.moments(k) for k in reference.halves}
+    return {str(k): frechet_distance(*scored.moments(k), *known[k]) for k in scored.halves if k in known}
+
+
+def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dict:
+    """All that compares one set of images with another under one protocol.
+
+    Returns:
+        `fid` (k -> FID-k), `fid_over_n`, `inception_score` where the network has a head; of a reference of images `floor`
+        (FID-k of its halves), `kid` and `manifold` (precision, recall, density, coverage, of the same number `n` of
+        images of either set: coverage falls where the sets differ in size).
+    """
+    scores: dict = {"fid": fid_by_radius(scored, reference), "floor": {}}
+    is_set = isinstance(reference, SetStatistics)
+    if is_set:
+        halves = {k: [half.compute() for half in pair] for k, pair in reference.halves.items()}
+        scores["floor"] = {str(k): frechet_distance(*first, *second) for k, (first, second) in halves.items()}
+    if scored.sample.n:
+        scores["fid_over_n"] = frechet_over_n(scored.sample.compute(), reference.moments(0) if is_set else reference)
+    if is_set and min(scored.sample.n, reference.sample.n) > 5:  # the fifth neighbour
+        real, fake = reference.sample.compute(), scored.sample.compute()
+        n = min(len(real), len(fake))
+        scores["kid"] = kernel_distance(real, fake)
+        scores["manifold"] = {**manifold_scores(real[:n], fake[:n]), "n": n}  # their order is random
+    if scored.sample.n and scored.network.head is not None:
+        scores["inception_score"] = inception_score(scored.network.logits(scored.sample.compute()))
+    return scores

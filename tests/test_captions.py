@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.multimodal.clip_score import CLIPScore
+
+from clipgen_lib.data.batches import ordered_batches
+from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.images import to_float
+from clipgen_lib.evaluate import open_folder
+from clipgen_lib.metrics.captions import (
+    caption_scores,
+    choose_captions,
+    fit_scores,
+    read_captions,
+    texts_of,
+)
+from clipgen_lib.runtime.runs import ClipgenError
+
+
+def normal(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_captions_are_chosen_by_seed(world):
+    images = open_images(world, "val")
+    few, again, other = choose_captions(images, 12, 0), choose_captions(images, 12, 0), choose_captions(images, 12, 1)
+    assert few == again != other and sorted(row for row, _ in few) == list(range(12))
+    everything = choose_captions(images, 1000, 0)
+    assert len(everything) == 60 and all(text in images.captions[row] for row, text in everything)
+
+
+def test_captions_of_one_picture_are_not_each_others_rivals():
+    """Five captions to an image, a perfect encoder: every image finds one of its own."""
+    pictures = torch.nn.functional.normalize(torch.randn(20, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    embeds, owners = pictures.repeat(5, 1), list(range(20)) * 5
+    texts = [f"caption {i}" for i in range(100)]
+    assert fit_scores(embeds, embeds, texts)["r_precision"] < 0.5  # the same embedding is never above itself
+    assert fit_scores(embeds, embeds, texts, owners=owners)["r_precision"] == 1.0
+    scores = fit_scores(embeds, embeds, texts, owners=owners)
+    assert scores["r_precision"] == 1.0 and scores["caps_shuffled"] < 0.5
+
+
+def test_r_precision_from_perfect_to_chance():
+    texts = [str(i) for i in range(300)]
+    embeds = torch.nn.functional.normalize(normal(300, 32), dim=1)
+    assert fit_scores(embeds, embeds, texts)["r_precision"] == 1.0
+    assert fit_scores(embeds.roll(1, 0), embeds, texts)["r_precision"] < 0.05
+    assert (
+        fit_scores(embeds, embeds, ["same"] * 150 + texts[150:])["r_precision"] == 1.0
+    )  # equal captions are no mistakes
+    assert abs(fit_scores(embeds, embeds, texts)["caps_shuffled"]) < 0.1
+
+
+def test_clip_score_is_that_of_torchmetrics(clip, world):
+    """The same CLIP behind the interface that torchmetrics knows."""
+
+    class Model(torch.nn.Module):
+        config = None
+
+        def get_image_features(self, pixels):
+            return clip.images(to_float(pixels))
+
+        def get_text_features(self, ids, mask):
+            return clip.texts(self.asked)
+
+    model = Model()
+
+    def processor(images=None, text=None, return_tensors="pt", padding=True):
+        if images is not None:
+            return {"pixel_values": torch.stack(images)}
+        model.asked = text
+        return {"input_ids": torch.zeros(1), "attention_mask": torch.ones(1)}
+
+    images = open_images(world, "val")
+    (_, batch), texts = next(ordered_batches(images, range(12), 12)), [c[0] for c in images.captions]
+    theirs = CLIPScore(lambda: (model, processor))
+    theirs.update(batch, texts)
+    found = caption_scores(images, list(enumerate(texts)), clip)
+    assert 100 * found["caps"] == pytest.approx(theirs.compute().item(), rel=1e-6) and found["caps"] > 0.5
+    assert found["judged"] == 12 and found["truncated_captions"] == 0
+
+
+def test_caption_files(world, tmp_path):
+    by_coco = read_captions(world / "annotations" / "captions_val.json")
+    images = open_images(world, "val")
+    assert len(by_coco) == 12 and all(by_coco[p.stem] in c for p, c in zip(images.paths, images.captions, strict=True))
+    assert read_captions(world / "annotations" / "captions_val.json", seed=1) != by_coco
+    (tmp_path / "c.json").write_text(json.dumps({"x/1.png": "one", "2.jpg": "two  words"}))
+    assert read_captions(tmp_path / "c.json") == {"x/1": "one", "2": "two words"}
+    for name, content, sentence in (
+        ("d.json", '{"1.png": 3}', "neither COCO's captions"),
+        ("e.json", '{"images": [], "annotations": [{}]}', "neither COCO's"),
+        ("f.txt", "a.png no tab\n", "line 1 of"),
+        ("g.txt", "", "holds no captions"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ClipgenError, match=sentence):
+            read_captions(tmp_path / name)
+    with pytest.raises(ClipgenError, match="cannot be read"):
+        read_captions(tmp_path / "absent.txt")
+    (tmp_path / "h.txt").write_text("elsewhere.png\ta text\n")
+    with pytest.raises(ClipgenError, match="names none of the 12 images"):
+        texts_of(images, tmp_path / "h.txt")
+
+
+def test_bare_names_are_used_only_where_they_say_which(tmp_path):
+    for name in ("bee", "goldfish"):
+        (tmp_path / "generated" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "generated" / name / "0.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "generated" / "bee" / "1.png")
+    folder = open_folder(tmp_path / "generated")
+    (tmp_path / "list.txt").write_text("goldfish/0.png\ta goldfish\n1.png\ta bee\n")
+    found = {
+        folder.paths[row].relative_to(folder.root).as_posix(): text
+        for row, text in texts_of(folder, tmp_path / "list.txt").items()
+    }
+    assert found == {"goldfish/0.png": "a goldfish", "bee/1.png": "a bee"}

@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+import torch
+from pytorch_fid.fid_score import calculate_frechet_distance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
+
+from clipgen_lib.data.images import to_uint8
+from clipgen_lib.metrics.distances import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    manifold_scores,
+    reconstruction_scores,
+)
+from clipgen_lib.runtime.runs import ClipgenError
+
+
+def gaussian(dim, seed):
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(dim, dim))
+    return rng.normal(size=dim), root @ root.T / dim
+
+
+def normal(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+class Identity(torch.nn.Module):
+    """A stand-in network for torchmetrics: what it is given are the features already."""
+
+    def forward(self, x):
+        return x
+
+
+def test_frechet_closed_forms():
+    mu, sigma = gaussian(12, 0)
+    assert frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(mu, sigma, mu + 0.5, sigma) == pytest.approx(12 * 0.25)
+    a, b = np.diag(np.arange(1.0, 13)), np.diag(np.arange(13.0, 1, -1))
+    wanted = ((np.sqrt(np.diag(a)) - np.sqrt(np.diag(b))) ** 2).sum()
+    assert frechet_distance(mu, a, mu, b) == pytest.approx(wanted)
+    assert frechet_distance(mu, np.zeros((12, 12)), mu, a) == pytest.approx(np.trace(a))  # a singular covariance
+    with pytest.raises(ClipgenError, match="one feature network"):
+        frechet_distance(mu, sigma, mu[:5], sigma[:5, :5])
+
+
+def test_frechet_of_singular_and_nearly_singular_covariances():
+    """Fewer rows than dimensions on one side, then on both: either order of the sets gives the same distance."""
+    rng = np.random.default_rng(0)
+    many, few, fewer = (np.cov(rng.normal(size=(n, 40)), rowvar=False) for n in (4_000, 20, 8))
+    zero = np.zeros(40)
+    for a, b in ((many, few), (few, fewer), (few + 1e-12 * np.eye(40), fewer)):
+        assert frechet_distance(zero, a, zero, b) == pytest.approx(frechet_distance(zero, b, zero, a), rel=1e-5)
+    assert frechet_distance(zero, few, zero, few) == pytest.approx(0, abs=1e-5 * np.trace(few))
+    wanted = calculate_frechet_distance(zero, many, zero, few)
+    assert frechet_distance(zero, many, zero, few) == pytest.approx(wanted, rel=1e-4)  # theirs loses digits here
+
+
+def test_frechet_equals_pytorch_fid():
+    for seed in range(3):
+        a, b = gaussian(40, seed), gaussian(40, seed + 10)
+        assert frechet_distance(*a, *b) == pytest.approx(calculate_frechet_distance(*a, *b), rel=1e-6)
+
+
+def test_kernel_distance_is_that_of_torchmetrics():
+    real, fake = normal(60, 8), normal(50, 8, 1) + 0.3
+    found = kernel_distance(real, fake)
+    theirs = KernelInceptionDistance(Identity(), subsets=400, subset_size=25).set_dtype(torch.float64)
+    theirs.update(real.double(), real=True)
+    theirs.update(fake.double(), real=False)
+    torch.manual_seed(0)
+    mean, std = theirs.compute()
+    assert found["subset_size"] == 25 and found["subsets"] == 100
+    assert found["mean"] == pytest.approx(mean.item(), abs=4 * std.item() / 10) and found["std"] == pytest.approx(
+        std.item(), rel=0.3
+    )
+    draw = np.random.default_rng([0, 31])
+    first = [x[draw.choice(len(x), 25, replace=False)].double() for x in (real, fake)]
+    assert kernel_distance(real, fake, subsets=1)["mean"] == poly_mmd(*first).item()
+
+
+def test_kernel_distance_is_unbiased():
+    values = [kernel_distance(normal(100, 4, 2 * i), normal(100, 4, 2 * i + 1), subsets=1)["mean"] for i in range(200)]
+    assert (
+        abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(200) and min(values) < 0
+    )  # the same Gaussian: 0 on average
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_inception_score_is_that_of_torchmetrics(monkeypatch, splits):
+    logits = 3 * normal(200, 10)
+    theirs = InceptionScore(Identity(), splits=splits).set_dtype(torch.float64)
+    theirs.update(logits.double())
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # their parts are runs of a shuffled order
+    mean, std = theirs.compute()
+    found = inception_score(logits, splits)
+    assert found["mean"] == pytest.approx(mean.item(), rel=1e-9)
+    assert splits == 1 or found["std"] == pytest.approx(std.item(), rel=1e-9)
+
+
+def test_inception_score_closed_forms():
+    sure, unsure = inception_score(100 * torch.eye(8).repeat(4, 1), 2), inception_score(torch.zeros(32, 8), 2)
+    assert sure == {"mean": pytest.approx(8.0), "std": pytest.approx(0.0), "splits": 2}
+    assert unsure["mean"] == pytest.approx(1.0)
+
+
+def by_hand(real, fake, k, k_density):
+    """Precision, recall, density and coverage in plain loops over their definitions."""
+
+    def radius(rows, i, k):
+        return sorted(float((rows[i] - rows[j]).norm()) for j in range(len(rows)) if j != i)[k - 1]
+
+    def inside(point, rows, radii):
+        return [float((point - row).norm()) <= r for row, r in zip(rows, radii, strict=True)]
+
+    near, wide = ([radius(real, i, kk) for i in range(len(real))] for kk in (k, k_density))
+    fakes = [radius(fake, j, k) for j in range(len(fake))]
+    counts = [inside(y, real, wide) for y in fake]
+    return {
+        "precision": np.mean([any(inside(y, real, near)) for y in fake]),
+        "recall": np.mean([any(inside(x, fake, fakes)) for x in real]),
+        "density": sum(map(sum, counts)) / (k_density * len(fake)),
+        "coverage": np.mean([any(row[i] for row in counts) for i in range(len(real))]),
+    }
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 30.0])
+def test_manifold_scores_by_hand(shift):
+    real, fake = normal(23, 5).double(), 0.8 * normal(17, 5, 1).double() + shift
+    found = manifold_scores(real, fake, chunk=7)
+    assert found == pytest.approx(by_hand(real, fake, 3, 5))
+    if shift == 30.0:
+        assert set(found.values()) == {0.0}
+
+
+def test_manifold_of_a_set_and_itself():
+    x = normal(200, 6)
+    found = manifold_scores(x, x)
+    assert found["precision"] == found["recall"] == found["coverage"] == 1.0 and found["density"] == pytest.approx(
+        1.0, abs=0.3
+    )
+    collapsed = manifold_scores(x, x[:10].repeat(20, 1) + 1e-3 * normal(200, 6, 1))
+    assert collapsed["precision"] == 1.0 and collapsed["coverage"] < 0.5 and collapsed["recall"] < 0.2
+
+
+def test_psnr_and_ssim_by_hand():
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    y = (x + 0.1).clamp(-1, 1)
+    found = reconstruction_scores(x, y)
+    error = (to_uint8(x).double() - to_uint8(y).double()).pow(2).mean((1, 2, 3))
+    assert torch.allclose(found["psnr"].double(), 20 * torch.log10(255 / error.sqrt()), atol=1e-4)
+    assert found["ssim"].shape == (3,) and (found["ssim"] < 1).all()
+    same = reconstruction_scores(x, x)
+    assert torch.isinf(same["psnr"]).all() and torch.allclose(same["ssim"], torch.ones(3))
