@@ -225,6 +225,31 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
     return figure
 
 
+def speed_ratios(rows: list[dict], title: str) -> Figure:
+    """How many times as long each peer takes as we do, on a log axis, one colour for each section.
+
+    Args:
+        rows: of `results/speed/cpu.json`, as tests/speed.py writes them; a peer that was not installed has no ratio.
+    """
+    rows = [row for row in rows if row["ratio"] is not None]
+    sections = list(dict.fromkeys(row["section"] for row in rows))
+    figure, axis = plt.subplots(figsize=(9, 0.26 * len(rows) + 1.2))
+    for place, row in enumerate(rows):
+        colour, spread = f"C{sections.index(row['section'])}", row["ratio_range"]
+        axis.plot(spread, [place, place], color=colour, linewidth=2, alpha=0.5)
+        axis.plot(row["ratio"], place, "o", color=colour)
+        axis.annotate(f"{row['ratio']:.2f}", (max(spread), place), (6, -3), textcoords="offset points", fontsize=7)
+    labels = [f"{row['section']}: {row['name']}; {row['peer']['name']}" for row in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize=7)
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="seconds of the peer / ours: right of 1 we are faster", title=title)
+    axis.grid(alpha=0.3, axis="x")
+    return figure
+
+
 def fid_over_n(curves: dict[str, dict[str, float]], title: str) -> Figure:
     """FID against the number of images it was computed from: label -> {N: FID}; a curve that still falls is bias, not quality."""
     figure, axis = plt.subplots(figsize=(5, 3))

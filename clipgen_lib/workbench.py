@@ -151,8 +151,6 @@ class Workbench:
         clip = "/".join(part for part in (begun.preset.clip.name, begun.preset.clip.pretrained) if part)
         return cls.open(begun.preset.name, run, data or begun.data, begun.seed, device, clip)
 
-    # ------------------------------------------------------------------------------------------ parts
-
     @property
     def seed(self) -> int:
         return self.run.seed
@@ -240,8 +238,6 @@ class Workbench:
         image_embeds, text_embeds = zip(*pairs, strict=True)
         return torch.cat(image_embeds), torch.cat(text_embeds)
 
-    # ------------------------------------------------------------------------------------------ steps
-
     def train_vqgan(self, steps: int = 0) -> VQGAN:
         """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's."""
         config = replace(self.preset.vqgan_train, **({"steps": steps} if steps else {}))
@@ -251,9 +247,8 @@ class Workbench:
                 f"{val_images.root} holds {len(images)} images to train on and {len(val_images)} to test on: give at least {FEWEST_VAL} of each"
             )
         with self._timed("vqgan"):
-            vqgan = train_vqgan.train_vqgan(
-                self.run, images, val_images, replace(self.preset, vqgan_train=config), self.clip
-            )
+            preset = replace(self.preset, vqgan_train=config)
+            vqgan = train_vqgan.train_vqgan(self.run, images, val_images, preset, self.clip)
         data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
         self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
         return vqgan
@@ -273,15 +268,12 @@ class Workbench:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint; `steps` as in `train_vqgan`."""
         config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
         vqgan, store, val_store = self.vqgan(), self.store(), self.store("val")
-        settings, prompts = (
-            replace(self.preset.sample, candidates=1),
-            (self.preview_prompts(), val_store.embeds(slice(0, 6))),
-        )
+        prompts, settings = (self.preview_prompts(), val_store.embeds(slice(0, 6))), self.preset.sample
         extras = self.bank_and_offset(settings)
 
         def preview(transformer, step):
             generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, *extras)
-            images = torch.cat([generator.generate_each(given, list(range(len(given)))) for given in prompts])
+            images = torch.cat([generator.generate_each(p, list(range(len(p))), candidates=1) for p in prompts])
             Image.fromarray(grid(images, columns=len(images))).save(self.run.file("previews", f"{step:06d}.png"))
 
         with self._timed("transformer"):
