@@ -154,9 +154,7 @@ def evaluate(guidance: float, images: Path | None, reference: Path | None, outpu
     _say(table(wb.run.summary()))
 
 
-def _evaluate_folder(
-    images: Path, reference: Path | None, output: Path | None, run_options: dict, **folder_options
-) -> None:
+def _evaluate_folder(images: Path, reference: Path, output: Path | None, run_options: dict, **folder_options) -> None:
     """Score a folder of anybody's images against a reference."""
     from .clip_embed import ClipEmbedder
     from .config import EvaluateConfig
@@ -318,6 +316,11 @@ def doctor() -> None:
 @click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a parameter, such as DATA=/my/photos")
 def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameters: tuple[str, ...]) -> None:
     """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
+    from .clip_embed import photo_notice
+    from .config import load_preset
+    from .metrics.captions import split_prompts
+    from .workbench import clip_fields
+
     chosen = [_notebook(wanted) for wanted in only or NOTEBOOKS]
     known = {name: parameters_of(name) for name in chosen}
     everything = {key: is_text for names in known.values() for key, is_text in names.items()}
@@ -328,7 +331,9 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
     of_preset = default_run(values["PRESET"], values.get("DATA", "shapes"))
     default = of_preset if "PRESET" in everything else chosen[0].partition("_")[2]
     values["RUN"] = run or values.get("RUN") or default
-    notice = _check(values)
+    split_prompts(values.get("PROMPTS", ""))  # what can be told before hours of training
+    clip = clip_fields(values["CLIP"])["name"] if values.get("CLIP") else load_preset(values["PRESET"]).clip.name
+    notice = photo_notice(clip, values.get("DATA", "shapes"))
     click.echo(notice, err=True, nl=bool(notice))
     opened = open_run(values["RUN"])
     for index, name in enumerate(chosen):
@@ -344,10 +349,7 @@ def default_run(preset: str, data: str) -> str:
 
 
 def parse_parameter(text: str, known: dict[str, bool]) -> tuple[str, object]:
-    """KEY=VALUE for papermill: a number, or of a key whose default is a text the text as it is.
-
-    Args:
-        known: the notebooks' parameters, and of each whether it is a text.
+    """KEY=VALUE for papermill: a number, or the text itself where `known` says that the parameter is a text.
 
     Raises:
         ClipgenError: not KEY=VALUE, an unknown key, or no number where one is needed.
@@ -384,18 +386,6 @@ def _notebook(wanted: str) -> str:
     if len(matches) != 1:
         raise ClipgenError(f"{len(matches)} notebooks match {wanted!r}: name one of {', '.join(available)}")
     return matches[0]
-
-
-def _check(values: dict) -> str:
-    """What can be told before hours of training: an error for prompts that are none, a notice for a CLIP of shapes on photos."""
-    from .clip_embed import photo_notice
-    from .config import load_preset
-    from .metrics.captions import split_prompts
-    from .workbench import clip_fields
-
-    split_prompts(values.get("PROMPTS", ""))
-    clip = clip_fields(values["CLIP"])["name"] if values.get("CLIP") else load_preset(values["PRESET"]).clip.name
-    return photo_notice(clip, values.get("DATA", "shapes"))
 
 
 def _execute(name: str, values: dict, output: Path) -> None:

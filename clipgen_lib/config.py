@@ -26,6 +26,7 @@ Depth = Annotated[int, Field(ge=1, le=1_000)]  # of a loop that builds modules
 Amount = Annotated[float, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
+Several = Field(min_length=1, max_length=16)
 
 
 @checked_dataclass
@@ -113,7 +114,7 @@ class VQGANConfig(Config):
     image_size: Count = 64
     patch: Count = 1  # side of the pixel square folded into channels before the first convolution
     channels: Count = 128
-    channel_mult: Annotated[tuple[Count, ...], Field(min_length=1, max_length=16)] = (1, 1, 2, 2, 4)
+    channel_mult: Annotated[tuple[Count, ...], Several] = (1, 1, 2, 2, 4)
     res_blocks: Depth = 2
     local: bool = False  # a token depends on its own square of pixels alone; such tokens are easier to predict
     z_channels: Count = 256
@@ -187,8 +188,7 @@ class TransformerConfig(Config):
     layers: Depth = 24
     width: Count = 1_024
     heads: Count = 16
-    # adaln: adaptive layer norm in every block; words: text tokens as the prefix
-    conditioning: Literal["prefix", "adaln", "words"] = "prefix"
+    conditioning: Literal["prefix", "adaln", "words"] = "prefix"  # or adaptive layer norms, or text tokens
     condition_tokens: Count = 1  # inputs before the first image token
     dropout: Share = 0.0
     gradient_checkpointing: bool = False
@@ -207,9 +207,7 @@ class TransformerTrainConfig(OptimConfig):
     centre: bool = False  # subtract each modality's mean from its embeddings; needs some texts, of whatever images
     embedding_weight: Amount = 0.1  # of the CLIP embedding reconstruction loss
     embedding_share: Share = 0.125  # of the batch that it is computed on
-    embedding_path: Literal["straight-through", "gumbel"] = (
-        "straight-through"  # gradient through likeliest tokens, or sampled
-    )
+    embedding_path: Literal["straight-through", "gumbel"] = "straight-through"  # or through sampled tokens
     embedding_form: Literal["cosine", "log"] = "cosine"  # 1 - similarity, or -log of it
     flip: bool = True  # horizontally flipped images as extra rows of the store
 
@@ -222,8 +220,7 @@ class SampleConfig(Config):
     top_k: CountFromZero = 0  # 0 keeps all
     top_p: Share = 1.0
     guidance: Annotated[float, Field(ge=-MOST, le=MOST)] = 3.0  # 1 is no guidance
-    # linear and cosine rise from 1 at the first token to `guidance` at the last
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"  # or from 1 at the first token up to it
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)  # shares of the tokens between which there is guidance
     neighbours: CountFromZero = 0  # training images whose mean embedding replaces a text's; 0 takes the text's own
     shift: bool = False  # move a text's embedding by mean image minus mean text; needs some texts, of whatever images
@@ -266,13 +263,7 @@ class EvaluateConfig(Config):
 
     n: Count = 30_000  # captions
     n_oracle: CountFromZero = 512  # prompts of each kind (Shapes world only)
-    blur: Annotated[tuple[CountFromZero, ...], Field(min_length=1, max_length=16)] = (
-        0,
-        1,
-        2,
-        4,
-        8,
-    )  # k of FID-k, pixels
+    blur: Annotated[tuple[CountFromZero, ...], Several] = (0, 1, 2, 4, 8)  # k of FID-k, pixels
     protocol: Literal["inception", "clean", "torchmetrics", "dmgan", "clip"] = "inception"  # feature network of FID
     batch_size: Count = 64
 

@@ -49,9 +49,9 @@ class Need(NamedTuple):
 
 def this_machine() -> Machine:
     disk = shutil.disk_usage(next(folder for folder in (RESULTS, *RESULTS.parents) if folder.exists())).free / 1e9
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    shown = tuple((gpu.name, gpu.total_memory / 1e9) for gpu in gpus)
-    return Machine(os.cpu_count() or 1, psutil.virtual_memory().total / 1e9, disk, shown)
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = tuple((gpu.name, gpu.total_memory / 1e9) for gpu in found)
+    return Machine(os.cpu_count() or 1, psutil.virtual_memory().total / 1e9, disk, gpus)
 
 
 def weights_of(preset: Preset) -> list[str]:
@@ -71,12 +71,8 @@ def missing_weights() -> dict[str, str]:
         found[weights_of(preset)[0]] = "" if is_here else cure
     is_here = (DATA / "shapes_generator" / "model.safetensors").is_file()
     found["data/shapes_generator"] = "" if is_here else "restore it from the repository: clipgen generate needs it"
-    for file, use in {
-        VGG16: "LPIPS loss",
-        ALEXNET: "LPIPS",
-        FID_INCEPTION: "FID",
-        TORCHVISION_INCEPTION: "dmgan",
-    }.items():
+    uses = (VGG16, "LPIPS loss"), (ALEXNET, "LPIPS"), (FID_INCEPTION, "FID"), (TORCHVISION_INCEPTION, "protocol dmgan")
+    for file, use in uses:
         is_here = (hub_folder() / file.file).is_file()
         found[file.file] = "" if is_here else f"for {use}: put it into {hub_folder()}, from {file.source}"
     return found
@@ -97,9 +93,8 @@ def need(preset: Preset) -> Need:
             return critic(fake), vgg(fake)
 
         def transformer_pass() -> object:
-            return transformer(torch.empty(1, clip_dim), torch.zeros(1, config.side**2, dtype=torch.long)).log_softmax(
-                -1
-            )
+            tokens = torch.zeros(1, config.side**2, dtype=torch.long)
+            return transformer(torch.empty(1, clip_dim), tokens).log_softmax(-1)
 
         kept, operations = zip(_one_pass(vqgan_pass), _one_pass(transformer_pass), strict=True)
     sizes = [sum(p.numel() for p in module.parameters()) for module in (vqgan, transformer, critic, vgg)]
@@ -119,10 +114,8 @@ def _one_pass(forward: Callable[[], object]) -> tuple[int, int]:
             kept[id(tensor)] = tensor  # held, so that no other tensor gets its number
         return tensor
 
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
         forward()
     return sum(tensor.nbytes for tensor in kept.values()), counter.get_total_flops()
 
@@ -156,8 +149,7 @@ def report(machine: Machine | None = None) -> tuple[str, str]:
         lines.append(
             f"{name:12}{'yes' if fits else 'no':6}{reason}{'; needs ' if absent else ''}{' and '.join(absent)}"
         )
-        if name == "laptop" and absent:
-            problem = f"the laptop preset lacks {absent[0]}: {weights[absent[0]]}"
-        elif name == "laptop" and not fits:
-            problem = f"the laptop preset does not fit: {reason}"
+        if name == "laptop" and (absent or not fits):
+            why = f"lacks {absent[0]}: {weights[absent[0]]}" if absent else f"does not fit: {reason}"
+            problem = f"the laptop preset {why}"
     return "\n".join(lines), problem

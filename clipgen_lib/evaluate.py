@@ -68,9 +68,8 @@ def generate_images(
     them (weights, settings, seed, prompts): images of other facts are deleted first. `captions.txt` holds the prompts.
 
     Args:
-        generator: anything with `generate_each(prompts, seeds, **settings)`.
+        generator: anything with `generate_each(prompts, seeds, **settings)`; settings are fields of SampleConfig.
         prompts: texts, or CLIP embeddings (N, D) of images.
-        settings: fields of SampleConfig, such as guidance.
 
     Raises:
         ClipgenError: the folder holds files that were not generated here, or an image has pixels that are not finite.
@@ -219,7 +218,6 @@ def _batches(
 
 
 def _count(images: ImageSet) -> int:
-    """The images that could be read, once they have been."""
     return len(images) - sum(name in images.skipped for name in images.names)
 
 
@@ -258,12 +256,7 @@ def evaluate_generator(
     """Generate for one caption each of `config.n` images of a split, and score what was generated against the split.
 
     Where a split has no captions, the CLIP embeddings of its images are the prompts. In a launch all processes generate and
-    the first one scores.
-
-    Args:
-        generator: a system with `generate_each`, `vqgan` and `clip`.
-        folder: for the generated images, which stay (`generate_images`).
-        settings: fields of SampleConfig, such as guidance.
+    the first one scores. The generated images stay in `folder`.
 
     Returns:
         (numbers, shown): what `score_images` gives; the first 64 `prompts` and `images`, and the caption list as text.
@@ -308,21 +301,17 @@ def evaluate_oracle(
     Text prompts of one object, of two with a relation, and of held-out pairs; as image prompts, the embeddings of real
     scenes of one object; and, with nothing generated, the tokenizer's reconstructions of real scenes, above which no
     generator on its tokens can rise. Every prompt gets one image, image i with seed + i: nothing is picked or ranked.
-
-    Args:
-        folder: for the generated images, in a folder of each modality and kind.
-        settings: fields of SampleConfig, such as guidance.
     """
-    kinds = {"text": ("one", "two", "held_out"), "image": ("one",), "reconstruction": ("one", "two", "held_out")}
+    kinds = ("one", "two", "held_out")
     shares: dict = {modality: {} for modality in modalities}
-    for modality, kind in ((key, kind) for key in modalities for kind in kinds[key]):
+    for modality, kind in ((key, kind) for key in modalities for kind in kinds[: 1 if key == "image" else 3]):
         prompts = oracle.prompts(kind, n, seed)
         scenes = from_arrays(np.stack([shapes.render(p.scene) for p in prompts])).to(generator.device).split(64)
         if modality == "reconstruction":
             arrays = np.concatenate([to_arrays(generator.vqgan.decode(generator.vqgan.encode(x))) for x in scenes])
         else:
-            embeds = torch.cat([generator.clip.images(x) for x in scenes]) if modality == "image" else None
-            asked = [p.text for p in prompts] if embeds is None else embeds
+            is_text = modality == "text"
+            asked = [p.text for p in prompts] if is_text else torch.cat([generator.clip.images(x) for x in scenes])
             paths = generate_images(generator, asked, folder / f"{modality}-{kind}", seed, **settings)
             arrays = [load_image(path, shapes.CANVAS).permute(1, 2, 0).numpy() for path in paths]
         shares[modality][kind] = oracle.score([oracle.correct(*pair) for pair in zip(arrays, prompts, strict=True)])

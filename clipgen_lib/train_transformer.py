@@ -186,14 +186,11 @@ def train_transformer(
     frozen: Frozen,
     preview: Callable[[ImageTransformer, int], None] | None = None,
 ) -> ImageTransformer:
-    """Train p(tokens | embedding) from a store, or resume from the run's last checkpoint, and write `<run>/transformer/`.
+    """Train p(tokens | embedding), or resume from the last checkpoint, and write `<run>/transformer/`; returns the EMA.
 
     Args:
         val_store: of images not trained on; its NLL is logged at every checkpoint.
         preview: called with the EMA model and the step at every checkpoint.
-
-    Returns:
-        The EMA of the weights, in eval mode.
 
     Raises:
         ClipgenError, Stopped: as of `train_vqgan`.
@@ -203,10 +200,7 @@ def train_transformer(
     torch.manual_seed(run.seed)
     transformer = ImageTransformer(preset.transformer, meta["K"], meta["L"], meta["D"])
     if config.centre:
-        if frozen.text_mean is None:
-            raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
-        transformer.image_mean.copy_(store.mean_embed())
-        transformer.text_mean.copy_(frozen.text_mean)
+        _centre_with(transformer, store.mean_embed(), frozen.text_mean)
     image_mean = transformer.image_mean.clone()
     transformer.to(device)
     frozen.vqgan.to(device).requires_grad_(False)
@@ -243,6 +237,13 @@ def train_transformer(
                 ema.update_parameters(transformer)
     trained_with = {"vqgan": module_hash(frozen.vqgan), "clip": frozen.clip.weights_hash}
     return finish(run, "transformer", ema.module, {}, trained_with=trained_with)
+
+
+def _centre_with(transformer: ImageTransformer, image_mean: torch.Tensor, text_mean: torch.Tensor | None) -> None:
+    if text_mean is None:
+        raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
+    transformer.image_mean.copy_(image_mean)
+    transformer.text_mean.copy_(text_mean)
 
 
 @torch.inference_mode()

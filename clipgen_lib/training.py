@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import FitConfig, OptimConfig
@@ -38,9 +39,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float 
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, peak: float, step: int, config: OptimConfig | FitConfig
-) -> None:
+def set_learning_rate(optimizer: Optimizer, peak: float, step: int, config: OptimConfig | FitConfig) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config.steps, peak, config.warmup)
 
@@ -57,12 +56,11 @@ def local_rows(config: OptimConfig) -> np.ndarray:
     Raises:
         ClipgenError: the batch does not divide.
     """
-    shares = distributed.world_size() * config.accumulate
-    if config.batch_size % shares:
-        raise ClipgenError(
-            f"batch_size {config.batch_size} does not divide by {distributed.world_size()} processes times accumulate {config.accumulate}: change one of them"
-        )
-    return np.arange(config.batch_size).reshape(distributed.world_size(), config.accumulate, -1)[distributed.rank()]
+    size, world, accumulate = config.batch_size, distributed.world_size(), config.accumulate
+    if size % (world * accumulate):
+        shares = f"{world} processes times accumulate {accumulate}"
+        raise ClipgenError(f"batch_size {size} does not divide by {shares}: change one of them")
+    return np.arange(size).reshape(world, accumulate, -1)[distributed.rank()]
 
 
 def autocast(config: OptimConfig, device: torch.device) -> torch.autocast:
@@ -75,9 +73,7 @@ _OUTER_LAYERS = ("conv_in", "conv_out", "quant_conv", "embedding", "condition", 
 _NEVER_DECAYED = ("codebook", "positions", "prefix")
 
 
-def build_optimizer(
-    module: nn.Module, kind: str, lr: float, beta2: float, weight_decay: float
-) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weight_decay: float) -> Optimizer:
     """AdamW (arXiv 1711.05101), or Muon on the hidden layers and Nesterov AdamW on the rest.
 
     Muon (here timm's) replaces the momentum of a matrix or kernel by the nearest orthogonal matrix; scaled to AdamW's
@@ -103,14 +99,8 @@ def build_optimizer(
         from timm.optim import Muon
 
         settings = [{**group, "use_fallback": key != "hidden"} for key, group in settings.items()]
-        return Muon(
-            settings,
-            lr=lr,
-            betas=(0.9, beta2),
-            adjust_lr_fn="match_rms_adamw",
-            ns_steps=3,
-            ns_coefficients="polar_express",
-        )
+        orthogonal = {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3, "ns_coefficients": "polar_express"}
+        return Muon(settings, lr=lr, betas=(0.9, beta2), **orthogonal)
     raise ClipgenError(f"unknown optimizer {kind!r}: choose adamw or muon")
 
 
@@ -166,10 +156,9 @@ class TrainingState:
             except ClipgenError as error:
                 damaged[path] = str(error)
                 continue
-            if differing := differences(meta["training"], self.facts):
-                raise ClipgenError(
-                    f"{path} belongs to another training (differs in {', '.join(differing)}): choose another run name or delete it"
-                )
+            if differing := ", ".join(differences(meta["training"], self.facts)):
+                other = f"{path} belongs to another training (differs in {differing})"
+                raise ClipgenError(f"{other}: choose another run name or delete it")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             step = meta["step"]
@@ -179,9 +168,7 @@ class TrainingState:
         distributed.barrier()  # all have read what is about to change
         if distributed.is_main():
             for path, why in damaged.items():  # aside, or they would count among the last ones that are kept
-                warnings.warn(
-                    f"{why}; training resumes from step {step}, that file is now {path.name}.damaged", stacklevel=3
-                )
+                warnings.warn(f"{why}; training resumes from step {step}, the file is set aside", stacklevel=3)
                 path.rename(f"{path}.damaged")
             for stage in (self.stage, f"{self.stage}_val"):
                 self.run.rewind(stage, step)
@@ -239,7 +226,7 @@ class Log:
         return {key: f"{line[key]:.3g}" for key in shown if key in line}
 
 
-def optimizer_step(log: Log, step: int, clip_norm: float, **optimizers: torch.optim.Optimizer) -> bool:
+def optimizer_step(log: Log, step: int, clip_norm: float, **optimizers: Optimizer) -> bool:
     """Clip gradients, log their norms by these names, and step where all is finite; returns whether it was."""
     norms = {}
     for name, optimizer in optimizers.items():

@@ -123,12 +123,11 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-class Middle(nn.Sequential):
-    def __init__(self, channels: int, local: bool, kernel: int = 3):
-        between = nn.Identity() if local else AttentionBlock(channels)
-        super().__init__(
-            ResBlock(channels, channels, local, kernel), between, ResBlock(channels, channels, local, kernel)
-        )
+def middle(channels: int, local: bool, kernel: int = 3) -> nn.Sequential:
+    """The blocks between the coarsest levels: residual, attention, residual."""
+    between = nn.Identity() if local else AttentionBlock(channels)
+    first, last = (ResBlock(channels, channels, local, kernel) for _ in range(2))
+    return nn.Sequential(first, between, last)
 
 
 class Encoder(nn.Module):
@@ -144,7 +143,7 @@ class Encoder(nn.Module):
         for i, (before, width) in enumerate(itertools.pairwise([config.channels, *widths])):
             resample = Downsample(width, config.local) if i < last else nn.Identity()
             self.down.append(Level([before] + [width] * config.res_blocks, config, i == last, kernel, resample))
-        self.mid = Middle(widths[-1], config.local, kernel)
+        self.mid = middle(widths[-1], config.local, kernel)
         self.norm_out = norm(widths[-1], config.local)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, kernel, padding="same")
 
@@ -162,7 +161,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in reversed(config.channel_mult)]
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = Middle(widths[0], config.local)
+        self.mid = middle(widths[0], config.local)
         self.up = nn.ModuleList()
         for i, (before, width) in enumerate(itertools.pairwise([widths[0], *widths])):
             resample = Upsample(width) if i < len(widths) - 1 else nn.Identity()
@@ -309,11 +308,9 @@ class VQGAN(nn.Module):
         Raises:
             ClipgenError: H or W is not a multiple of the downsampling factor.
         """
-        factor = self.config.factor
-        if images.shape[-2] % factor or images.shape[-1] % factor:
-            raise ClipgenError(
-                f"images of {images.shape[-2]}x{images.shape[-1]} pixels do not divide by {factor}: resize them to multiples of {factor}"
-            )
+        (height, width), factor = images.shape[-2:], self.config.factor
+        if height % factor or width % factor:
+            raise ClipgenError(f"images of {height}x{width} pixels do not divide by {factor}: resize them to multiples")
         return self.quantizer(self.quant_conv(self.encoder(images))).tokens
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -29,20 +29,8 @@ from .data.images import grid, to_float
 from .metrics import oracle
 from .metrics.captions import choose_captions, split_prompts
 from .metrics.classifier import Classifier, accuracy, train_classifier
-from .runtime import distributed
-from .runtime.runs import (
-    RESULTS,
-    ROOT,
-    ClipgenError,
-    Run,
-    differences,
-    open_run,
-    read_json,
-    shortened,
-    versions,
-    write_atomic,
-    write_json,
-)
+from .runtime import distributed, runs
+from .runtime.runs import RESULTS, ROOT, ClipgenError, Run, shortened
 from .store import TokenStore, extract
 from .text_to_image import TextToImage, load_run
 from .vqgan import VQGAN
@@ -125,18 +113,18 @@ class Workbench:
         """
         chosen = load_preset(preset, **({"clip": clip_fields(clip)} if clip else {}))
         device = pick_device(device)
-        opened = replace(open_run(run), seed=seed, device=device)
+        opened = replace(runs.open_run(run), seed=seed, device=device)
         begun, path = asdict(Begun(chosen, _portable(data), seed)), opened.file("config.json")
         if path.exists():
-            if differing := differences(asdict(_begun_with(path)), begun):
+            if differing := runs.differences(asdict(_begun_with(path)), begun):
                 raise ClipgenError(
                     f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}"
                 )
         elif distributed.is_main():
-            write_json(path, begun)
+            runs.write_json(path, begun)
         wb = cls(opened, chosen, data)
         if not opened.summary().get("versions"):
-            wb._record(run=run, preset=preset, seed=seed, versions=versions())
+            wb._record(run=run, preset=preset, seed=seed, versions=runs.versions())
         return wb
 
     @classmethod
@@ -150,8 +138,6 @@ class Workbench:
         begun = _begun_with(path)
         clip = "/".join(part for part in (begun.preset.clip.name, begun.preset.clip.pretrained) if part)
         return cls.open(begun.preset.name, run, data or begun.data, begun.seed, device, clip)
-
-    # ------------------------------------------------------------------------------------------ parts
 
     @property
     def seed(self) -> int:
@@ -240,8 +226,6 @@ class Workbench:
         image_embeds, text_embeds = zip(*pairs, strict=True)
         return torch.cat(image_embeds), torch.cat(text_embeds)
 
-    # ------------------------------------------------------------------------------------------ steps
-
     def train_vqgan(self, steps: int = 0) -> VQGAN:
         """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's."""
         config = replace(self.preset.vqgan_train, **({"steps": steps} if steps else {}))
@@ -251,9 +235,8 @@ class Workbench:
                 f"{val_images.root} holds {len(images)} images to train on and {len(val_images)} to test on: give at least {FEWEST_VAL} of each"
             )
         with self._timed("vqgan"):
-            vqgan = train_vqgan.train_vqgan(
-                self.run, images, val_images, replace(self.preset, vqgan_train=config), self.clip
-            )
+            preset = replace(self.preset, vqgan_train=config)
+            vqgan = train_vqgan.train_vqgan(self.run, images, val_images, preset, self.clip)
         data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
         self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
         return vqgan
@@ -273,15 +256,12 @@ class Workbench:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint; `steps` as in `train_vqgan`."""
         config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
         vqgan, store, val_store = self.vqgan(), self.store(), self.store("val")
-        settings, prompts = (
-            replace(self.preset.sample, candidates=1),
-            (self.preview_prompts(), val_store.embeds(slice(0, 6))),
-        )
+        prompts, settings = (self.preview_prompts(), val_store.embeds(slice(0, 6))), self.preset.sample
         extras = self.bank_and_offset(settings)
 
         def preview(transformer, step):
             generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, *extras)
-            images = torch.cat([generator.generate_each(given, list(range(len(given)))) for given in prompts])
+            images = torch.cat([generator.generate_each(p, list(range(len(p))), candidates=1) for p in prompts])
             Image.fromarray(grid(images, columns=len(images))).save(self.run.file("previews", f"{step:06d}.png"))
 
         with self._timed("transformer"):
@@ -385,19 +365,14 @@ class Workbench:
         generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
         evaluators, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
         with self._timed("evaluate", resumable=False):
+            val_images, config, place = self.images("val"), self.preset.evaluate, folder / "captions"
             numbers, shown = evaluate.evaluate_generator(
-                generator,
-                self.images("val"),
-                evaluators,
-                self.preset.evaluate,
-                folder / "captions",
-                self.seed,
-                **settings,
+                generator, val_images, evaluators, config, place, self.seed, **settings
             )
             entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
             if self.has_oracle:
-                n = self.preset.evaluate.n_oracle
-                entries["oracle"] = evaluate.evaluate_oracle(generator, folder / "oracle", n, self.seed, **settings)
+                place, n = folder / "oracle", config.n_oracle
+                entries["oracle"] = evaluate.evaluate_oracle(generator, place, n, self.seed, **settings)
         if not distributed.is_main():
             return shown
         start, texts = time.perf_counter(), shown["prompts"][:16]
@@ -406,7 +381,7 @@ class Workbench:
         seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
         self._record(**entries, seconds=seconds)
         if shown["captions"]:
-            write_atomic(self.run.file("captions.txt"), shown["captions"])
+            runs.write_atomic(self.run.file("captions.txt"), shown["captions"])
         return shown
 
     def export(self, folder: Path, n: int, candidates: int) -> dict:
@@ -420,13 +395,12 @@ class Workbench:
         """
         self.generator().export(folder)
         written = TextToImage.from_pretrained(folder).to(self.device)
-        entry: dict = {"bytes": (folder / "model.safetensors").stat().st_size}
-        if self.has_oracle:
-            entry["oracle"] = {}
-            for count in sorted({1, candidates}):
-                place = self.run.path / "generated" / f"export-{count}"
-                scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
-                entry["oracle"][str(count)] = scores["text"]
+        entry, oracle = {"bytes": (folder / "model.safetensors").stat().st_size}, {}
+        for count in sorted({1, candidates}) if self.has_oracle else []:
+            place = self.run.path / "generated" / f"export-{count}"
+            scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
+            oracle[str(count)] = scores["text"]
+        entry |= {"oracle": oracle} if oracle else {}
         self._record(export=entry)
         return entry
 
@@ -448,7 +422,7 @@ class Workbench:
 
 def _begun_with(path: Path) -> Begun:
     """What a run was begun with. A field that its config.json lacks has the default."""
-    found = read_json(path)
+    found = runs.read_json(path)
     try:
         return Begun(from_dict(Preset, found.get("preset"), whole=False), found.get("data"), found.get("seed"))
     except ClipgenError as error:

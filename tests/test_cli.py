@@ -55,7 +55,7 @@ def test_a_run_generates_and_is_evaluated_again(clipgen, smoke_run, tmp_path):
     "arguments, sentence",
     [
         (("run", "--preset", "smoke", "-p", "STEPS=3"), "no notebook has a parameter 'STEPS'"),
-        (("run", "--preset", "smoke", "-p", "PROMPTS= | "), "without a prompt"),
+        (("run", "--preset", "smoke", "-p", "PROMPTS= | "), "holds no prompt"),
         (("run", "--preset", "smoke", "--notebook", "09"), "0 notebooks match '09'"),
         (("generate", "a prompt", "--run", "none"), "there is no run 'none'"),
         (("generate", "a red circle", "-o", "out.foo"), "cannot be written as an image"),

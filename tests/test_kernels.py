@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipgen_lib.runtime.kernels import PackedLinear, attend, compile_in_place, largest, nll_from_hidden, packs
+from clipgen_lib.runtime.kernels import PackedLinear, attend, largest, nll_from_hidden, packs
 
 
 @pytest.mark.parametrize("logits_at_once", [7 * 20, 0])  # seven rows of 27 at a time, all of them

@@ -173,10 +173,9 @@ def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
         ClipgenError: the file cannot be read, or names none of the images.
     """
     known = read_captions(path, seed)
-    named = Counter(Path(name).name for name in known)
-    images_named = Counter(Path(name).stem for name in images.names)
+    counts = [Counter(Path(name).name for name in known), Counter(Path(name).stem for name in images.names)]
     bare = {Path(name).name: text for name, text in known.items()}
-    bare = {name: text for name, text in bare.items() if named[name] == images_named[name] == 1}
+    bare = {name: text for name, text in bare.items() if all(count[name] == 1 for count in counts)}
     texts = {row: known.get(_stem(name)) or bare.get(Path(name).stem) for row, name in enumerate(images.names)}
     texts = {row: text for row, text in texts.items() if text}
     if not texts:

@@ -88,12 +88,7 @@ def accuracy(
     classes: dict[int, str] | None = None,
     change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> dict[str, float]:
-    """Share of images that are classified as their class.
-
-    Args:
-        classes: row -> class; None takes those of `images`.
-        change: is applied to batches (B, 3, H, W) in [-1, 1] first.
-    """
+    """Share of images, changed first, that are classified as their class; None takes the classes of `images`."""
     device, correct = next(classifier.parameters()).device, []
     classes = dict(enumerate(images.classes)) if classes is None else classes
     for rows, batch in ordered_batches(images, list(classes), 250):

@@ -28,8 +28,7 @@ def corruption_scores(
     """One half of a set, corrupted, against the other half.
 
     Returns:
-        corruption -> `fid`, `kid`, precision, recall, density, coverage against the other half, and `psnr` and `ssim`
-        against the same half as it was. `none` is the floor, real against real.
+        corruption -> `fid`, `kid`, precision, recall, density, coverage, and `psnr` and `ssim` against the half as it was.
     """
     rows = range(min(limit, len(images)))
     if len(rows) < 16:

@@ -105,7 +105,7 @@ def frechet_over_n(features: torch.Tensor, reference: Moments, points: int = 5, 
     """Frechet distance of the first n rows to a reference, for n = N, N/2, N/4, ...: the bias of a small N.
 
     Args:
-        features: (N, d) in random order, as `FeatureSample` gives them.
+        features: (N, d) in random order.
 
     Returns:
         n as text -> distance, from the smallest n; at most `points` of them, none below `fewest`.

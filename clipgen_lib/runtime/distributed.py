@@ -57,18 +57,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(item: object) -> list:
-    """What each process gave, in the order of their ranks, for the first of them; an empty list for the others.
-
-    Tensors travel by way of the CPU: give them there.
-    """
-    if world_size() == 1:
-        return [item]
-    items = [None] * world_size() if is_main() else None
-    dist.gather_object(item, items)
-    return items or []
-
-
 def broadcast(item: object) -> object:
     """What the first process gave, for all."""
     if world_size() == 1:
@@ -129,11 +117,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def microbatches(parts: list, *modules: nn.Module) -> Iterator:
     """Yield the parts of a batch; the gradients of the modules travel between processes with the last part only."""
+    replicas = [module for module in modules if isinstance(module, DistributedDataParallel)]
     for index, part in enumerate(parts):
         with ExitStack() as stack:
-            for module in modules:
-                if isinstance(module, DistributedDataParallel) and index + 1 < len(parts):
-                    stack.enter_context(module.no_sync())
+            for replica in replicas if index + 1 < len(parts) else []:
+                stack.enter_context(replica.no_sync())
             yield part
 
 
