@@ -58,7 +58,8 @@ OUTPUTS = {  # final files of each step in its run's folder
     "evaluate": "generated/**/*.png",
     "generate": "out.png",
 }
-BAR = re.compile(r"([^\r\n:|]+):[^\r\n|]*\|[^\r\n|]*\| *(\d+)/\d+ ")  # of tqdm: label, and how far it is
+BAR = re.compile(r"([^\r\n:|]+):[^\r\n|]*\|[^\r\n|]*\| *(\d+)/(\d+) ")  # of tqdm: label, how far it is, its end
+Bars = dict[str, tuple[int, int]]
 
 
 @dataclass
@@ -95,12 +96,12 @@ class Command:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def bars(self) -> dict[str, tuple[int, int]]:
-        """Of each progress bar where it began and how far it has come."""
-        found: dict[str, tuple[int, int]] = {}
-        for label, at in BAR.findall(self.said):
-            first, _ = found.get(label.strip(), (int(at), 0))
-            found[label.strip()] = (first, int(at))
+    def bars(self) -> Bars:
+        """Of each progress bar what was left to do at its beginning, and what is left."""
+        found: Bars = {}
+        for label, at, end in BAR.findall(self.said):
+            left = int(end) - int(at)
+            found[label.strip()] = (found.get(label.strip(), (left, left))[0], left)
         return found
 
     def wait_until(self, condition: Callable[[], object]) -> bool:
@@ -140,9 +141,13 @@ def outputs(step: str, results: Path) -> dict[str, str]:
     return found
 
 
-def lost(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> int:
-    """Work that a command had done and does again, by the bars that both runs of it show."""
-    return sum(max(before[label][1] - after[label][0], 0) for label in before.keys() & after.keys())
+def lost(before: Bars, after: Bars) -> int:
+    """Work that a command had done and does again, by the bars that both runs of it show.
+
+    The bar of an evaluation's images, "generating <folder>", counts images that are there and not generated again.
+    """
+    labels = [label for label in before.keys() & after.keys() if not label.startswith("generating ")]
+    return sum(max(after[label][0] - before[label][1], 0) for label in labels)
 
 
 def cut_in_half(path: Path) -> None:
@@ -174,7 +179,7 @@ class Harness:
         place = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=self.home))
         return Path(shutil.copytree(self.home / "before" / step, place / "results"))
 
-    def finish(self, row: Row, results: Path, before: dict[str, tuple[int, int]]) -> None:
+    def finish(self, row: Row, results: Path, before: Bars) -> None:
         """Give a harmed command again, and enter into the row what came of it."""
         command = Command(row.step, results)
         row.survived += command.end() == 0
