@@ -20,7 +20,6 @@ from .config import PRESETS
 from .runtime.runs import ROOT, ClipgenError, open_run, progress
 
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
-
 PATH = click.Path(path_type=Path)
 PRESET = click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop")
 DATA = click.option("--data", default="shapes", help="'shapes', a COCO root, a folder, or a data set of Hugging Face")

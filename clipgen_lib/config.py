@@ -18,7 +18,6 @@ from .runtime.runs import ClipgenError, shortened
 checked_dataclass = partial(
     pydantic.dataclasses.dataclass, frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 )
-
 MOST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountFromZero = Annotated[int, Field(ge=0, le=MOST)]
@@ -365,7 +364,6 @@ IMAGENET = _changed(
     transformer_train=dict(steps=500_000, batch_size=512, accumulate=8),
     evaluate=dict(n=50_000),
 )
-
 PRESETS = dict(smoke=SMOKE, laptop=LAPTOP, reference=REFERENCE, gpu64=GPU64, coco=COCO, imagenet=IMAGENET)
 
 

@@ -7,13 +7,7 @@ import torch
 from PIL import Image
 
 from clipgen_lib.config import VQGANTrainConfig
-from clipgen_lib.data.batches import (
-    augmented_rows,
-    batch_rows,
-    image_batches,
-    ordered_batches,
-    training_batches,
-)
+from clipgen_lib.data.batches import augmented_rows, batch_rows, image_batches, ordered_batches, training_batches
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.runtime.runs import ClipgenError
 

@@ -9,13 +9,7 @@ from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.data.images import to_float
 from clipgen_lib.evaluate import open_folder
-from clipgen_lib.metrics.captions import (
-    caption_scores,
-    choose_captions,
-    fit_scores,
-    read_captions,
-    texts_of,
-)
+from clipgen_lib.metrics.captions import caption_scores, choose_captions, fit_scores, read_captions, texts_of
 from clipgen_lib.runtime.runs import ClipgenError
 
 

@@ -220,10 +220,7 @@ def test_blends_begin_and_end_at_the_plain_images(generator):
     assert torch.allclose(blended[1], generator(middle, n=2, seed=3)[0], atol=1e-5)
     mixed = generator.blend(image, b, [0, 1], seed=3)[:, 0]
     assert torch.allclose(mixed, torch.cat([generator(image, seed=3)[0], generator(b, seed=3)[0]]), atol=1e-5)
-    for wrong in (
-        lambda: generator.blend(a, b, []),
-        lambda: generator.blend([a, b], b, [0.5]),
-    ):
+    for wrong in (lambda: generator.blend(a, b, []), lambda: generator.blend([a, b], b, [0.5])):
         with pytest.raises(ClipgenError):
             wrong()
 

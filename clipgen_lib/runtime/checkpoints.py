@@ -184,18 +184,12 @@ class Weights:
 FID_INCEPTION = Weights(
     "pt_inception-2015-12-05-6726825d.pth", "6726825d0af5f729", "release fid_weights of mseitzer/pytorch-fid on GitHub"
 )
-
-
 TORCHVISION_INCEPTION = Weights(
     "inception_v3_google-0cc3c7bd.pth", "0cc3c7bd", "the page of inception_v3 in torchvision's documentation of models"
 )
-
-
 ALEXNET = Weights(
     "alexnet-owt-7be5be79.pth", "7be5be79", "the page of alexnet in torchvision's documentation of models"
 )
-
-
 VGG16 = Weights("vgg16-397923af.pth", "397923af", "the page of vgg16 in torchvision's documentation of models")
 
 
