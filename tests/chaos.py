@@ -229,10 +229,11 @@ class Harness:
         cut_in_half(path)
         reader = Command(step, results)
         reader.end()
+        refused = reader.ended_by_a_sentence
         shutil.rmtree(results / "run" / victim.partition("/")[0])
         remade = Command(remade_by, results).end() == 0
         self.finish(row, results, {})
-        row.survived = int(row.survived and remade and reader.ended_by_a_sentence)
+        row.survived = int(row.survived and remade and refused)
         return row
 
     def bad_images(self) -> Row:
