@@ -224,8 +224,9 @@ class Harness:
 
     def cut_input(self, step: str, victim: str, remade_by: str) -> Row:
         """A finished file cut in half is refused by one sentence; what holds it is deleted and made again."""
-        row, results = Row(step, f"{victim} cut in half", injected=1), self.copy(step)
+        results = self.copy(step)
         path = sorted((results / "run").glob(victim))[0]
+        row = Row(step, f"{path.relative_to(results / 'run')} cut in half", injected=1)
         cut_in_half(path)
         reader = Command(step, results)
         reader.end()
