@@ -3,8 +3,6 @@
 Heavy modules are imported inside the commands, so that `clipgen --help` answers at once.
 """
 
-from __future__ import annotations
-
 import ast
 import logging
 import os
@@ -208,9 +206,7 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
     from .workbench import Workbench, pick_device
 
     if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
-        raise ClipgenError(
-            f"{output} cannot be written as an image: give a name such as out.png, its folder must exist"
-        )
+        raise ClipgenError(f"{output} cannot be written: give an image name such as out.png in a folder that exists")
     _join(device)
     if run:
         generator = Workbench.reopen(run, device).generator()

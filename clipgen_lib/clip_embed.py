@@ -59,9 +59,7 @@ def _check_names(config: Path) -> None:
         for key in ("timm_model_name", "hf_model_name") if isinstance(part, dict) else ():
             if not re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*", str(part.get(key, "none"))):
                 named = shortened(str(part[key]))
-                raise ClipgenError(
-                    f"{config} names {named!r} as {key}, a place and not a model: restore the original file"
-                )
+                raise ClipgenError(f"{config} names a place, {named!r}, as {key}: restore the original file")
 
 
 def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | None:

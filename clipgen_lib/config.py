@@ -4,8 +4,6 @@ In: a preset's name. Out: a `Preset`. The same code serves a laptop and a cluste
 A test checks that some module reads every field. Importing this module imports no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from functools import partial
 from typing import Annotated, Literal

@@ -7,8 +7,6 @@ a GPU), the frozen networks, and 1.5 GB for Python and the driver. Operations ar
 forward pass of each stage, times batch and steps; a CPU core is taken to do 10^11 in a second.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

@@ -4,8 +4,6 @@ In: a generator and a split with captions, or any two folders of images. Out: nu
 how it was made. Blur and feature network are part of a metric's name; missing weights are named, never replaced by others.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator

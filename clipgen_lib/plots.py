@@ -1,7 +1,5 @@
 """Figures: each function takes data and returns a matplotlib Figure; nothing is shown or saved here."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 

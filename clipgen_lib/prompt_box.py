@@ -4,8 +4,6 @@ In: a `TextToImage`. Out: a widget; its `generate` is what the button does, with
 This is the only module that needs ipywidgets.
 """
 
-from __future__ import annotations
-
 import html
 
 import ipywidgets as widgets

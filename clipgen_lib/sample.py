@@ -8,8 +8,6 @@ inverts the cumulative distribution at one uniform number. These numbers are a f
 same embedding and seed give the same tokens in a batch of any size.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -99,9 +97,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
     """
     half = torch.atan2((a - b).norm(dim=-1, keepdim=True), (a + b).norm(dim=-1, keepdim=True))  # exact at small angles
     if bool((half > math.pi / 2 - 1e-4).any()):
-        raise ClipgenError(
-            "two embeddings point in opposite directions, nothing lies between them: choose another pair"
-        )
+        raise ClipgenError("the embeddings point in opposite directions, nothing lies between: choose others")
     turns = 2 * half / math.pi  # in half turns, the unit of sinc: sin(s x) / sin(x) = s sinc(s x) / sinc(x), also at 0
     left, right = (s * torch.sinc(s * turns) / torch.sinc(turns) for s in (1 - share, share))
     return left * a + right * b

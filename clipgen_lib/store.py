@@ -72,9 +72,7 @@ class TokenStore:
         for kind, given in (("VQGAN", vqgan and module_hash(vqgan)), ("CLIP", clip and clip.weights_hash)):
             made_by = shortened(str(meta.get(f"{kind.lower()}_hash")))
             if given is not None and given != made_by:
-                raise ClipgenError(
-                    f"{folder} was made by another {kind} (weights {made_by}, not {given}): extract again with this one"
-                )
+                raise ClipgenError(f"{folder} is of another {kind} ({made_by}, not {given}): extract it again")
         try:
             _check(meta)
             return cls(folder, meta, {key: _mapped(folder, key, meta) for key in FILES})
@@ -317,10 +315,13 @@ def _finish(partial: Path, folder: Path, meta: dict, images: ImageSet) -> None:
         return
     with fresh_folder(folder) as made:
         for key, (name, _) in FILES.items():
-            array = _mapped(partial, key, meta)
-            with open(made / name, "wb") as stream:
-                for i in range(0, len(good), 65_536):
-                    stream.write(array[good[i : i + 65_536]].tobytes())
-                _sync(stream)
+            _copy_rows(_mapped(partial, key, meta), good, made / name)
         write_json(made / "meta.json", done)
     shutil.rmtree(partial)
+
+
+def _copy_rows(array: np.ndarray, rows: np.ndarray, path: Path) -> None:
+    with open(path, "wb") as stream:
+        for i in range(0, len(rows), 65_536):
+            stream.write(array[rows[i : i + 65_536]].tobytes())
+        _sync(stream)

@@ -82,16 +82,16 @@ class TextToImage(
         clip: ClipEmbedder,
         clip_source: dict,
         settings: SampleConfig,
-        bank: torch.Tensor | None = None,
-        offset: torch.Tensor | None = None,
+        bank_and_offset: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> TextToImage:
         """Put trained parts together; parts that do not fit each other are a ClipgenError.
 
         Args:
             clip_source: how to load this CLIP again: its `name` and `pretrained`.
-            bank: embeddings (M, D) of the training images, for `neighbours`.
-            offset: mean embedding of images minus that of texts, (D,), for `shift`.
+            bank_and_offset: embeddings (M, D) of the training images, for `neighbours`; mean embedding of images minus
+                that of texts, (D,), for `shift`.
         """
+        bank, offset = bank_and_offset
         if transformer.codebook_size != vqgan.config.codebook_size or transformer.n_tokens != vqgan.config.side**2:
             raise ClipgenError("VQGAN and transformer differ in codebook or token count: use both from one run")
         if transformer.clip_dim != clip.dim:
@@ -287,7 +287,7 @@ class TextToImage(
 
 
 def load_run(
-    path: Path, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig, *bank_and_offset: torch.Tensor | None
+    path: Path, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig, bank_and_offset: tuple = (None, None)
 ) -> TextToImage:
     """The generator of a run, arguments as of `from_parts`; a transformer trained with other weights is refused."""
     vqgan = VQGAN.load(path / "vqgan", clip.device)
@@ -296,7 +296,7 @@ def load_run(
     now = {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}
     if trained_with != now:
         raise ClipgenError(f"the transformer in {path} was trained with {trained_with}, here is {now}: train it again")
-    return TextToImage.from_parts(vqgan, transformer, clip, clip_source, settings, *bank_and_offset)
+    return TextToImage.from_parts(vqgan, transformer, clip, clip_source, settings, bank_and_offset)
 
 
 def _repeat(prompts: Prompts | list[float], n: int, seed: int) -> tuple[list | torch.Tensor, list[int]]:

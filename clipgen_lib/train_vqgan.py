@@ -4,12 +4,10 @@ In: images (B, 3, H, W) in [-1, 1]. Out: a VQGAN. The formulas are those of VQGA
 to 7) with the hinge form of its code, as CLIP-GEN (arXiv 2203.00386, section 3.1) takes them over.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +103,7 @@ def ramp(step: int, steps: int, start: float, end: float) -> float:
     return min(max((done - start) / max(end - start, 1e-9), 0.0), 1.0)
 
 
-def perceptual_loss(kind: str, clip: ClipEmbedder | None = None) -> Perceptual:
+def perceptual_loss(kind: Literal["lpips", "clip", "none"], clip: ClipEmbedder | None = None) -> Perceptual:
     """The perceptual distance named by the preset; a choice, never a fallback.
 
     `lpips`: LPIPS with VGG16 (arXiv 1801.03924), whose backbone weights must be in torch's hub folder.
@@ -116,18 +114,14 @@ def perceptual_loss(kind: str, clip: ClipEmbedder | None = None) -> Perceptual:
         return lambda real, fake: real.new_zeros(())
     if kind == "clip":
         if clip is None:
-            raise ClipgenError(
-                "perceptual loss 'clip' needs a CLIP: give one, or choose 'lpips' or 'none' in the preset"
-            )
+            raise ClipgenError("perceptual loss 'clip' needs a CLIP: give one, or choose 'lpips' or 'none'")
         return lambda real, fake: _feature_distance(clip, real, fake)
-    if kind == "lpips":
-        weights_file(VGG16, "the perceptual loss LPIPS", "set perceptual to 'clip' in the preset")
-        import lpips
+    weights_file(VGG16, "the perceptual loss LPIPS", "set perceptual to 'clip' in the preset")
+    import lpips
 
-        with weights_alone():
-            network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
-        return lambda real, fake: network.to(real.device)(fake, real).mean()
-    raise ClipgenError(f"unknown perceptual loss {kind!r}: choose lpips, clip or none")
+    with weights_alone():
+        network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+    return lambda real, fake: network.to(real.device)(fake, real).mean()
 
 
 def _feature_distance(clip: ClipEmbedder, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -160,9 +154,7 @@ def generator_step(
     decoder = distributed.unwrapped(vqgan).decoder
     with autocast(config, images.device):
         features, quantized = vqgan(images, until_last_layer=True)
-        fake = decoder.last(
-            features
-        )  # apart: of a compiled graph the adaptive weight could not take the last layer alone
+        fake = decoder.last(features)  # apart: the adaptive weight takes the gradient at the last layer alone
 
         # eq. 4 and its perceptual form: reconstruction + ||sg[z] - e||^2 + beta ||z - sg[e]||^2
         l1, l2, feature_distance = F.l1_loss(fake, images), F.mse_loss(fake, images), perceptual(images, fake)

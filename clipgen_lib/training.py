@@ -5,8 +5,6 @@ resumed run is the uninterrupted one. Several processes share each batch and com
 of sums. A step without a finite loss and gradient changes no weight and is counted.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator

@@ -161,9 +161,7 @@ class ImageTransformer(nn.Module):
         """What the head reads, (B, T, E), of the arguments of `forward`; `runtime.kernels.nll_from_hidden` takes it."""
         first = self.config.condition_tokens
         if tokens.shape[1] > self.n_tokens:
-            raise ClipgenError(
-                f"{tokens.shape[1]} tokens given to a transformer of {self.n_tokens}: use the VQGAN it was trained with"
-            )
+            raise ClipgenError(f"{tokens.shape[1]} tokens for a transformer of {self.n_tokens}: use its own VQGAN")
         past_len = cache.length if cache is not None else 0
         x = self.token_embedding(tokens[:, max(past_len - first, 0) : -1])  # (B, new tokens, E)
         condition = None

@@ -232,9 +232,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: torch.Tensor) -> Quantized:
         if self.training and self.projection is not None:
-            raise ClipgenError(
-                "a Gumbel quantiser cannot be trained here: choose codebook_update 'gradient' or 'ema', or call .eval()"
-            )
+            raise ClipgenError("a Gumbel quantiser is not trained here: choose 'gradient' or 'ema', or call .eval()")
         z = z.float().permute(0, 2, 3, 1)  # (B, h, w, C)
         z = F.normalize(z, dim=-1) if self.l2_norm else z
         with torch.no_grad():

@@ -132,9 +132,7 @@ class Workbench:
         """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its images lie now."""
         path = RESULTS / run / "config.json"
         if not path.is_file():
-            raise ClipgenError(
-                f"there is no run {run!r} under {RESULTS.name}/: begin it with 'clipgen run --run {run}'"
-            )
+            raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}'")
         begun = _begun_with(path)
         clip = "/".join(part for part in (begun.preset.clip.name, begun.preset.clip.pretrained) if part)
         return cls.open(begun.preset.name, run, data or begun.data, begun.seed, device, clip)
@@ -187,7 +185,7 @@ class Workbench:
 
     def generator(self) -> TextToImage:
         settings = self.preset.sample
-        return load_run(self.run.path, self.clip, self.clip_source, settings, *self.bank_and_offset(settings))
+        return load_run(self.run.path, self.clip, self.clip_source, settings, self.bank_and_offset(settings))
 
     def bank_and_offset(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What `neighbours` and `shift` need beside the weights, each None where the setting is off.
@@ -260,7 +258,7 @@ class Workbench:
         extras = self.bank_and_offset(settings)
 
         def preview(transformer, step):
-            generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, *extras)
+            generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, extras)
             images = torch.cat([generator.generate_each(p, list(range(len(p))), candidates=1) for p in prompts])
             Image.fromarray(grid(images, columns=len(images))).save(self.run.file("previews", f"{step:06d}.png"))
 

@@ -58,7 +58,7 @@ def test_a_run_generates_and_is_evaluated_again(clipgen, smoke_run, tmp_path):
         (("run", "--preset", "smoke", "-p", "PROMPTS= | "), "holds no prompt"),
         (("run", "--preset", "smoke", "--notebook", "09"), "0 notebooks match '09'"),
         (("generate", "a prompt", "--run", "none"), "there is no run 'none'"),
-        (("generate", "a red circle", "-o", "out.foo"), "cannot be written as an image"),
+        (("generate", "a red circle", "-o", "out.foo"), "cannot be written: give an image name"),
         (("train-vqgan", "--preset", "smoke", "--run", "y", "--device", "cuda:7"), "cannot be used here"),
         (("evaluate", "--reference", "x"), "name it by --images"),
         (("evaluate", "--images", "x"), "give --reference"),

@@ -46,9 +46,9 @@ def test_other_weights_are_refused(store, vqgan, clip):
     TokenStore.open(store.folder, vqgan, clip)
     with torch.no_grad():
         vqgan.quant_conv.bias += 1e-3
-    with pytest.raises(ClipgenError, match="made by another VQGAN"):
+    with pytest.raises(ClipgenError, match="is of another VQGAN"):
         TokenStore.open(store.folder, vqgan, clip)
-    with pytest.raises(ClipgenError, match="made by another CLIP"):
+    with pytest.raises(ClipgenError, match="is of another CLIP"):
         TokenStore.open(store.folder, clip=SimpleNamespace(weights_hash="0" * 16))
 
 

@@ -87,7 +87,9 @@ def test_parts_that_do_not_fit(vqgan, clip, preset):
 
 def test_texts_are_projected_and_images_are_not(vqgan, transformer, clip, generator, tmp_path):
     bank = torch.nn.functional.normalize(torch.randn(20, clip.dim), dim=1)
-    banked = TextToImage.from_parts(vqgan, transformer, clip, SOURCE, SampleConfig(guidance=1.0, neighbours=3), bank)
+    banked = TextToImage.from_parts(
+        vqgan, transformer, clip, SOURCE, SampleConfig(guidance=1.0, neighbours=3), (bank, None)
+    )
     text = clip.texts(["a red circle"])
     assert torch.allclose(banked.condition(text, True, 3), mean_of_nearest(text, bank.half().float(), 3), atol=1e-6)
     assert torch.equal(banked.condition(text, False, 3), text)
@@ -104,7 +106,7 @@ def test_texts_are_projected_and_images_are_not(vqgan, transformer, clip, genera
 def test_texts_are_shifted_and_images_are_not(vqgan, transformer, clip, generator, tmp_path):
     offset, text = 0.3 * torch.randn(clip.dim), clip.texts(["a red circle"])
     shifted = TextToImage.from_parts(
-        vqgan, transformer, clip, SOURCE, SampleConfig(guidance=1.0, shift=True), offset=offset
+        vqgan, transformer, clip, SOURCE, SampleConfig(guidance=1.0, shift=True), (None, offset)
     )
     moved = (text + offset) / (text + offset).norm()
     assert torch.allclose(shifted.condition(text, True, shift=True), moved, atol=1e-6)

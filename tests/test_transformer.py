@@ -115,7 +115,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(conditioning):
 
 
 def test_too_many_tokens_is_one_sentence():
-    with pytest.raises(ClipgenError, match="12 tokens given to a transformer of 9"):
+    with pytest.raises(ClipgenError, match="12 tokens for a transformer of 9"):
         build()(inputs()[0], torch.zeros(3, 12, dtype=torch.long))
 
 

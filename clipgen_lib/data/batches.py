@@ -4,8 +4,6 @@ In: an `ImageSet`. Out: (B, 3, S, S) uint8. Resuming at any step therefore sees 
 with no sampler state to keep, and any number of worker processes gives the same ones.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -202,9 +202,7 @@ def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
     found = [files[split]] if split in files else [p for key, p in files.items() if key.removeprefix(split).isdigit()]
     if len(found) != 1:
         there = ", ".join(files) or "none"
-        raise ClipgenError(
-            f"{root} has {len(found)} caption files for split {split!r}: name one of those there ({there})"
-        )
+        raise ClipgenError(f"{root} has {len(found)} caption files for split {split!r}: name one of {there}")
     folder = root / found[0].stem.removeprefix("captions_")
     content = read_json(found[0])
     try:
@@ -311,9 +309,7 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for file in files:
         if file.suffix != files[0].suffix:
-            raise ClipgenError(
-                f"{root} holds both {files[0].name} and {file.name}: move one kind to a folder of its own"
-            )
+            raise ClipgenError(f"{root} holds {files[0].name} and {file.name}: give each kind its folder")
         with open(file, "rb") as stream:
             stream.seek(max(file.stat().st_size - 512, 0))
             if file.suffix.lower() == ".tar" and stream.read().strip(b"\0"):  # tarfile would say nothing

@@ -4,8 +4,6 @@ Only this module converts between files, uint8 and that range. In: files or tens
 It knows nothing of CLIP's mean and standard deviation: that is `ClipEmbedder`'s alone.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from functools import lru_cache

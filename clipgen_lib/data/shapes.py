@@ -7,8 +7,6 @@ about tokens, embeddings or models.
 Coordinates are pixels of a 64x64 canvas, x to the right and y down.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

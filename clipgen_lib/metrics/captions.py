@@ -3,8 +3,6 @@
 In: unit-norm CLIP embeddings (N, D) of images and of texts, or caption files. Out: CapS, R-precision, row -> caption.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -147,9 +145,7 @@ def _json_pairs(path: Path) -> list[tuple[str, str]]:
         return [(names[int(a["image_id"])], str.strip(a["caption"])) for a in content["annotations"]]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         found = f"{type(error).__name__}: {reason(error)}"
-        raise ClipgenError(
-            f"{path} is neither COCO's captions nor {{name: caption}} ({found}): restore the original file"
-        ) from None
+        raise ClipgenError(f"{path} is neither COCO's captions nor {{name: caption}} ({found}): restore it") from None
 
 
 def _text_pairs(path: Path) -> list[tuple[str, str]]:

@@ -1,7 +1,5 @@
 """Do the metrics order corruptions? Real images, corrupted more and more, are scored against other real images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

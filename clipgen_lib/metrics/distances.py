@@ -3,8 +3,6 @@
 In: means and covariances, features (N, d), images. Out: numbers. Nothing here knows a model or a protocol.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure

@@ -5,8 +5,6 @@ in torch's hub folder. Nothing is downloaded: an error names the missing file, i
 network ever takes the place of another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is scored and what it is scored against: any folder of images, a data set's split, or statistics of a file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path

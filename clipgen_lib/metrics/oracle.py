@@ -4,8 +4,6 @@ In: a 64x64 image. Out: which shapes, colours, sizes and relation it shows, and 
 fact. Also the evaluation prompts, whose wording says all that is scored.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

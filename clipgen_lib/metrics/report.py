@@ -1,7 +1,5 @@
 """What an evaluation found, as lines a person can read."""
 
-from __future__ import annotations
-
 
 def table(summary: dict) -> str:
     """The numbers of a run's summary.json: evaluation, oracle and export."""

@@ -3,8 +3,6 @@
 A file is written beside its place and renamed, so that an interruption leaves the previous version whole.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -57,7 +55,7 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
         raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
     except Exception as error:  # a header of any bytes: safetensors, JSON and the rest raise whatever they like
         raise ClipgenError(
-            f"checkpoint {path} is damaged or not one of ours ({reason(error)}): delete it and run its step again"
+            f"checkpoint {path} is damaged ({reason(error)}): delete it and run its step again"
         ) from None
 
 

@@ -4,8 +4,6 @@ Under `accelerate launch` or torchrun the same command runs in several processes
 there is one, and everything here is then free. Accelerate owns devices and backends; the first process writes the files.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -88,9 +86,7 @@ def training_device(device: str) -> torch.device:
     """
     join(device)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ClipgenError(
-            "FSDP and DeepSpeed are not supported: choose plain multi-GPU training in 'accelerate config'"
-        )
+        raise ClipgenError("FSDP and DeepSpeed are not supported: choose plain multi-GPU in 'accelerate config'")
     if world_size() == 1:
         return torch.device(device)
     from accelerate import PartialState
@@ -173,8 +169,6 @@ def _joined(function: Callable, *arguments: object) -> None:
         torch.set_num_threads(1)
     join()
     if world_size() == 1:  # Accelerate keeps what the notebook's own process was, which is no part of the launch
-        raise ClipgenError(
-            "Accelerate was used in this notebook before the launch: restart the kernel and launch first"
-        )
+        raise ClipgenError("Accelerate was used in this notebook before: restart the kernel and launch first")
     with together():
         function(*arguments)

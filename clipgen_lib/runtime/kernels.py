@@ -3,8 +3,6 @@
 This is the only file that uses private functions of another library, and each has a public way to the same values.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import partial
 

@@ -117,9 +117,7 @@ def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iter
         if not numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
         missing = f" ({lacking() / 1e9:.3g} GB are missing)" if lacking() > 0 else ""
-        raise ClipgenError(
-            f"no room for {target}{missing}: free some, and the same command resumes from what is there"
-        ) from None
+        raise ClipgenError(f"no room for {target}{missing}: free some, then run the same command to resume") from None
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -139,9 +137,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ClipgenError(f"{path} is missing: run the step that writes it first") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON, of UTF-8, of numbers of 5,000 digits
-        raise ClipgenError(
-            f"{path} is not valid JSON ({reason(error)}): restore it, or delete it and run its step"
-        ) from None
+        raise ClipgenError(f"{path} is not valid JSON ({reason(error)}): restore it, or run its step again") from None
     if not isinstance(content, dict):
         raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: restore the original file")
     return content

@@ -10,8 +10,6 @@ In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for
 - `FusionGAN`: a one-stage conditional GAN trained on pairs (DF-GAN, arXiv 2008.05865), as small as it can be.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np

@@ -4,8 +4,6 @@ In: a finished run, whose VQGAN and store all recipes share. Out: a folder of re
 and an image for each recipe and seed, and table.json with mean and spread over seeds. A result that is there is kept.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
@@ -263,7 +261,7 @@ def _system(wb: Workbench, recipe: Recipe, configs: dict, inputs: dict, training
         system = baselines.Supervised(vqgan, clip, transformer, configs["sample"])
     else:
         extras = wb.bank_and_offset(configs["sample"])
-        system = TextToImage.from_parts(vqgan, transformer, clip, wb.clip_source, configs["sample"], *extras)
+        system = TextToImage.from_parts(vqgan, transformer, clip, wb.clip_source, configs["sample"], extras)
     return system, summary["transformer"], summary["seconds"]
 
 

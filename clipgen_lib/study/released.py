@@ -6,8 +6,6 @@ what its originals compute differently. The map names every tensor of a file or 
 tensor of ours; anything else is an error. Axes: K codebook size, C code dimension, E width.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,9 +183,7 @@ def load_released(
         tensors = read_tensors(path, release.family.entry)
         return build(release.build, release.family, tensors).to(device)
     except Mismatch as error:
-        raise ClipgenError(
-            f"{path} is not the published {release.file} ({error}): get it from {release.source}"
-        ) from None
+        raise ClipgenError(f"{path} is no {release.file} ({error}): get it from {release.source}") from None
 
 
 def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torch.Tensor]) -> nn.Module:

@@ -5,8 +5,6 @@ in float16, BPE merges) that `ClipEmbedder.load` reads like any other. Model and
 Axes: B batch, D CLIP dimension.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
