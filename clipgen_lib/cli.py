@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from .config import PRESETS
-from .runtime.runs import ROOT, ClipgenError, open_run, progress
+from .runtime.runs import RESULTS, ROOT, ClipgenError, open_run, progress
 
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 PATH = click.Path(path_type=Path)
@@ -61,7 +62,12 @@ def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
     from .workbench import Workbench
 
     _join(device)
-    wb = Workbench.open(preset, run, data, seed, device, clip)
+    source = click.get_current_context().get_parameter_source
+    given = {name for name in ("preset", "data", "seed", "clip") if source(name) != ParameterSource.DEFAULT}
+    if given <= {"data"} and (RESULTS / run / "config.json").is_file():  # the run knows what it was begun with
+        wb = Workbench.reopen(run, device, data if given else "")
+    else:
+        wb = Workbench.open(preset, run, data, seed, device, clip)
     if wb.notice:
         _say(wb.notice, err=True)
     if world_size() > 1 and wb.has_oracle:
@@ -125,6 +131,7 @@ def train_transformer(steps: int, **run_options) -> None:
 @main.command("evaluate")
 @_run_options
 @click.option("--guidance", default=0.0, help="guidance scale; 0 takes the preset's")
+@click.option("--generator", help="evaluate this saved generator (a folder, 'shapes', a hub id) in place of the run's")
 @click.option("--images", type=PATH, help="score this folder of images instead of a run")
 @click.option("--reference", type=PATH, help="a COCO root, a folder, or statistics of pytorch-fid (npz)")
 @click.option("--captions", type=PATH, help="name<TAB>caption lines, COCO's captions json, or {name: caption}")
@@ -132,26 +139,27 @@ def train_transformer(steps: int, **run_options) -> None:
 @click.option("--protocol", "protocols", multiple=True, help="inception, clean, torchmetrics, dmgan or clip")
 @click.option("--size", default=0, help="side in pixels of both sets; 0 takes that of the scored images")
 @click.option("-o", "--output", type=PATH, help="json file for the numbers; the caption list goes beside it")
-def evaluate(guidance: float, images: Path | None, reference: Path | None, output: Path | None, **options) -> None:
+def evaluate(guidance: float, generator: str | None, images: Path | None, **options) -> None:
     """Score a run, or with --images any folder of images.
 
     Of a run: FID-k, rFID, KID, CapS, R-precision and, on shapes, the oracle. Of a folder: the same without rFID and oracle,
     against --reference, with --clip as the evaluation CLIP, under every --protocol whose weights are on this machine.
     """
-    folder_options = {name: options.pop(name) for name in ("captions", "split", "protocols", "size")}
+    of_folder = {name: options.pop(name) for name in ("reference", "captions", "split", "protocols", "size", "output")}
     if images is not None:
-        _evaluate_folder(images, reference, output, options, **folder_options)
+        _evaluate_folder(images, options, **of_folder)
         return
-    if reference or output or folder_options["captions"] or folder_options["protocols"] or folder_options["size"]:
+    if any(value for name, value in of_folder.items() if name != "split"):
         raise ClipgenError("--reference, --captions, --protocol, --size, --output need a folder: name it by --images")
     from .metrics.report import table
+    from .text_to_image import TextToImage
 
     wb = _open(**options)
-    wb.evaluate(guidance)
+    wb.evaluate(guidance, generator and TextToImage.from_pretrained(generator).to(wb.device))
     _say(table(wb.run.summary()))
 
 
-def _evaluate_folder(images: Path, reference: Path, output: Path | None, run_options: dict, **folder_options) -> None:
+def _evaluate_folder(images: Path, run_options: dict, reference: Path | None, output: Path | None, **options) -> None:
     """Score a folder of anybody's images against a reference."""
     from .clip_embed import ClipEmbedder
     from .config import EvaluateConfig
@@ -168,14 +176,14 @@ def _evaluate_folder(images: Path, reference: Path, output: Path | None, run_opt
     if not is_main():  # one process scores
         return
     clip = ClipEmbedder.load(**clip_fields(run_options["clip"] or "shapes"), device=pick_device(run_options["device"]))
-    scored = open_folder(images, folder_options["size"])
-    real, texts = open_reference(reference, scored.size, folder_options["split"]), {}
-    if folder_options["captions"]:
-        texts = texts_of(scored, folder_options["captions"], run_options["seed"])
+    scored = open_folder(images, options["size"])
+    real, texts = open_reference(reference, scored.size, options["split"]), {}
+    if options["captions"]:
+        texts = texts_of(scored, options["captions"], run_options["seed"])
     listed = caption_list((scored.names[row], text) for row, text in texts.items())
     provenance = Provenance(texts, seed=run_options["seed"], captions=listed)
     default = ("inception",) if reference.suffix == ".npz" else ("inception", "clip")  # pytorch-fid's are of Inception
-    configs = [EvaluateConfig(protocol=protocol) for protocol in folder_options["protocols"] or default]
+    configs = [EvaluateConfig(protocol=protocol) for protocol in options["protocols"] or default]
     scores = {c.protocol: score_images(scored, real, c, Evaluators(clip), provenance) for c in configs}
     if not texts and not any(found["fid"] for found in scores.values()):
         raise ClipgenError(" ".join(sentence for found in scores.values() for sentence in found["missing"]))

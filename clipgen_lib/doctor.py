@@ -144,9 +144,7 @@ def report(machine: Machine | None = None) -> tuple[str, str]:
     for name, preset in PRESETS.items():
         fits, reason = fit(preset, machine)
         absent = [file for file in weights_of(preset) if weights[file]]
-        lines.append(
-            f"{name:12}{'yes' if fits else 'no':6}{reason}{'; needs ' if absent else ''}{' and '.join(absent)}"
-        )
+        lines.append(f"{name:12}{'yes' if fits else 'no':6}{reason}{' needs ' if absent else ''}{' and '.join(absent)}")
         if name == "laptop" and (absent or not fits):
             why = f"lacks {absent[0]}: {weights[absent[0]]}" if absent else f"does not fit: {reason}"
             problem = f"the laptop preset {why}"

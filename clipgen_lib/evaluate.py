@@ -44,7 +44,7 @@ class Evaluators(NamedTuple):
 
     clip: ClipEmbedder  # the evaluation CLIP: CapS, R-precision, and the features of protocol `clip`
     classifier: Classifier | None = None  # of the reference's classes
-    networks: Callable[[str, ClipEmbedder], FeatureNetwork] = feature_network  # protocol -> feature network
+    networks: Callable[[str, ClipEmbedder], FeatureNetwork] = feature_network  # makes the network of a protocol
 
 
 class Provenance(NamedTuple):
@@ -270,7 +270,7 @@ def evaluate_generator(
         prompts = torch.cat(parts)
     paths = generate_images(generator, prompts, folder, seed, **settings)
     if not distributed.is_main():
-        return distributed.broadcast(None)
+        return distributed.broadcast(None)  # what the first process found
     texts = dict(enumerate(prompts)) if images.has_captions else {}
     listed = caption_list((images.names[rows[i]], text) for i, text in texts.items())
     reconstruct = lambda x: generator.vqgan.decode(generator.vqgan.encode(x))
@@ -326,7 +326,7 @@ def evaluate_vqgan(
         lpips: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1); None takes LPIPS with AlexNet, and where its weights are not on
             this machine `missing` says so and the rest is measured.
     """
-    device, missing, tokens = vqgan.last_layer.device, {}, []
+    device, missing, tokens = vqgan.quantizer.codebook.device, {}, []
     try:
         lpips = lpips or lpips_network(device)
     except MissingWeights as error:

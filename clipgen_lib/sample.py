@@ -9,7 +9,6 @@ same embedding and seed give the same tokens in a batch of any size.
 """
 
 import math
-from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -182,7 +181,7 @@ class CachedDecoder:
         if model.adaptive:  # the same at every position
             condition = F.silu(model.embed_condition(embeds)[:, 0])
             self.modulations = [block.modulation(condition).chunk(6, dim=-1) for block in model.blocks]
-        return model(embeds, F.pad(known, (0, 1)), self.cache)[:, -1]
+        return model(embeds, F.pad(known, (0, 1)), self.cache)[:, -1]  # padded: forward does not read the last token
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read the next token of each row, (B,) int64; logits (B, K) float of the one after it."""
@@ -204,7 +203,7 @@ def generate(
     """Sample the tokens of an image for each embedding.
 
     Args:
-        embeds: (B, D) of unit norm.
+        embeds: (B, D), the conditions as `TextToImage.condition` prepares them.
         seeds: one for each row; the same embedding and seed give the same tokens in a batch of any size.
         known: the first tokens of each row, (B, T) int64 with T < L; only those behind them are sampled.
 
@@ -214,7 +213,8 @@ def generate(
     Raises:
         ClipgenError: the transformer is in training mode, or seeds or known tokens do not fit the embeddings.
     """
-    return deque(generate_tokens(transformer, embeds, seeds, settings, known), maxlen=1).pop()
+    *_, tokens = generate_tokens(transformer, embeds, seeds, settings, known)
+    return tokens
 
 
 @torch.inference_mode()
@@ -237,11 +237,11 @@ def generate_tokens(
     decoder = CachedDecoder(transformer)
     for start in range(0, len(embeds), settings.batch_size):
         rows = slice(start, start + settings.batch_size)
-        condition, prefix = embeds[rows], tokens[rows, :first]
+        condition, known_rows = embeds[rows], tokens[rows, :first]
         if guided:  # the conditional and the unconditional half in one forward pass
-            condition, prefix = torch.cat([condition, torch.zeros_like(condition)]), prefix.repeat(2, 1)
+            condition, known_rows = torch.cat([condition, torch.zeros_like(condition)]), known_rows.repeat(2, 1)
         uniforms = seeded_uniforms(seeds[rows], length, embeds.device)
-        logits = decoder.start(condition, prefix)
+        logits = decoder.start(condition, known_rows)
         for i in range(first, length):
             if guided:
                 logits = guide(*logits.chunk(2), guidance_at(i, length, settings))

@@ -127,7 +127,7 @@ class TextToImage(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: object):
-        """The mixin's hook. A config of other sizes than its weights is refused before it costs memory."""
+        """The mixin's hook; `options` are the entries of config.json. A config of other sizes than its weights is refused before it costs memory."""
         hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         download = {key: options.pop(key) for key in hub if key in options}
         with torch.device("meta"):

@@ -54,12 +54,14 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (B, L) int64
     embeds: torch.Tensor  # (B, D) of unit norm, those of the images
     condition: torch.Tensor  # (B, D), what the transformer reads: embeddings with noise, some of them zero
-    weights: torch.Tensor  # (B,) on the CPU, of rows in the embedding loss: 0 for most, with mean 1 over a whole batch
+    loss_weights: (
+        torch.Tensor
+    )  # (B,) on the CPU, of each row in the embedding loss: 0 for most, mean 1 over a whole batch
 
     def part(self, rows: np.ndarray, device: torch.device) -> Batch:
         """Some of the rows, on a device."""
-        tokens, embeds, condition, weights = (x[rows] for x in self)
-        return Batch(tokens.to(device), embeds.to(device), condition.to(device), weights)
+        tokens, embeds, condition, loss_weights = (x[rows] for x in self)
+        return Batch(tokens.to(device), embeds.to(device), condition.to(device), loss_weights)
 
 
 def noise_embeds(embeds: torch.Tensor, lowest_cos: float, uniform: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -98,7 +100,7 @@ def embedding_loss(
     CLIP with CLIP's own preprocessing. Gradients reach the logits; VQGAN and CLIP are frozen.
 
     Args:
-        logits: (b, L, K). embeds: (b, D) of unit norm.
+        logits: (b, L, K), each position given the true tokens before it. embeds: (b, D) of unit norm.
         path: `straight-through` looks up the likeliest token, `gumbel` one sampled with Gumbel noise (arXiv 1611.01144,
             temperature 1).
         form: `cosine` is 1 - s of the cosine s; `log` is -log((1 + s) / 2), steeper where the two disagree.
@@ -115,7 +117,7 @@ def embedding_loss(
     return 1 - similarity if form == "cosine" else -((1 + similarity) / 2).clamp_min(1e-6).log()
 
 
-class TransformerLoss(nn.Module):
+class NLLAndLogits(nn.Module):
     """A transformer as training calls it: one forward pass, which DDP needs, to NLL and logits of some rows."""
 
     def __init__(self, transformer: ImageTransformer):
@@ -136,13 +138,13 @@ def transformer_step(
     """The loss on a batch: NLL of the tokens + embedding_weight * CLIP embedding reconstruction (section 3.3).
 
     Args:
-        model: a `TransformerLoss`.
+        model: a `NLLAndLogits`.
 
     Returns:
         The loss, and its two terms, the NLL in nats per token.
     """
-    device, rows = batch.tokens.device, torch.nonzero(batch.weights)[:, 0]
-    weights, rows = batch.weights[rows].to(device), rows.to(device)
+    device, rows = batch.tokens.device, torch.nonzero(batch.loss_weights)[:, 0]
+    weights, rows = batch.loss_weights[rows].to(device), rows.to(device)
     with autocast(config, device):
         nll, logits = model(batch.condition, batch.tokens, rows)
         if config.embedding_weight == 0:
@@ -211,10 +213,10 @@ def train_transformer(
     parts = {"model": transformer, "ema": ema, "optimizer": optimizer}
     state = TrainingState(run, "transformer", config, parts, facts)
     start, log = state.resume(), Log(run, "transformer", config.steps)
-    loss_model = TransformerLoss(transformer)
+    nll_and_logits = NLLAndLogits(transformer)
     if config.compile:
-        compile_in_place(loss_model, device)
-    (model,) = distributed.data_parallel(loss_model)
+        compile_in_place(nll_and_logits, device)
+    (model,) = distributed.data_parallel(nll_and_logits)
 
     def validate(step: int) -> float:
         scores = validation_losses(ema.module, val_store, frozen)

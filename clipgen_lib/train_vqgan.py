@@ -167,9 +167,8 @@ def generator_step(
             adversarial = adversarial_loss(discriminator(fake))  # eq. 5, the generator's side
             # eq. 7. The gradients at the images, which it needs anyway, stand for the two losses in the surrogate, so that
             # the backward pass does not go through the perceptual network and the discriminator a second time.
-            weight, *grads = adaptive_weight(
-                reconstruction, adversarial, fake, decoder.conv_out.weight, config.adaptive_max
-            )
+            last, most = decoder.conv_out.weight, config.adaptive_max
+            weight, *grads = adaptive_weight(reconstruction, adversarial, fake, last, most)
             loss = loss.detach() + adv_weight * weight * adversarial.detach()  # eq. 6
             surrogate_loss = (fake * (grads[0] + adv_weight * weight * grads[1])).sum() + codebook
             scalars |= {"adversarial": adversarial, "adaptive_weight": weight}
@@ -228,6 +227,7 @@ def train_vqgan(
             adv_weight = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
             batch, quantized = to_float(next(batches).to(device)), []
             for real in distributed.microbatches(batch.chunk(config.accumulate), ddp_vqgan, ddp_discriminator):
+                # without DDP: here the discriminator's parameters get no gradient
                 generated = generator_step(ddp_vqgan, discriminator, perceptual, real, config, adv_weight)
                 (generated.loss / config.accumulate).backward()
                 disc_loss, scalars = discriminator_step(ddp_discriminator, real, generated.fake, config)

@@ -45,7 +45,7 @@ def set_learning_rate(optimizer: Optimizer, peak: float, step: int, config: Opti
 
 
 def step_seed(seed: int, step: int, rank: int | None = None) -> int:
-    """A seed for one step on one process, or (None) for what all processes draw alike."""
+    """A seed for one step on one process, or (None) for what is the same on all processes."""
     words = [seed, 17, step, 0 if rank is None else rank + 1]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
@@ -71,7 +71,7 @@ def autocast(config: OptimConfig | FitConfig, device: torch.device) -> torch.aut
 # Layers that read or write something other than features; an orthogonal update there means nothing (as in the first
 # description of Muon, kellerjordan.github.io/posts/muon, embeddings and heads stay with AdamW).
 _OUTER_LAYERS = ("conv_in", "conv_out", "quant_conv", "embedding", "condition", "modulation", "head")
-_NEVER_DECAYED = ("codebook", "positions", "prefix")
+_NEVER_DECAYED = ("codebook", "positions", "start_tokens")
 
 
 def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weight_decay: float) -> Optimizer:

@@ -117,7 +117,7 @@ class ImageTransformer(nn.Module):
             self.condition = nn.Embedding(clip_dim, width)
         else:
             self.condition = nn.Linear(clip_dim, width if self.adaptive else config.condition_tokens * width)
-        self.prefix = nn.Parameter(torch.zeros(1, config.condition_tokens, width)) if self.adaptive else None
+        self.start_tokens = nn.Parameter(torch.zeros(1, config.condition_tokens, width)) if self.adaptive else None
         for name in ("image_mean", "text_mean"):
             self.register_buffer(name, torch.zeros(clip_dim))
         self.token_embedding = nn.Embedding(codebook_size, width)
@@ -132,8 +132,8 @@ class ImageTransformer(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
             if block.modulation is not None:  # every gate is shut: a block begins as nothing (adaLN-Zero)
                 nn.init.zeros_(block.modulation.weight)
-        if self.prefix is not None:
-            nn.init.normal_(self.prefix, std=0.02)
+        if self.start_tokens is not None:
+            nn.init.normal_(self.start_tokens, std=0.02)
         # unit-norm inputs have entries of about D^-0.5: this keeps the condition as loud as a token embedding
         nn.init.normal_(self.condition.weight, std=0.5)
 
@@ -168,7 +168,7 @@ class ImageTransformer(nn.Module):
         if past_len == 0 or self.adaptive:
             condition = self.embed_condition(embeds).to(x.dtype)  # (B, N or 1, E)
         if past_len == 0:
-            x = torch.cat([self.prefix.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
+            x = torch.cat([self.start_tokens.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
         x = x + self.positions[:, past_len : past_len + x.shape[1]]
         for layer, block in enumerate(self.blocks):
             if self.config.gradient_checkpointing and self.training and cache is None:

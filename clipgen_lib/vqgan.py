@@ -319,10 +319,6 @@ class VQGAN(nn.Module):
         """Codes (B, C, h, w), perhaps soft, -> images, not clamped; differentiable in the codes."""
         return self.decoder(self.post_quant_conv(codes))
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        return self.decoder.conv_out.weight
-
     def describe(self) -> dict:
         return asdict(self.config)
 

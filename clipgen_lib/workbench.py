@@ -355,18 +355,18 @@ class Workbench:
             shown[name] = torch.cat([to_float(batch), images_of_text.cpu()])
         return shown
 
-    def evaluate(self, guidance: float = 0.0) -> dict:
-        """All metrics into summary.json; `guidance` above 0 replaces the preset's. Returns what was shown.
+    def evaluate(self, guidance: float = 0.0, generator: TextToImage | None = None) -> dict:
+        """All metrics into summary.json, of the run's generator or another. Returns the first prompts and images.
 
         The generated images stay in generated/; captions.txt says which image's caption each of them was generated for.
+        `guidance` above 0 replaces the preset's.
         """
-        generator, settings = self.generator(), {"guidance": guidance} if guidance else {}
+        generator, settings = generator or self.generator(), {"guidance": guidance} if guidance else {}
         evaluators, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
         with self._timed("evaluate", resumable=False):
-            val_images, config, place = self.images("val"), self.preset.evaluate, folder / "captions"
-            numbers, shown = evaluate.evaluate_generator(
-                generator, val_images, evaluators, config, place, self.seed, **settings
-            )
+            images, config, place = self.images("val"), self.preset.evaluate, folder / "captions"
+            scored = evaluate.evaluate_generator(generator, images, evaluators, config, place, self.seed, **settings)
+            numbers, shown = scored
             entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
             if self.has_oracle:
                 place, n = folder / "oracle", config.n_oracle

@@ -12,7 +12,7 @@ from clipgen_lib.runtime.runs import ClipgenError, Stopped, open_run
 from clipgen_lib.store import extract
 from clipgen_lib.train_transformer import (
     Frozen,
-    TransformerLoss,
+    NLLAndLogits,
     drop_condition,
     embedding_loss,
     make_batch,
@@ -128,7 +128,7 @@ def test_a_batch_is_a_function_of_its_generator(batch_of):
 
 def test_transformer_step_is_the_formula(batch_of, transformer, frozen):
     """NLL + weight * mean of 1 - cosine over the chosen rows; the mean over the parts of a batch is that of the whole."""
-    (batch, config), model = batch_of(embedding_weight=0.3), TransformerLoss(transformer.requires_grad_(True))
+    (batch, config), model = batch_of(embedding_weight=0.3), NLLAndLogits(transformer.requires_grad_(True))
     loss, scalars = transformer_step(model, frozen, batch, config)
     logits = transformer(batch.condition, batch.tokens)
     nll = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten())

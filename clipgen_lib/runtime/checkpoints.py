@@ -54,9 +54,7 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
     except FileNotFoundError:
         raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
     except Exception as error:  # a header of any bytes: safetensors, JSON and the rest raise whatever they like
-        raise ClipgenError(
-            f"checkpoint {path} is damaged ({reason(error)}): delete it and run its step again"
-        ) from None
+        raise ClipgenError(f"checkpoint {path} is damaged ({reason(error)}): delete it, run its step again") from None
 
 
 def checkpoint_meta(path: Path) -> dict:
@@ -111,7 +109,7 @@ def save_weights(folder: Path, module: nn.Module, **facts: object) -> None:
     """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
     with room_on_disk(folder), fresh_folder(folder) as fresh:
         save_file(
-            {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, fresh / "model.safetensors"
+            {k: x.detach().cpu().contiguous() for k, x in module.state_dict().items()}, fresh / "model.safetensors"
         )
         write_json(fresh / "config.json", {**module.describe(), **facts})
 
@@ -124,7 +122,7 @@ def read_weights(folder: Path) -> dict:
     try:
         return load_file(path)
     except Exception as error:  # as above
-        raise ClipgenError(f"{path} is damaged ({reason(error)}): delete it and run its step again") from None
+        raise ClipgenError(f"{path} is damaged ({reason(error)}): delete it, run its step again") from None
 
 
 def load_strictly(module: nn.Module, tensors: dict, source: Path) -> None:
@@ -185,9 +183,7 @@ FID_INCEPTION = Weights(
 TORCHVISION_INCEPTION = Weights(
     "inception_v3_google-0cc3c7bd.pth", "0cc3c7bd", "the page of inception_v3 in torchvision's documentation of models"
 )
-ALEXNET = Weights(
-    "alexnet-owt-7be5be79.pth", "7be5be79", "the page of alexnet in torchvision's documentation of models"
-)
+ALEXNET = Weights("alexnet-owt-7be5be79.pth", "7be5be79", "page of alexnet in torchvision's documentation of models")
 VGG16 = Weights("vgg16-397923af.pth", "397923af", "the page of vgg16 in torchvision's documentation of models")
 
 
@@ -214,7 +210,7 @@ def weights_file(weights: Weights, needed_by: str, otherwise: str) -> Path:
 
 @contextmanager
 def weights_alone() -> Iterator[None]:
-    """Within the block torch.load runs no code of any file, whatever a package asks of it: they ask for less."""
+    """Within the block torch.load runs no code of any file, also where the package that calls it does not ask for that."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
