@@ -14,7 +14,7 @@ The pipeline in order, a module for each step:
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _LAZY = {
     "ClipEmbedder": "clip_embed",
     "ImageTransformer": "transformer",
