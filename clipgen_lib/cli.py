@@ -152,11 +152,13 @@ def evaluate(guidance: float, generator: str | None, images: Path | None, **opti
     if any(value for name, value in of_folder.items() if name != "split"):
         raise ClipgenError("--reference, --captions, --protocol, --size, --output need a folder: name it by --images")
     from .metrics.report import table
+    from .runtime.distributed import is_main
     from .text_to_image import TextToImage
 
     wb = _open(**options)
     wb.evaluate(guidance, generator and TextToImage.from_pretrained(generator).to(wb.device))
-    _say(table(wb.run.summary()))
+    if is_main():
+        click.echo(table(wb.run.summary()))
 
 
 def _evaluate_folder(images: Path, run_options: dict, reference: Path | None, output: Path | None, **options) -> None:

@@ -23,14 +23,13 @@ from PIL import Image
 from safetensors.torch import save
 
 from clipgen_lib.clip_embed import ClipEmbedder
-from clipgen_lib.config import ClassifierConfig, FusionGANConfig, Preset, from_dict, load_preset
+from clipgen_lib.config import ClassifierConfig, Preset, from_dict, load_preset
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.metrics.captions import read_captions, split_prompts, texts_of
 from clipgen_lib.metrics.classifier import Classifier
 from clipgen_lib.metrics.statistics import read_statistics
 from clipgen_lib.runtime.checkpoints import load_checkpoint, load_strictly, read_weights, save_checkpoint, save_weights
 from clipgen_lib.runtime.runs import DATA, ClipgenError, Run, read_json
-from clipgen_lib.study.baselines import FusionGenerator
 from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
@@ -301,8 +300,6 @@ def whole(name: str) -> Path:
         save_weights(
             folder, ImageTransformer(replace(smoke.transformer, layers=1, width=32), 32, smoke.vqgan.side**2, 256)
         )
-    if name == "gan":
-        save_weights(folder, FusionGenerator(FusionGANConfig(channels=4), 16, 256))
     if name == "generator":
         vqgan, transformer = VQGAN.load(whole("vqgan")), ImageTransformer.load(whole("transformer"))
         source = {"name": "shapes", "pretrained": None}
@@ -339,7 +336,6 @@ def model_folder(data, folder):
     loads = {
         "vqgan": VQGAN.load,
         "transformer": ImageTransformer.load,
-        "gan": FusionGenerator.load,
         "generator": lambda place: TextToImage.from_pretrained(place).clip,
     }
     name = data.draw(st.sampled_from(sorted(loads)))
