@@ -147,10 +147,12 @@ def evaluate(guidance: float, images: Path | None, reference: Path | None, outpu
     if reference or output or folder_options["captions"] or folder_options["protocols"] or folder_options["size"]:
         raise ClipgenError("--reference, --captions, --protocol, --size, --output need a folder: name it by --images")
     from .metrics.report import table
+    from .runtime.distributed import is_main
 
     wb = _open(**options)
     wb.evaluate(guidance)
-    _say(table(wb.run.summary()))
+    if is_main():  # another process of the launch may be here before the first has written it
+        _say(table(wb.run.summary()))
 
 
 def _evaluate_folder(images: Path, reference: Path, output: Path | None, run_options: dict, **folder_options) -> None:
