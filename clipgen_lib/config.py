@@ -81,7 +81,7 @@ class FitConfig(Config):
     lr: Amount = 2e-3
     warmup: CountFromZero = 100
     weight_decay: Amount = 0.05
-    bfloat16: bool = True
+    precision: Literal["bf16", "no"] = "bf16"  # of autocast, on a device that computes in bfloat16
     log_every: Count = 20
     save_every: Count = 400
 
@@ -154,7 +154,7 @@ class OptimConfig(Config):
     weight_decay: Amount = 0.05
     clip_norm: Amount = 1.0
     ema_decay: Share = 0.999
-    precision: Literal["bf16", "no"] = "bf16"  # of autocast
+    precision: Literal["bf16", "no"] = "bf16"  # of autocast, on a device that computes in bfloat16
     compile: bool = False
     log_every: Count = 100
     save_every: Count = 5_000

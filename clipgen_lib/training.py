@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .config import FitConfig, OptimConfig
 from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
+from .runtime.kernels import has_bf16
 from .runtime.runs import ClipgenError, Run, differences, progress, stoppable
 from .vqgan import statistics_of_counts, token_counts
 
@@ -63,8 +64,9 @@ def local_rows(config: OptimConfig) -> np.ndarray:
     return np.arange(size).reshape(world, accumulate, -1)[distributed.rank()]
 
 
-def autocast(config: OptimConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+def autocast(config: OptimConfig | FitConfig, device: torch.device) -> torch.autocast:
+    """bfloat16 where the config asks for it and the device computes in it, else float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16" and has_bf16(device))
 
 
 # Layers that read or write something other than features; an orthogonal update there means nothing (as in the first

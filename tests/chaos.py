@@ -224,15 +224,17 @@ class Harness:
 
     def cut_input(self, step: str, victim: str, remade_by: str) -> Row:
         """A finished file cut in half is refused by one sentence; what holds it is deleted and made again."""
-        row, results = Row(step, f"{victim} cut in half", injected=1), self.copy(step)
+        results = self.copy(step)
         path = sorted((results / "run").glob(victim))[0]
+        row = Row(step, f"{path.relative_to(results / 'run')} cut in half", injected=1)
         cut_in_half(path)
         reader = Command(step, results)
         reader.end()
+        refused = reader.ended_by_a_sentence
         shutil.rmtree(results / "run" / victim.partition("/")[0])
         remade = Command(remade_by, results).end() == 0
         self.finish(row, results, {})
-        row.survived = int(row.survived and remade and reader.ended_by_a_sentence)
+        row.survived = int(row.survived and remade and refused)
         return row
 
     def bad_images(self) -> Row:

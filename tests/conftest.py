@@ -95,7 +95,6 @@ def store(images, vqgan, clip, tmp_path):
 
 @pytest.fixture
 def generator(vqgan, transformer, clip):
-    """The untrained networks put together."""
     settings = SampleConfig(guidance=2.0, top_p=0.9)
     return TextToImage.from_parts(vqgan, transformer, clip, {"name": "shapes", "pretrained": None}, settings)
 

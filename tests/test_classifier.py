@@ -11,7 +11,7 @@ from clipgen_lib.data.datasets import open_images
 from clipgen_lib.metrics.classifier import Classifier, accuracy, train_classifier
 from clipgen_lib.runtime.runs import ClipgenError, open_run
 
-SMALL = ClassifierConfig(width=8, steps=12, batch_size=8, lr=3e-3, warmup=2, bfloat16=False, log_every=4, save_every=6)
+SMALL = ClassifierConfig(width=8, steps=12, batch_size=8, lr=3e-3, warmup=2, precision="no", log_every=4, save_every=6)
 
 
 @pytest.fixture

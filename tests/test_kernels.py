@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipgen_lib.runtime.kernels import PackedLinear, attend, largest, nll_from_hidden, packs
+from clipgen_lib.config import OptimConfig
+from clipgen_lib.runtime.kernels import PackedLinear, attend, has_bf16, largest, nll_from_hidden, packs
+from clipgen_lib.training import autocast
 
 
 @pytest.mark.parametrize("logits_at_once", [7 * 20, 0])  # seven rows of 27 at a time, all of them
@@ -87,3 +89,13 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_without(tmp_path):
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
     assert "torch.compile does not work on this machine" in done.stderr and "torch.Size([1, 2])" in done.stdout
+
+
+def test_a_training_computes_in_bfloat16_only_where_the_device_does():
+    device = torch.device("cpu")
+    weight = torch.ones(2, 2)
+    with autocast(OptimConfig(precision="bf16"), device):
+        assert (weight @ weight).dtype == (torch.bfloat16 if has_bf16(device) else torch.float32)
+    with autocast(OptimConfig(precision="no"), device):
+        assert (weight @ weight).dtype == torch.float32
+    assert has_bf16(torch.device("cuda"))

@@ -20,7 +20,7 @@ from ..data.datasets import ImageSet
 from ..data.images import to_float, to_uint8
 from ..runtime.checkpoints import built_strictly, read_weights, save_weights
 from ..runtime.runs import ClipgenError, Run, read_json
-from ..training import fit
+from ..training import autocast, fit
 
 
 class Classifier(nn.Module):
@@ -73,7 +73,7 @@ def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Cl
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
         rows = batch_rows(len(images), config.batch_size, run.seed, step)
         rows, batch = augmented_rows(images, rows, run.seed, step, flip=True)
-        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=config.bfloat16):
+        with autocast(config, torch.device(run.device)):
             logits = model(to_float(batch).to(run.device))
         return F.cross_entropy(logits.float(), labels[rows].to(run.device), label_smoothing=0.1), {}
 

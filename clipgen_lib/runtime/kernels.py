@@ -125,6 +125,15 @@ def packs(weight: torch.Tensor) -> bool:
     )
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16. A CPU without such instructions emulates it, a hundred times slower than float32."""
+    if device.type != "cpu":
+        return True
+    if hasattr(torch.cpu, "get_capabilities"):  # since torch 2.10
+        return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def compile_in_place(module: nn.Module, device: torch.device) -> None:
     """`module.compile()`, where torch.compile works: it needs a C++ compiler, which not every machine has."""
     try:

@@ -30,7 +30,7 @@ from ..data.batches import augmented_rows, batch_rows, ordered_batches
 from ..data.datasets import ImageSet
 from ..data.images import from_arrays, to_float
 from ..runtime.runs import ClipgenError, Run, fresh_folder, progress
-from ..training import fit
+from ..training import autocast, fit
 
 CONTEXT = 32
 # A small ResNet rather than a ViT: three times the images per second on a CPU at this size.
@@ -147,7 +147,7 @@ def train_clip(run: Run, pairs: ScenePairs | ImagePairs, config: ClipTrainConfig
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # as in CLIP
         images, texts, together = pairs.batch(step)
-        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=config.bfloat16):
+        with autocast(config, torch.device(run.device)):
             found = model(((images.to(run.device) + 1) / 2 - mean) / std, tokenizer(texts).to(run.device))[:3]
         return contrastive_loss(*(x.float() for x in found), together.to(run.device)), {"scale": found[2].detach()}
 
