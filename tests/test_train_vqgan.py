@@ -9,6 +9,7 @@ from torch import nn
 
 from clipgen_lib.data.datasets import ImageSet
 from clipgen_lib.data.images import to_float
+from clipgen_lib.runtime.kernels import has_bf16
 from clipgen_lib.runtime.runs import ClipgenError, open_run
 from clipgen_lib.train_vqgan import (
     PatchDiscriminator,
@@ -22,6 +23,8 @@ from clipgen_lib.train_vqgan import (
     train_vqgan,
 )
 from clipgen_lib.vqgan import VQGAN
+
+HAS_BF16 = has_bf16(torch.device("cpu"))
 
 
 def train(run, images, preset, clip, **changes):
@@ -198,7 +201,7 @@ def test_training_learns_and_logs_its_health(images, preset, clip, tmp_path):
         ("clip_norm", 1e-3),
         ("weight_decay", 5.0),
         ("ema_decay", 0.0),
-        ("precision", "no"),
+        pytest.param("precision", "no", marks=pytest.mark.skipif(not HAS_BF16, reason="a CPU without bfloat16")),
         ("discriminator_lr", 0.1),
         ("optimizer", "adamw"),
         ("adaptive_max", 0.0),
