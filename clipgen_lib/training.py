@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.optim import Muon
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .config import FitConfig, OptimConfig
 from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
-from .runtime.kernels import has_bf16
+from .runtime.kernels import has_bf16, set_muon_dtype
 from .runtime.runs import ClipgenError, Run, differences, progress, stoppable
 from .vqgan import statistics_of_counts, token_counts
 
@@ -98,8 +99,7 @@ def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weigh
     if kind == "adamw":
         return torch.optim.AdamW(settings.values(), lr=lr, betas=(0.9, beta2), fused=True)
     if kind == "muon":
-        from timm.optim import Muon
-
+        set_muon_dtype(next(module.parameters()).device)
         settings = [{**group, "use_fallback": key != "hidden"} for key, group in settings.items()]
         orthogonal = {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3, "ns_coefficients": "polar_express"}
         return Muon(settings, lr=lr, betas=(0.9, beta2), **orthogonal)

@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import muon
 
 from clipgen_lib.config import OptimConfig
-from clipgen_lib.runtime.kernels import PackedLinear, attend, has_bf16, largest, nll_from_hidden, packs
+from clipgen_lib.runtime.kernels import PackedLinear, attend, has_bf16, largest, nll_from_hidden, packs, set_muon_dtype
 from clipgen_lib.training import autocast
 
 
@@ -99,3 +100,13 @@ def test_a_training_computes_in_bfloat16_only_where_the_device_does():
     with autocast(OptimConfig(precision="no"), device):
         assert (weight @ weight).dtype == torch.float32
     assert has_bf16(torch.device("cuda"))
+
+
+def test_muon_orthogonalises_to_the_same_matrix_in_either_dtype():
+    set_muon_dtype(torch.device("cpu"))
+    gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    coefficients = [(3.4445, -4.7750, 2.0315)]
+    ours = muon.zeropower_via_newtonschulz(gradient, 5, coefficients).float()
+    in_float32 = muon.zeropower_via_newtonschulz(gradient, 5, coefficients, dtype=torch.float32)
+    assert (ours - in_float32).abs().max() < 0.05
+    assert (torch.linalg.svdvals(ours) - 1).abs().max() < 0.4  # what five steps leave
