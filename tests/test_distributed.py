@@ -81,9 +81,9 @@ def test_two_processes_have_the_losses_of_one(stages, stage, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"stage"}:
-            # a vector halfway between two codes may fall to either, after sums in another order
-            close = 0.1 if key in ("perplexity", "codebook_usage") else 5e-3
-            assert a[key] == pytest.approx(b[key], rel=1e-5 if a["step"] < 3 else close, abs=1e-4), (a["step"], key)
+            # sums in another order: Muon works in bfloat16, and a vector halfway between two codes may fall to either
+            close = 0.1 if key in ("perplexity", "codebook_usage") else 2e-2
+            assert a[key] == pytest.approx(b[key], rel=1e-3 if a["step"] < 3 else close, abs=1e-4), (a["step"], key)
     assert open_run("two", tmp_path).metrics(f"{stage}_val")[-1]["step"] == 6
 
 
