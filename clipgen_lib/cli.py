@@ -152,13 +152,13 @@ def evaluate(guidance: float, generator: str | None, images: Path | None, **opti
     if any(value for name, value in of_folder.items() if name != "split"):
         raise ClipgenError("--reference, --captions, --protocol, --size, --output need a folder: name it by --images")
     from .metrics.report import table
-    from .runtime.distributed import is_main
+    from .runtime.distributed import barrier
     from .text_to_image import TextToImage
 
     wb = _open(**options)
     wb.evaluate(guidance, generator and TextToImage.from_pretrained(generator).to(wb.device))
-    if is_main():
-        click.echo(table(wb.run.summary()))
+    barrier()  # the first process has written the numbers
+    _say(table(wb.run.summary()))
 
 
 def _evaluate_folder(images: Path, run_options: dict, reference: Path | None, output: Path | None, **options) -> None:
@@ -435,8 +435,7 @@ def _tell(run, is_evaluated: bool, notice: str) -> None:
 
 
 def tidied(notebook):
-    """A notebook as it is kept: without what only a running kernel can show (widgets, animations), without what bars and
-    libraries left on stderr, and without papermill's and nbclient's notes, which name this machine."""
+    """A notebook without what only a running kernel shows (widgets, animations), without stderr and notes that name this machine."""
     live = {"application/vnd.jupyter.widget-view+json", "image/gif"}
     for cell in notebook.cells:
         if cell.cell_type == "code":

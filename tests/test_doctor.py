@@ -47,9 +47,9 @@ def test_this_machine_runs_the_laptop_preset():
 
 def test_need_grows_with_the_batch_and_counts_operations():
     whole = need(load_preset("gpu64"))
-    half = need(load_preset("gpu64", vqgan_train={"batch_size": 64}))
-    assert whole.parameters == half.parameters == 116_048_523
-    assert whole.gigabytes - half.gigabytes > 1
+    double = need(load_preset("gpu64", vqgan_train={"batch_size": 256}))
+    assert whole.parameters == double.parameters == 116_048_523
+    assert double.gigabytes - whole.gigabytes > 1
     accumulated = need(load_preset("gpu64", vqgan_train={"batch_size": 256, "accumulate": 2}))
     assert accumulated.gigabytes == pytest.approx(whole.gigabytes)
     once, twice = (
