@@ -118,9 +118,9 @@ def batch_of(store, preset):
 def test_a_batch_is_a_function_of_its_generator(batch_of):
     (a, config), (b, _) = batch_of(), batch_of()
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert a.weights.tolist() == [0, 0, 4, 0] * 4 and config.embedding_weight > 0
+    assert a.loss_weights.tolist() == [0, 0, 4, 0] * 4 and config.embedding_weight > 0
     plain, _ = batch_of(noise_cos=1.0, condition_dropout=0.0, embedding_weight=0.0)
-    assert torch.equal(plain.condition, plain.embeds) and not plain.weights.any()
+    assert torch.equal(plain.condition, plain.embeds) and not plain.loss_weights.any()
 
 
 # ---------------------------------------------------------------------------------------------- losses and the step
