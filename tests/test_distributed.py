@@ -50,7 +50,7 @@ class Dying:
 @pytest.fixture
 def stages(images, preset, vqgan, clip, store, tmp_path):
     """Both trainings as functions of a run's name; float32, everything that is random or reduced between processes switched on."""
-    few = {"steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "precision": "no", "optimizer": "adamw"}
+    few = {"steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "precision": "no"}
     preset = replace(
         preset,
         vqgan=replace(preset.vqgan, l2_norm=False, codebook_update="ema", restart_after=2),
@@ -82,8 +82,8 @@ def test_two_processes_have_the_losses_of_one(stages, stage, tmp_path):
         assert a.keys() == b.keys()
         for key in a.keys() - {"stage"}:
             # sums in another order: after some steps a vector halfway between two codes may fall to either
-            close = 0.1 if key in ("perplexity", "codebook_usage") else 1e-2
-            assert a[key] == pytest.approx(b[key], rel=1e-4 if a["step"] < 3 else close, abs=1e-5), (a["step"], key)
+            close = 0.1 if key in ("perplexity", "codebook_usage") else 5e-3
+            assert a[key] == pytest.approx(b[key], rel=1e-5 if a["step"] < 3 else close, abs=1e-4), (a["step"], key)
     assert open_run("two", tmp_path).metrics(f"{stage}_val")[-1]["step"] == 6
 
 
