@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from clipgen_lib.runtime.runs import (
     Stopped,
     differences,
     fresh_folder,
+    held,
     open_run,
     progress,
     read_json,
@@ -122,3 +124,24 @@ def test_bars_are_off_where_the_environment_says_so(capsys):
     with progress(3, "label", initial=1) as bar:
         bar.update(2)
     assert bar.disable and capsys.readouterr().err == ""
+
+
+def test_a_second_process_is_told_who_holds_what_it_would_write(tmp_path):
+    source = """
+        import sys, pathlib
+        from clipgen_lib.runtime.runs import held
+        with held(pathlib.Path(sys.argv[1]), "the store"):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source), tmp_path / "store"]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(ClipgenError, match=f"the store is being made in .* by process {first.pid} on .* since"), held(
+        tmp_path / "store", "the store"
+    ):
+        pass
+    first.kill()  # a dead process holds nothing
+    first.wait()
+    with held(tmp_path / "store", "the store"):
+        pass

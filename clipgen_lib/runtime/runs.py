@@ -12,12 +12,14 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -118,6 +121,27 @@ def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iter
             raise
         missing = f" ({lacking() / 1e9:.3g} GB are missing)" if lacking() > 0 else ""
         raise ClipgenError(f"no room for {target}{missing}: free some, then run the same command to resume") from None
+
+
+@contextmanager
+def held(path: Path, what: str) -> Iterator[None]:
+    """Keep `path` to this process while the block writes it; the lock of a process that died is free.
+
+    Raises:
+        ClipgenError: another process holds it: who, and since when.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, holder = (path.with_name(f".{path.name}.{kind}") for kind in ("lock", "holder"))
+    try:
+        with FileLock(lock, timeout=0):
+            holder.write_text(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+    except Timeout:
+        who = holder.read_text(errors="replace") if holder.is_file() else "another process"
+        raise ClipgenError(f"{what} is being made in {path} by {who}: wait for it, or stop it and run this again") from None
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
