@@ -137,8 +137,9 @@ def test_a_second_process_is_told_who_holds_what_it_would_write(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(source), tmp_path / "store"]
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
-    with pytest.raises(ClipgenError, match=f"the store is being made in .* by process {first.pid} on .* since"), held(
-        tmp_path / "store", "the store"
+    with (
+        pytest.raises(ClipgenError, match=f"the store is being made in .* by process {first.pid} on .* since"),
+        held(tmp_path / "store", "the store"),
     ):
         pass
     first.kill()  # a dead process holds nothing

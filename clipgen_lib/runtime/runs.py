@@ -141,7 +141,9 @@ def held(path: Path, what: str) -> Iterator[None]:
                 holder.unlink(missing_ok=True)
     except Timeout:
         who = holder.read_text(errors="replace") if holder.is_file() else "another process"
-        raise ClipgenError(f"{what} is being made in {path} by {who}: wait for it, or stop it and run this again") from None
+        raise ClipgenError(
+            f"{what} is being made in {path} by {who}: wait for it, or stop it and run this again"
+        ) from None
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
