@@ -2,15 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= demo
 INSTALLED = $(VENV)/.installed
+CONSTRAINTS ?=
 PYTEST = CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest
 
-.PHONY: install demo test notebooks bench chaos
+.PHONY: install demo test test-oldest notebooks bench chaos
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --editable ".[notebooks,test]"
+	$(VENV)/bin/pip install --quiet $(CONSTRAINTS) --editable ".[notebooks,test]"
 	touch $@
 
 # Notebooks 01 to 04 on the Shapes world; an interrupted demo resumes from its last checkpoint.
@@ -24,6 +25,10 @@ test: $(INSTALLED)
 	$(PYTEST) tests || failed=1; \
 	$(PYTEST) -p no:cacheprovider --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300 || failed=1; \
 	exit $$failed
+
+# The same with the oldest versions that pyproject.toml allows, in an environment of their own.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS="--constraint tests/oldest.txt"
 
 # Run the saved notebooks again, at preset smoke, and keep their outputs.
 notebooks: $(INSTALLED)

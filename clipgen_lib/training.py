@@ -47,7 +47,7 @@ def set_learning_rate(optimizer: Optimizer, peak: float, step: int, config: Opti
 def step_seed(seed: int, step: int, rank: int | None = None) -> int:
     """A seed for one step on one process, or (None) for what is the same on all processes."""
     words = [seed, 17, step, 0 if rank is None else rank + 1]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def local_rows(config: OptimConfig) -> np.ndarray:
