@@ -235,7 +235,7 @@ def train_transformer(
                 loss, scalars = transformer_step(model, frozen, batch.part(places, device), config)
                 (loss / config.accumulate).backward()
                 log.add(**scalars)
-            if optimizer_step(log, step, config.clip_norm, gradient=optimizer):
+            if optimizer_step(log, step, config.max_grad_norm, gradient=optimizer):
                 ema.update_parameters(transformer)
     trained_with = {"vqgan": module_hash(frozen.vqgan), "clip": frozen.clip.weights_hash}
     return finish(run, "transformer", ema.module, {}, trained_with=trained_with)

@@ -237,7 +237,7 @@ def train_vqgan(
             vectors, tokens = torch.cat([q.vectors for q in quantized]), torch.cat([q.tokens for q in quantized])
             log.count(tokens, preset.vqgan.codebook_size)
             optimizers = {"generator_gradient": gen_optimizer, "discriminator_gradient": disc_optimizer}
-            if optimizer_step(log, step, config.clip_norm, **optimizers):
+            if optimizer_step(log, step, config.max_grad_norm, **optimizers):
                 rng = torch.Generator().manual_seed(step_seed(run.seed, step))
                 vqgan.quantizer.update_codebook(vectors, tokens, rng)
                 ema.update_parameters(vqgan)

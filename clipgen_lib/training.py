@@ -226,12 +226,12 @@ class Log:
         return {key: f"{line[key]:.3g}" for key in shown if key in line}
 
 
-def optimizer_step(log: Log, step: int, clip_norm: float, **optimizers: Optimizer) -> bool:
+def optimizer_step(log: Log, step: int, max_grad_norm: float, **optimizers: Optimizer) -> bool:
     """Clip gradients, log their norms by these names, and step where all is finite; returns whether it was."""
     norms = {}
     for name, optimizer in optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms[name] = nn.utils.clip_grad_norm_(parameters, clip_norm)
+        norms[name] = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     log.add(**norms)
     finite = log.is_finite(step, *norms.values())
     for optimizer in optimizers.values():
@@ -309,4 +309,4 @@ def fit(
             loss, scalars = loss_of(step)
             loss.backward()
             log.add(loss=loss, **scalars)
-            optimizer_step(log, step, clip_norm=1.0, gradient=optimizer)
+            optimizer_step(log, step, max_grad_norm=1.0, gradient=optimizer)

@@ -194,7 +194,7 @@ def test_training_learns_and_logs_its_health(images, preset, clip, tmp_path):
         ("accumulate", 2),
         ("flip", True),
         ("random_crop", True),
-        ("clip_norm", 1e-3),
+        ("max_grad_norm", 1e-3),
         ("weight_decay", 5.0),
         ("ema_decay", 0.0),
         pytest.param(
