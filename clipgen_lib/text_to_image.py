@@ -188,17 +188,7 @@ class TextToImage(
         prompts, seeds = _repeat(prompt, n, seed)
         if len(seeds) != n:
             raise ClipgenError(f"{len(seeds) // n} prompts to generate progressively: give one")
-        asked, candidates = self._prompt_embeds(prompts, chosen), []
-        for j in range(chosen.candidates):
-            steps = sample.generate_tokens(self.transformer, asked.condition, sample.candidate_seeds(seeds, j), chosen)
-            for step, tokens in enumerate(steps, start=1):
-                share = float((tokens >= 0).float().mean())
-                if step % every == 0 and share < 1:
-                    images = sample.decode_unfinished(self.vqgan, tokens, chosen.batch_size)
-                    yield Preview(images, (j + share) / chosen.candidates)
-            candidates.append(sample.decode(self.vqgan, tokens, chosen.batch_size))
-        best = candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, asked.embeds)
-        yield Preview(best, 1.0)
+        yield from self._previews(self._prompt_embeds(prompts, chosen), seeds, chosen, every=every)
 
     @torch.inference_mode()
     def complete(
@@ -279,11 +269,29 @@ class TextToImage(
         self, asked: PromptEmbeds, seeds: list[int], chosen: SampleConfig, known: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The best of the candidates of each prompt (B, 3, H, W), from known first tokens (B, T) on."""
+        *_, last = self._previews(asked, seeds, chosen, known)
+        return last.images
+
+    def _previews(
+        self,
+        asked: PromptEmbeds,
+        seeds: list[int],
+        chosen: SampleConfig,
+        known: torch.Tensor | None = None,
+        every: int = 0,
+    ) -> Iterator[Preview]:
+        """Candidate after candidate, with a preview after every `every` tokens (0: none), then the best images."""
         candidates = []
         for j in range(chosen.candidates):
-            tokens = sample.generate(self.transformer, asked.condition, sample.candidate_seeds(seeds, j), chosen, known)
+            candidate_seeds = [(seed, j) for seed in seeds] if j else seeds
+            steps = sample.generate_tokens(self.transformer, asked.condition, candidate_seeds, chosen, known)
+            for step, tokens in enumerate(steps, start=1):
+                if every and step % every == 0 and bool((tokens < 0).any()):
+                    images = sample.decode_unfinished(self.vqgan, tokens, chosen.batch_size)
+                    yield Preview(images, (j + float((tokens >= 0).float().mean())) / chosen.candidates)
             candidates.append(sample.decode(self.vqgan, tokens, chosen.batch_size))
-        return candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, asked.embeds)
+        best = candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, asked.embeds)
+        yield Preview(best, 1.0)
 
 
 def load_run(

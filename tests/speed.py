@@ -235,7 +235,7 @@ def bare_passes(preset: Preset, clip: ClipEmbedder, table: Table) -> Way:
         with table.autocast():
             fake, quantized = generator(images)
             loss = F.l1_loss(fake, images) + F.mse_loss(fake, images) + perceptual(images, fake)
-            loss = loss + stage1.adversarial_loss(critic(fake))
+            loss = loss - critic(fake).mean()
         (loss + quantized.codebook_loss + quantized.commitment_loss).backward()
         critic.requires_grad_(True)
         with table.autocast():

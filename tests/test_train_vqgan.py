@@ -14,7 +14,6 @@ from clipgen_lib.runtime.runs import ClipgenError, open_run
 from clipgen_lib.train_vqgan import (
     PatchDiscriminator,
     adaptive_weight,
-    adversarial_loss,
     discriminator_loss,
     discriminator_step,
     generator_step,
@@ -40,7 +39,6 @@ def same_weights(a, b):
 def test_hinge_by_hand():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5])
     assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.75))
-    assert adversarial_loss(fake).item() == pytest.approx(0.75)
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients_and_is_clamped():
