@@ -141,10 +141,10 @@ class CachedBlock:
         """x: (B, E). modulation: shift, scale and gate (B, E) of both halves, with adaptive layer norm only."""
         if modulation is None:
             x = self.proj.add(self.attend(self.norm1(x), cache, layer), x)
-            return self.fc2.add(self.fc1.gelu(self.norm2(x)), x)
+            return self.fc2.add(self.fc1(self.norm2(x), gelu=True), x)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1 * self.proj(self.attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer))
-        return x + gate2 * self.fc2(self.fc1.gelu(self.norm2(x) * (1 + scale2) + shift2))
+        return x + gate2 * self.fc2(self.fc1(self.norm2(x) * (1 + scale2) + shift2, gelu=True))
 
     def attend(self, x: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         """Attention of the new position (B, E) to all positions so far."""

@@ -134,7 +134,7 @@ def generator_step(
     Args:
         adv_weight: of the adversarial loss, beside the adaptive weight; 0 leaves the discriminator out.
     """
-    decoder = distributed.unwrapped(vqgan).decoder
+    decoder = getattr(vqgan, "module", vqgan).decoder  # DDP hides the parts of a module
     with training.autocast(config, images.device):
         features, quantized = vqgan(images, until_last_layer=True)
         fake = decoder.last(features)  # apart: the adaptive weight takes the gradient at the last layer alone

@@ -38,18 +38,16 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 
-def kernel_distance(
-    real: torch.Tensor, fake: torch.Tensor, subsets: int = 100, most: int = 1_000, seed: int = 0
-) -> dict:
+def kernel_distance(real: torch.Tensor, fake: torch.Tensor, subsets: int = 100) -> dict:
     """KID (arXiv 1801.01401): the unbiased squared MMD under a cubic kernel, by torchmetrics, with its spread over subsets.
 
-    A subset is half of the smaller set where that is fewer than `most` rows: subsets that are the whole set have no spread.
+    A subset is half of the smaller set where that is fewer than 1,000 rows: subsets that are the whole set have no spread.
     The unbiased estimate may be below 0.
 
     Args:
         real, fake: (N, d) and (M, d), at least 4 rows each.
     """
-    size, rng = min(most, len(real) // 2, len(fake) // 2), np.random.default_rng([seed, 31])
+    size, rng = min(1_000, len(real) // 2, len(fake) // 2), np.random.default_rng([0, 31])
     values = []
     for _ in range(subsets):
         pair = [x[rng.choice(len(x), size, replace=False)].double() for x in (real, fake)]

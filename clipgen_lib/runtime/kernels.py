@@ -96,17 +96,13 @@ class PackedLinear:
         if self.is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, E) to (B, F)."""
+    def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """(B, E) to (B, F), with GELU by the error function where asked for."""
         if not self.is_packed:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """GELU, by the error function, of the layer's output."""
-        if not self.is_packed:
-            return F.gelu(F.linear(x, self.weight, self.bias))
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+            y = F.linear(x, self.weight, self.bias)
+            return F.gelu(y) if gelu else y
+        activation = ("gelu", [], "none") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *activation)
 
     def add(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
         """The layer's output on top of `to` (B, F)."""
@@ -120,9 +116,8 @@ def packs(weight: torch.Tensor) -> bool:
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if weight.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in needed):
         return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or weight.dtype == torch.float32
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -145,13 +140,11 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
     """`module.compile()`, where torch.compile works: it needs a C++ compiler, which not every machine has."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # a missing compiler, header or backend each raises its own
-        warnings.warn(
-            f"torch.compile does not work on this machine ({type(error).__name__}): training runs without it, somewhat slower; a C++ compiler and Python's headers would mend it",
-            stacklevel=2,
-        )
-    else:
         module.compile()
+    except Exception as error:  # a missing compiler, header or backend each raises its own
+        why = f"torch.compile does not work on this machine ({type(error).__name__})"
+        cure = "training runs without it, somewhat slower; a C++ compiler and Python's headers would mend it"
+        warnings.warn(f"{why}: {cure}", stacklevel=2)
 
 
 def largest(values: torch.Tensor, k: int) -> torch.Tensor:

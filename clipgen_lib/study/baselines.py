@@ -54,8 +54,8 @@ class Retrieval(System):
     def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int]) -> torch.Tensor:
         """The training image nearest to each prompt: (P, 3, H, W) in [-1, 1]. Seeds change nothing."""
         bank = self.store.embeds(slice(0, self.store.n_unmirrored))
-        found = nearest(bank, self.embed(prompts).cpu().float(), 1)[:, 0]
-        images = [crop(self.images[int(row)], self.images.size) for row in self.store.arrays["rows"][found.numpy()]]
+        closest = nearest(bank, self.embed(prompts).cpu().float(), 1)[:, 0]
+        images = [crop(self.images[int(row)], self.images.size) for row in self.store.arrays["rows"][closest.numpy()]]
         return to_float(torch.stack(images)).to(self.device)
 
 
@@ -80,8 +80,7 @@ class VQGANCLIP(System):
             return torch.cat([self._optimise(embeds[part].clone(), seeds[part]) for part in parts])
 
     def _optimise(self, embeds: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        quantizer, side = self.vqgan.quantizer, self.vqgan.config.side
-        codes = quantizer.codes().detach().clone()
+        side, codes = self.vqgan.config.side, self.vqgan.quantizer.codes().detach().clone()
         tokens = (seeded_uniforms(seeds, side * side, embeds.device) * len(codes)).long()
         z = codes[tokens].unflatten(1, (side, side)).permute(0, 3, 1, 2).contiguous().requires_grad_()  # (B, C, h, w)
         lowest, highest = (bound[None, :, None, None] for bound in (codes.amin(0), codes.amax(0)))
@@ -153,8 +152,8 @@ class Supervised(System):
     @torch.inference_mode()
     def generate_each(self, prompts: list[str], seeds: list[int], **settings: object) -> torch.Tensor:
         """One image for each text and seed: (P, 3, H, W) in [-1, 1]."""
-        words, chosen = self.clip.tokenizer(list(prompts)).to(self.device), replace(self.settings, **settings)
-        return decode(self.vqgan, generate(self.transformer, words, seeds, chosen), chosen.batch_size)
+        words, settings = self.clip.tokenizer(list(prompts)).to(self.device), replace(self.settings, **settings)
+        return decode(self.vqgan, generate(self.transformer, words, seeds, settings), settings.batch_size)
 
 
 class Fusion(nn.Module):
