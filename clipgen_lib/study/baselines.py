@@ -10,6 +10,7 @@ In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for
 - `FusionGAN`: a one-stage conditional GAN trained on pairs (DF-GAN, arXiv 2008.05865), as small as it can be.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -122,6 +123,7 @@ class WordStore(TokenStore):
         return torch.from_numpy(self.arrays["embeds"][rows].astype(np.int64))
 
 
+@torch.inference_mode()
 def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipEmbedder, words: bool) -> TokenStore:
     """A row for each caption of each image: its tokens, and the caption's embedding or its words.
 
@@ -131,12 +133,11 @@ def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipE
     if not pairs:
         raise ClipgenError(f"{store.folder} has no captions beside its images: a supervised baseline needs pairs")
     rows, texts = np.array([i for i, _ in pairs]), [text for _, text in pairs]
-    parts = [texts[i : i + 512] for i in range(0, len(texts), 512)]
     if words:
-        embeds = torch.cat([clip.tokenizer(part) for part in parts]).numpy().astype(np.uint16)
+        embeds = clip.tokenizer(texts).numpy().astype(np.uint16)
     else:
-        with torch.inference_mode():
-            embeds = torch.cat([clip.texts(part).cpu() for part in parts]).numpy().astype(np.float16)
+        parts = [clip.texts(texts[i : i + 512]).cpu() for i in range(0, len(texts), 512)]
+        embeds = torch.cat(parts).numpy().astype(np.float16)
     arrays = {"tokens": store.arrays["tokens"][rows], "embeds": embeds, "rows": store.arrays["rows"][rows]}
     meta = store.meta | {"N": len(pairs), "flip": False, "D": clip.tokenizer.vocab_size if words else clip.dim}
     return (WordStore if words else TokenStore)(store.folder, meta, arrays)
@@ -189,19 +190,22 @@ class UpBlock(nn.Module):
         return self.shortcut(x) + self.second(self.first(x, condition), condition)
 
 
+def _widths(config: FusionGANConfig, image_size: int) -> list[int]:
+    """Channels from full resolution down to 4x4."""
+    if image_size not in (4 * 2**i for i in range(1, 9)):
+        raise ClipgenError(f"the GAN doubles from 4 pixels and cannot reach {image_size}: choose a power of two")
+    return [config.channels * min(2**i, 4) for i in range((image_size // 4).bit_length())]
+
+
 class FusionGenerator(nn.Module):
     """Noise (B, Z) and a text embedding (B, D) -> (B, 3, H, W) in [-1, 1], doubling from 4x4."""
 
     def __init__(self, config: FusionGANConfig, image_size: int, clip_dim: int):
         super().__init__()
-        if image_size not in (4 * 2**i for i in range(1, 9)):
-            raise ClipgenError(f"the GAN doubles from 4 pixels and cannot reach {image_size}: choose a power of two")
-        levels = (image_size // 4).bit_length() - 1
-        widths = [config.channels * min(2**i, 4) for i in reversed(range(levels + 1))]
-        self.noise_dim = config.noise_dim
+        widths, self.noise_dim = _widths(config, image_size)[::-1], config.noise_dim
         self.begin = nn.Linear(config.noise_dim, widths[0] * 16)
         condition = config.noise_dim + clip_dim
-        self.blocks = nn.ModuleList(UpBlock(a, b, condition) for a, b in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(UpBlock(a, b, condition) for a, b in itertools.pairwise(widths))
         self.end = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, noise: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
@@ -217,9 +221,8 @@ class Critic(nn.Module):
 
     def __init__(self, config: FusionGANConfig, image_size: int, clip_dim: int):
         super().__init__()
-        levels = (image_size // 4).bit_length() - 1
-        widths = [config.channels * min(2**i, 4) for i in range(levels + 1)]
-        steps = list(zip(widths, widths[1:], strict=False))
+        widths = _widths(config, image_size)
+        steps = list(itertools.pairwise(widths))
         self.begin = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in steps)
         self.shortcut = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in steps)

@@ -44,10 +44,6 @@ class Release(NamedTuple):
     build: Callable[[], nn.Module]
 
 
-class Mismatch(Exception):
-    """Why a file is not the one of a release."""
-
-
 def _vqgan(config: VQGANConfig) -> list[Rename]:
     """Names of taming-transformers, whose decoder counts its levels from the finest, and of LlamaGen."""
     last = len(config.channel_mult) - 1
@@ -172,7 +168,7 @@ def load_released(
     try:
         tensors = read_tensors(path, release.family.entry)
         return build(release.build, release.family, tensors).to(device)
-    except Mismatch as error:
+    except ClipgenError as error:
         raise ClipgenError(f"{path} is no {release.file} ({error}): get it from {release.source}") from None
 
 
@@ -180,7 +176,7 @@ def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torc
     """A module of ours, in eval mode, that computes what the original computes with these tensors.
 
     `make` is called on torch's meta device; `tensors` have their published names and are not changed in place. A tensor
-    too many, one too few or one of another shape is a Mismatch.
+    too many, one too few or one of another shape is a ClipgenError.
     """
     with torch.device("meta"):
         module = make()
@@ -200,7 +196,7 @@ def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torc
     try:
         module.load_state_dict(renamed, assign=True)
     except RuntimeError as error:
-        raise Mismatch(reason(error)) from None
+        raise ClipgenError(reason(error)) from None
     return module.eval()
 
 
@@ -230,7 +226,7 @@ _CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callba
 def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
     """The tensors of a published file, on the CPU, by name; no code in the file is run.
 
-    They lie under `entry` in a .pt or .ckpt file. A file that is damaged, holds code or has no such entry is a Mismatch.
+    They lie under `entry` in a .pt or .ckpt file. A file that is damaged, holds code or has no such entry is a ClipgenError.
     """
     try:
         if path.suffix == ".safetensors":
@@ -239,10 +235,10 @@ def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise whatever their zip, pickle and header code raises
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise Mismatch(f"it holds code, {code[1]}, which is not run") from None
+            raise ClipgenError(f"it holds code, {code[1]}, which is not run") from None
         why = str(error).split("WeightsUnpickler error: ")[-1].split(". ")[0].split("\n")[0].strip()
-        raise Mismatch(f"cut short, damaged or no weights at all; {why or type(error).__name__}") from None
+        raise ClipgenError(f"cut short, damaged or no weights at all; {why or type(error).__name__}") from None
     tensors = content.get(entry) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise Mismatch(f"no tensors under {entry!r}")
+        raise ClipgenError(f"no tensors under {entry!r}")
     return tensors
