@@ -131,7 +131,6 @@ def score_images(
     Returns:
         What `set_scores` gives, with `rfid`, `card`, `warnings`, `n` and `n_reference`; `missing` says which weights are
         not on this machine (`fid`, `rfid` and `floor` are then empty); `caps` and so on where captions are known.
-
     """
     sets, clip = [some for some in (images, reference) if isinstance(some, ImageSet)], evaluators.clip
     numbers: dict = {
@@ -143,8 +142,7 @@ def score_images(
         **{"fid": {}, "rfid": {}, "floor": {}, "warnings": [], "n_reference": "not in the file"},
     }
     try:
-        network = evaluators.networks(config.protocol, clip)
-        numbers |= _distances(images, reference, network, config, provenance, clip.device)
+        numbers |= _distances(images, reference, config, evaluators, provenance)
     except MissingWeights as error:
         numbers["missing"] = [str(error)]
     if provenance.texts:
@@ -163,14 +161,10 @@ def score_images(
 
 
 def _distances(
-    images: ImageSet,
-    reference: ImageSet | Moments,
-    network: FeatureNetwork,
-    config: EvaluateConfig,
-    provenance: Provenance,
-    device: torch.device,
+    images: ImageSet, reference: ImageSet | Moments, config: EvaluateConfig, by: Evaluators, provenance: Provenance
 ) -> dict:
     """FID-k and so on, with the protocol card: everything that decides a number beside the images' content."""
+    network, device = by.networks(config.protocol, by.clip), by.clip.device
     scored = set_statistics(_batches(images, config.batch_size, device), network, config.blur)
     counts, described, real, rfid = {"the scored set": _count(images)}, {"file": "statistics"}, reference, {}
     if isinstance(reference, ImageSet):
@@ -255,8 +249,7 @@ def evaluate_generator(
         (numbers, shown): what `score_images` gives; the first 64 `prompts` and `images`, and the caption list as text.
     """
     if images.has_captions:
-        pairs = choose_captions(images, config.n, seed)
-        rows, prompts = [row for row, _ in pairs], [text for _, text in pairs]
+        rows, prompts = map(list, zip(*choose_captions(images, config.n, seed), strict=True))
     else:
         rows, parts = [], []
         for kept, batch in ordered_batches(images, range(min(config.n, len(images))), config.batch_size):
@@ -312,10 +305,8 @@ def evaluate_oracle(
 
 
 @torch.inference_mode()
-def evaluate_vqgan(
-    vqgan: VQGAN, images: ImageSet, limit: int = 1_000, batch_size: int = 64, lpips: torch.nn.Module | None = None
-) -> dict:
-    """PSNR (dB), SSIM and LPIPS of reconstructions, means over images, and codebook use, over a set's first `limit` images.
+def evaluate_vqgan(vqgan: VQGAN, images: ImageSet, lpips: torch.nn.Module | None = None) -> dict:
+    """PSNR (dB), SSIM and LPIPS of reconstructions, means over images, and codebook use, over a set's first 1,000 images.
 
     Args:
         lpips: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1); None takes LPIPS with AlexNet, and where its weights are not on
@@ -327,7 +318,7 @@ def evaluate_vqgan(
     except MissingWeights as error:
         missing = {"missing": [str(error)]}
     scores: dict[str, list[torch.Tensor]] = {}
-    for _, batch in ordered_batches(images, range(min(limit, len(images))), batch_size):
+    for _, batch in ordered_batches(images, range(min(1_000, len(images))), 64):
         x = to_float(batch).to(device)
         tokens.append(vqgan.encode(x))
         decoded = vqgan.decode(tokens[-1])

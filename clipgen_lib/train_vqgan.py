@@ -230,10 +230,10 @@ def train_vqgan(
 
 
 @torch.inference_mode()
-def validation_reconstruction(vqgan: VQGAN, images: ImageSet, most: int = 256) -> dict[str, float]:
-    """L1 and L2 between a set's first images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped."""
+def validation_reconstruction(vqgan: VQGAN, images: ImageSet) -> dict[str, float]:
+    """L1 and L2 between a set's first 256 images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped."""
     l1, l2, count = 0.0, 0.0, 0
-    for _, batch in ordered_batches(images, range(min(most, len(images))), 64):
+    for _, batch in ordered_batches(images, range(min(256, len(images))), 64):
         real = to_float(batch).to(next(vqgan.parameters()).device)
         error = vqgan.decode(vqgan.encode(real)) - real
         l1, l2, count = l1 + float(error.abs().sum()), l2 + float(error.pow(2).sum()), count + error.numel()

@@ -24,7 +24,7 @@ from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
 from .runtime.kernels import has_bf16, set_muon_dtype
 from .runtime.runs import ClipgenError, Run, differences, progress, stoppable
-from .vqgan import statistics_of_counts, token_counts
+from .vqgan import statistics_of_counts
 
 KEPT = 2  # last checkpoints of a training; the one with the best validation score stays as well
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient that end a training
@@ -190,7 +190,7 @@ class Log:
 
     def count(self, tokens: torch.Tensor, codebook_size: int) -> None:
         """Count the codes of a batch, for codebook usage and perplexity."""
-        counts = token_counts(tokens, codebook_size)
+        counts = torch.bincount(tokens.flatten(), minlength=codebook_size)
         self.counts = counts if self.counts is None else self.counts + counts
 
     def is_finite(self, step: int, *norms: torch.Tensor) -> bool:

@@ -176,11 +176,7 @@ class ImageTransformer(nn.Module):
         return self.condition(embeds).view(len(embeds), -1, self.config.width)
 
     def describe(self) -> dict:
-        return asdict(self.config) | {
-            "codebook_size": self.codebook_size,
-            "n_tokens": self.n_tokens,
-            "clip_dim": self.clip_dim,
-        }
+        return asdict(self.config) | {f.name: getattr(self, f.name) for f in fields(TransformerSizes)}
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTransformer:
