@@ -47,11 +47,11 @@ def folder_of(path, arrays):
 def test_clean_is_pillows_bicubic_on_floats(side):
     arrays = random_images(2, side)
     found = prepare("clean", from_arrays(arrays)) * 128 + 128
-    for picture, array in zip(found, arrays, strict=True):
+    for image, array in zip(found, arrays, strict=True):
         for channel in range(3):
             plane = Image.fromarray(array[..., channel].astype(np.float32))
             wanted = np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
-            assert plane.mode == "F" and np.abs(picture[channel].numpy() - wanted).max() < 0.01
+            assert plane.mode == "F" and np.abs(image[channel].numpy() - wanted).max() < 0.01
 
 
 def test_dmgan_is_pillows_resize_and_torchvisions_scaling():
@@ -92,17 +92,10 @@ def test_the_same_images_by_pytorch_fid(tmp_path):
 # ---------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize(
-    "protocol, file",
-    [
-        ("inception", "pt_inception-2015-12-05-6726825d.pth"),
-        ("clean", "pt_inception-2015-12-05-6726825d.pth"),
-        ("torchmetrics", "pt_inception-2015-12-05-6726825d.pth"),
-        ("dmgan", "inception_v3_google-0cc3c7bd.pth"),
-    ],
-)
-def test_missing_weights_are_one_sentence(clip, tmp_path, monkeypatch, protocol, file):
+@pytest.mark.parametrize("protocol", WEIGHTS)
+def test_missing_weights_are_one_sentence(clip, tmp_path, monkeypatch, protocol):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = "inception_v3_google-0cc3c7bd.pth" if protocol == "dmgan" else "pt_inception-2015-12-05-6726825d.pth"
     with pytest.raises(MissingWeights) as error:
         feature_network(protocol, clip)
     text = str(error.value)
@@ -138,9 +131,7 @@ def random_inceptions(tmp_path_factory):
     return home, {name: Weights(w.file, file_hash(folder / w.file), w.source) for name, w in WEIGHTS.items()}
 
 
-@pytest.mark.parametrize(
-    "protocol, classes", [("inception", 1008), ("clean", 1008), ("torchmetrics", 1008), ("dmgan", 0)]
-)
+@pytest.mark.parametrize("protocol, classes", [("clean", 1008), ("torchmetrics", 1008), ("dmgan", 0)])
 def test_networks_load_from_their_files(clip, random_inceptions, monkeypatch, protocol, classes):
     home, weights = random_inceptions
     monkeypatch.setenv("TORCH_HOME", str(home))

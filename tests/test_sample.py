@@ -136,10 +136,7 @@ def test_known_tokens_that_do_not_fit(transformer, clip):
 
 
 def test_tokens_come_one_by_one(transformer, clip):
-    embeds, settings = (
-        clip.texts(["a red circle", "a blue star", "a green heart"]),
-        SampleConfig(guidance=2.0, batch_size=2),
-    )
+    embeds, settings = clip.texts(["a red circle", "a blue star", "x"]), SampleConfig(guidance=2.0, batch_size=2)
     previews = [tokens.clone() for tokens in generate_tokens(transformer, embeds, [1, 2, 3], settings)]
     whole = generate(transformer, embeds, [1, 2, 3], settings)
     assert len(previews) == 2 * 64 and torch.equal(previews[-1], whole)

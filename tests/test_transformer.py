@@ -24,9 +24,8 @@ def build(**changes):
 
 def inputs(batch=3):
     rng = torch.Generator().manual_seed(2)
-    return torch.nn.functional.normalize(torch.randn(batch, 8, generator=rng), dim=1), torch.randint(
-        0, 20, (batch, 9), generator=rng
-    )
+    embeds = torch.nn.functional.normalize(torch.randn(batch, 8, generator=rng), dim=1)
+    return embeds, torch.randint(0, 20, (batch, 9), generator=rng)
 
 
 @pytest.mark.parametrize("conditioning, condition_tokens", [("prefix", 1), ("prefix", 4), ("adaln", 4), ("words", 4)])
@@ -75,9 +74,8 @@ def test_every_position_sees_the_condition(conditioning):
 def test_adaptive_blocks_begin_as_nothing():
     torch.manual_seed(0)
     model, (embeds, tokens) = ImageTransformer(replace(SMALL, conditioning="adaln"), 20, 9, 8).eval(), inputs()
-    assert torch.equal(
-        model(embeds, tokens), model(embeds.flip(0), tokens)
-    )  # no gate open, the condition has no effect
+    # no gate is open, the condition has no effect
+    assert torch.equal(model(embeds, tokens), model(embeds.flip(0), tokens))
     model(embeds, tokens).pow(2).mean().backward()
     assert model.blocks[0].modulation.weight.grad.abs().sum() > 0  # but the gates learn
 
@@ -93,10 +91,8 @@ def test_mode_does_not_change_meaning():
 def test_gradient_checkpointing_gives_the_same_gradients(conditioning):
     gradients = []
     for checkpointing in (False, True):
-        model, (embeds, tokens) = (
-            build(conditioning=conditioning, gradient_checkpointing=checkpointing).train(),
-            inputs(),
-        )
+        model = build(conditioning=conditioning, gradient_checkpointing=checkpointing).train()
+        embeds, tokens = inputs()
         model(embeds, tokens).pow(2).mean().backward()
         gradients.append(model.blocks[0].qkv.weight.grad)
     assert torch.allclose(*gradients, atol=1e-7)
