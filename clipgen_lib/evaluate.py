@@ -258,7 +258,7 @@ def evaluate_generator(
         prompts = torch.cat(parts)
     paths = generate_images(generator, prompts, folder, seed, **settings)
     if not distributed.is_main():
-        return distributed.broadcast(None)  # what the first process found
+        return distributed.broadcast(None)  # what the first process has measured
     texts = dict(enumerate(prompts)) if images.has_captions else {}
     listed = caption_list((images.names[rows[i]], text) for i, text in texts.items())
     reconstruct = lambda x: generator.vqgan.decode(generator.vqgan.encode(x))

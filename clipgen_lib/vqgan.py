@@ -237,10 +237,10 @@ class VectorQuantizer(nn.Module):
         z = F.normalize(z, dim=-1) if self.l2_norm else z
         with torch.no_grad():
             tokens = self.choose(z.reshape(-1, z.shape[-1])).view(z.shape[:-1])
-        chosen = F.embedding(tokens, self.codes())
-        codebook_loss = chosen.new_zeros(()) if self.ema else F.mse_loss(chosen, z.detach())
-        commitment_loss = F.mse_loss(z, chosen.detach())
-        straight_through = (z + (chosen - z).detach()).permute(0, 3, 1, 2)
+        codes = F.embedding(tokens, self.codes())
+        codebook_loss = codes.new_zeros(()) if self.ema else F.mse_loss(codes, z.detach())
+        commitment_loss = F.mse_loss(z, codes.detach())
+        straight_through = (z + (codes - z).detach()).permute(0, 3, 1, 2)
         return Quantized(straight_through, tokens, z.detach(), codebook_loss, commitment_loss)
 
     @torch.no_grad()

@@ -61,9 +61,9 @@ class _NLL(torch.autograd.Function):
     def forward(ctx, x, weight, bias, targets, rows):
         log_likelihoods, grads = [], x.new_empty(len(x), len(weight))  # grads: softmax minus one-hot, of every logit
         for part, target, grad in zip(x.split(rows), targets.split(rows), grads.split(rows), strict=True):
-            log_p, chosen = F.linear(part, weight, bias).float().log_softmax(-1), target[:, None]
-            log_likelihoods.append(log_p.gather(1, chosen).sum())
-            log_p.exp_().scatter_add_(1, chosen, log_p.new_full(chosen.shape, -1.0))
+            log_p, index = F.linear(part, weight, bias).float().log_softmax(-1), target[:, None]
+            log_likelihoods.append(log_p.gather(1, index).sum())
+            log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
             grad.copy_(log_p)
         ctx.save_for_backward(x, weight, grads)
         return -sum(log_likelihoods) / len(x)
