@@ -35,8 +35,9 @@ def frozen(vqgan, clip):
 def train_in(preset, store, frozen):
     """Train under a name in a folder; a store of one's own takes the place of the usual one, but not for validation."""
 
-    def call(folder, name, own=None, frozen=frozen, **changes):
+    def call(folder, name, own=None, frozen=frozen, layers=2, **changes):
         wanted = replace(preset, transformer_train=replace(preset.transformer_train, **changes))
+        wanted = replace(wanted, transformer=replace(preset.transformer, layers=layers))
         run = replace(open_run(name, folder), seed=1)
         return train_transformer(run, own or store, store, wanted, frozen)
 
@@ -322,5 +323,5 @@ def test_what_is_never_finite_ends_the_training_and_keeps_the_last_checkpoint(tr
 
 
 def test_compiled_training_is_the_plain_one(train, recwarn):
-    settings = {"steps": 2, "precision": "no", "optimizer": "adamw", "embedding_weight": 0.0}
+    settings = {"steps": 2, "precision": "no", "optimizer": "adamw", "embedding_weight": 0.0, "layers": 1}
     assert_compiled_is_plain(lambda compile: train(f"r{compile}", compile=compile, **settings), recwarn)

@@ -182,7 +182,6 @@ def short(preset, clip, tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((96, 64)).save(folder / f"{i}.png")
     images = ImageSet("photos", "train", folder, sorted(folder.glob("*.png")), 64)
     steps = {"steps": 3, "adversarial_ramp": (0.0, 0.1), "adversarial_weight": 1.0, "save_every": 9}
-    steps |= {"perceptual": "clip", "perceptual_weight": 0.1}
     plain = train(open_run("plain", folder), images, preset, clip, **steps)
 
     def call(folder, **changes):

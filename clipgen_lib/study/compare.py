@@ -347,9 +347,8 @@ def table_text(table: list[dict], columns: tuple[str, ...]) -> str:
         return f"{row[key]['mean']:{form}}{spread}"
 
     lines = [("", *columns), *((row["name"], *(cell(row, key) for key in columns)) for row in table)]
-    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
-    cells = [[f"{text:>{width}}" for text, width in zip(line, widths, strict=True)][1:] for line in lines]
-    return "\n".join(f"{line[0]:{widths[0]}}{''.join(rest)}" for line, rest in zip(lines, cells, strict=True))
+    first, *widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return "\n".join(name.ljust(first) + "".join(map(str.rjust, cells, widths)) for name, *cells in lines)
 
 
 def _slug(name: str) -> str:
