@@ -32,17 +32,13 @@ def join(device: str = "auto") -> None:
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
-def _is_launched() -> bool:
-    return dist.is_available() and dist.is_initialized()  # some builds of torch are without
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1  # some builds are without
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if _is_launched() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if _is_launched() else 1
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:

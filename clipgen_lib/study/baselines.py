@@ -2,12 +2,6 @@
 
 In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for each, by `generate_each`, as of
 `TextToImage`. All use the same CLIP, and all but the GAN and retrieval the same VQGAN.
-
-- `Retrieval`: the training image nearest in CLIP space. It trains nothing and generates nothing: the floor of effort.
-- `VQGANCLIP`: VQGAN's latents optimised for CLIP similarity (Crowson et al., arXiv 2204.08583). It trains nothing.
-- `Supervised`: the same transformer with words in place of the embedding, trained on caption-image pairs (CogView,
-  arXiv 2105.13290).
-- `FusionGAN`: a one-stage conditional GAN trained on pairs (DF-GAN, arXiv 2008.05865), as small as it can be.
 """
 
 import itertools
@@ -49,6 +43,8 @@ class System:
 
 @dataclass
 class Retrieval(System):
+    """The training image nearest in CLIP space: it trains nothing and generates nothing, the floor of effort."""
+
     store: TokenStore
     images: ImageSet  # the images that the store was made of
 
@@ -62,7 +58,7 @@ class Retrieval(System):
 
 @dataclass
 class VQGANCLIP(System):
-    """VQGAN-CLIP by its published recipe, at the resolution of the VQGAN at hand.
+    """VQGAN-CLIP (Crowson et al., arXiv 2204.08583) by its published recipe, at the resolution of the VQGAN at hand.
 
     From random tokens, Adam on the latent grid. Each step looks the grid up in the codebook (straight-through), decodes
     it, and lowers the squared spherical distance of CLIP's embedding of augmented cutouts to the prompt's. Cutouts are
@@ -145,7 +141,7 @@ def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipE
 
 @dataclass
 class Supervised(System):
-    """The transformer with the text's own tokens before the image's (CogView's order; only the image is predicted)."""
+    """The transformer trained on pairs, with the text's own tokens before the image's (CogView, arXiv 2105.13290)."""
 
     transformer: ImageTransformer
     settings: SampleConfig
@@ -239,6 +235,8 @@ class Critic(nn.Module):
 
 @dataclass
 class FusionGAN(System):
+    """A one-stage conditional GAN trained on pairs (DF-GAN, arXiv 2008.05865), as small as it can be."""
+
     generator: FusionGenerator
 
     @torch.inference_mode()
