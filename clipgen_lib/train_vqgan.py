@@ -48,11 +48,6 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images).float()
 
 
-def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """Hinge loss (arXiv 1705.02894): mean of relu(1 - real) and relu(1 + fake), halved as in VQGAN's code."""
-    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
-
-
 def adaptive_weight(
     reconstruction: torch.Tensor,
     adversarial: torch.Tensor,
@@ -162,10 +157,13 @@ def generator_step(
 def discriminator_step(
     discriminator: nn.Module, real: torch.Tensor, fake: torch.Tensor, config: VQGANTrainConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The discriminator's loss on real and reconstructed images, (B, 3, H, W) each (eq. 5); `fake` gets no gradient."""
+    """The discriminator's loss on real and reconstructed images, (B, 3, H, W) each (eq. 5); `fake` gets no gradient.
+
+    The hinge loss (arXiv 1705.02894), halved as in VQGAN's code.
+    """
     with training.autocast(config, real.device):
         real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).chunk(2)
-        loss = discriminator_loss(real_logits, fake_logits)
+        loss = 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
     return loss, {"discriminator": loss, "real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
 
 

@@ -239,7 +239,8 @@ def bare_passes(preset: Preset, clip: ClipEmbedder, table: Table) -> Way:
         (loss + quantized.codebook_loss + quantized.commitment_loss).backward()
         critic.requires_grad_(True)
         with table.autocast():
-            loss = stage1.discriminator_loss(*critic(torch.cat([images, fake.detach()])).chunk(2))
+            real_logits, fake_logits = critic(torch.cat([images, fake.detach()])).chunk(2)
+            loss = F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
         loss.backward()
         generator.zero_grad()
         critic.zero_grad()
