@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import StandIn
 from PIL import Image
 
 from clipgen_lib import cli, plots
@@ -34,17 +35,6 @@ from clipgen_lib.metrics.report import score_table, table
 from clipgen_lib.metrics.statistics import set_scores, set_statistics
 from clipgen_lib.runtime.checkpoints import MissingWeights
 from clipgen_lib.runtime.runs import ClipgenError, read_json
-
-
-class StandIn(torch.nn.Module):
-    """A fixed small network in the place of Inception: (B, 3, H, W) -> (B, 12)."""
-
-    def __init__(self):
-        super().__init__()
-        self.kernel = torch.nn.Parameter(torch.randn(12, 3, 5, 5, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x):
-        return torch.nn.functional.conv2d(x, self.kernel, stride=3).relu().mean((2, 3))
 
 
 def stand_ins(protocol, clip):

@@ -5,6 +5,7 @@ import pytest
 import pytorch_fid.inception
 import torch
 import torchvision
+from conftest import StandIn
 from PIL import Image
 from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
 
@@ -14,18 +15,6 @@ from clipgen_lib.metrics.features import WEIGHTS, FeatureNetwork, feature_networ
 from clipgen_lib.metrics.statistics import set_statistics
 from clipgen_lib.runtime.checkpoints import MissingWeights, Weights
 from clipgen_lib.runtime.runs import ClipgenError, file_hash
-
-
-class StandIn(torch.nn.Module):
-    """A fixed small network in place of Inception, with its interface: (B, 3, H, W) -> [(B, 12, 1, 1)]."""
-
-    def __init__(self):
-        super().__init__()
-        draw = torch.Generator().manual_seed(0)
-        self.kernel = torch.nn.Parameter(torch.randn(12, 3, 5, 5, generator=draw))
-
-    def forward(self, x):
-        return [torch.nn.functional.conv2d(x, self.kernel, stride=3).relu().mean((2, 3), keepdim=True)]
 
 
 def random_images(n, side=40, seed=0):
