@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import Identity, normal
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
@@ -20,17 +21,6 @@ def gaussian(dim, seed):
     rng = np.random.default_rng(seed)
     root = rng.normal(size=(dim, dim))
     return rng.normal(size=dim), root @ root.T / dim
-
-
-def normal(n, d, seed=0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-
-
-class Identity(torch.nn.Module):
-    """A stand-in network for torchmetrics: what it is given are the features already."""
-
-    def forward(self, x):
-        return x
 
 
 def test_frechet_closed_forms():
