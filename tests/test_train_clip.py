@@ -92,7 +92,7 @@ def test_clip_learns_from_images_with_class_names(tmp_path):
                 noise = np.random.default_rng([i, colour]).integers(-15, 16, (64, 64, 3))
                 Image.fromarray((colour + noise).astype(np.uint8)).save(tmp_path / "data" / split / name / f"{i}.png")
     train, val = (open_images(tmp_path / "data", split, 64) for split in ("train", "val"))
-    config = replace(SMALL, steps=12, lr=2e-3, warmup=2, precision="no")
+    config = replace(SMALL, steps=24, lr=1e-3, warmup=2, precision="no", save_every=24)
     pairs = ImagePairs(train, config, 0)
     images, texts, together = pairs.batch(3)
     assert images.shape == (16, 3, 64, 64) and together.sum() == 128
