@@ -150,7 +150,7 @@ class OptimConfig(Config):
     warmup: CountFromZero = 1_000
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     weight_decay: Amount = 0.05
-    clip_norm: Amount = 1.0
+    max_grad_norm: Amount = 1.0
     ema_decay: Share = 0.999
     precision: Literal["bf16", "no"] = "bf16"  # of autocast, on a device that computes in bfloat16
     compile: bool = False

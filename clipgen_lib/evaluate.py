@@ -23,9 +23,9 @@ from .data.images import eight_bit, from_arrays, load_image, png, to_arrays, to_
 from .metrics import oracle
 from .metrics.captions import PAIRS, caption_facts, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
-from .metrics.distances import frechet_distance, reconstruction_scores
+from .metrics.distances import reconstruction_scores
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
-from .metrics.folders import codec, open_folder, open_reference
+from .metrics.folders import codec, open_folder, open_reference  # noqa: F401 (to open what is scored)
 from .metrics.statistics import Moments, few_images, fid_by_radius, set_scores, set_statistics
 from .runtime import distributed
 from .runtime.checkpoints import MissingWeights, module_hash
@@ -33,7 +33,6 @@ from .runtime.runs import ClipgenError, progress, read_json, versions, write_ato
 from .text_to_image import TextToImage
 from .vqgan import VQGAN, codebook_statistics
 
-__all__ = ["frechet_distance", "feature_network"]  # part of this module's interface, defined elsewhere
 BLUR = "Gaussian, sigma = k pixels at the evaluation resolution, kernel to 4 sigma, reflected border, on both sets, before the network's resize"
 RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size"
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -84,8 +83,8 @@ def generate_images(
     with progress(len(paths), f"generating {folder.name}", distributed.is_main()) as bar:
         for batch in batches[distributed.rank() :: distributed.world_size()]:
             rows = [row for row in batch if not paths[row].exists()]
-            chosen = prompts[rows] if isinstance(prompts, torch.Tensor) else [prompts[row] for row in rows]
-            images = generator.generate_each(chosen, [seed + row for row in rows], **settings) if rows else ()
+            asked = prompts[rows] if isinstance(prompts, torch.Tensor) else [prompts[row] for row in rows]
+            images = generator.generate_each(asked, [seed + row for row in rows], **settings) if rows else ()
             for row, image in zip(rows, images, strict=True):
                 write_atomic(paths[row], png(eight_bit(image)))
             bar.update(len(batch) * distributed.world_size())
@@ -117,13 +116,13 @@ def _prepare(folder: Path, facts: dict) -> None:
 
 @torch.inference_mode()
 def score_images(
-    images: ImageSet | Path,
-    reference: ImageSet | Moments | Path,
+    images: ImageSet,
+    reference: ImageSet | Moments,
     config: EvaluateConfig,
     evaluators: Evaluators,
     provenance: Provenance = Provenance(),
 ) -> dict:
-    """Score images, whatever generated them, against a reference under the protocol that `config` names.
+    """Score images, whatever generated them (`open_folder`), against a reference (`open_reference`) under one protocol.
 
     CapS is the mean cosine of caption and image under the evaluation CLIP (not times 100); `caps_ceiling` that of real
     images with their own captions, `caps_floor` with those of other images. rFID compares the reference with its
@@ -132,13 +131,7 @@ def score_images(
     Returns:
         What `set_scores` gives, with `rfid`, `card`, `warnings`, `n` and `n_reference`; `missing` says which weights are
         not on this machine (`fid`, `rfid` and `floor` are then empty); `caps` and so on where captions are known.
-
-    Raises:
-        ClipgenError: fewer than 2 images, images of different sizes, or a damaged reference.
     """
-    images = images if isinstance(images, ImageSet) else open_folder(images)
-    if not isinstance(reference, (ImageSet, Moments)):
-        reference = open_reference(reference, images.size)
     sets, clip = [some for some in (images, reference) if isinstance(some, ImageSet)], evaluators.clip
     numbers: dict = {
         "protocol": f"{config.protocol}-FID" + (f" with {clip.name}" if config.protocol == "clip" else ""),
@@ -149,8 +142,7 @@ def score_images(
         **{"fid": {}, "rfid": {}, "floor": {}, "warnings": [], "n_reference": "not in the file"},
     }
     try:
-        network = evaluators.networks(config.protocol, clip)
-        numbers |= _distances(images, reference, network, config, provenance, clip.device)
+        numbers |= _distances(images, reference, config, evaluators, provenance)
     except MissingWeights as error:
         numbers["missing"] = [str(error)]
     if provenance.texts:
@@ -169,14 +161,10 @@ def score_images(
 
 
 def _distances(
-    images: ImageSet,
-    reference: ImageSet | Moments,
-    network: FeatureNetwork,
-    config: EvaluateConfig,
-    provenance: Provenance,
-    device: torch.device,
+    images: ImageSet, reference: ImageSet | Moments, config: EvaluateConfig, by: Evaluators, provenance: Provenance
 ) -> dict:
     """FID-k and so on, with the protocol card: everything that decides a number beside the images' content."""
+    network, device = by.networks(config.protocol, by.clip), by.clip.device
     scored = set_statistics(_batches(images, config.batch_size, device), network, config.blur)
     counts, described, real, rfid = {"the scored set": _count(images)}, {"file": "statistics"}, reference, {}
     if isinstance(reference, ImageSet):
@@ -225,9 +213,9 @@ def _caption_fit(images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbe
     numbers = caption_scores(images, pairs, clip, seed, owners)
     numbers["clip_score"] = max(100 * numbers["caps"], 0.0)  # CLIPScore as torchmetrics defines it
     if isinstance(reference, ImageSet) and reference.has_captions:
-        chosen = [(owners[row], text) for row, text in pairs] if owners else []
-        chosen = chosen or choose_captions(reference, len(pairs), seed)
-        real = caption_scores(reference, chosen[:PAIRS], clip, seed, range(len(reference)))
+        real_pairs = [(owners[row], text) for row, text in pairs] if owners else []
+        real_pairs = real_pairs or choose_captions(reference, len(pairs), seed)
+        real = caption_scores(reference, real_pairs[:PAIRS], clip, seed, range(len(reference)))
         numbers |= {"caps_ceiling": real["caps"], "caps_floor": real["caps_shuffled"]}
         numbers["r_precision_real"] = real["r_precision"]
     return numbers
@@ -235,10 +223,11 @@ def _caption_fit(images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbe
 
 def _class_shares(images: ImageSet, reference: ImageSet, classifier: Classifier, provenance: Provenance) -> dict:
     asked = {row: reference.classes[real] for row, real in provenance.rows.items()}
-    shares = {"real": accuracy(classifier, reference), "accuracy": accuracy(classifier, images, asked)}
+    generated, real = accuracy(classifier, images, asked), accuracy(classifier, reference)
+    shares = {"real": real["accuracy"], **generated}
     if provenance.reconstruct:
-        shares["reconstruction"] = accuracy(classifier, reference, change=provenance.reconstruct)
-    return {name: share["accuracy"] for name, share in shares.items()} | {"n": shares["accuracy"]["n"]}
+        shares["reconstruction"] = accuracy(classifier, reference, change=provenance.reconstruct)["accuracy"]
+    return shares
 
 
 @torch.inference_mode()
@@ -260,8 +249,7 @@ def evaluate_generator(
         (numbers, shown): what `score_images` gives; the first 64 `prompts` and `images`, and the caption list as text.
     """
     if images.has_captions:
-        pairs = choose_captions(images, config.n, seed)
-        rows, prompts = [row for row, _ in pairs], [text for _, text in pairs]
+        rows, prompts = map(list, zip(*choose_captions(images, config.n, seed), strict=True))
     else:
         rows, parts = [], []
         for kept, batch in ordered_batches(images, range(min(config.n, len(images))), config.batch_size):
@@ -270,7 +258,7 @@ def evaluate_generator(
         prompts = torch.cat(parts)
     paths = generate_images(generator, prompts, folder, seed, **settings)
     if not distributed.is_main():
-        return distributed.broadcast(None)  # what the first process found
+        return distributed.broadcast(None)  # what the first process has measured
     texts = dict(enumerate(prompts)) if images.has_captions else {}
     listed = caption_list((images.names[rows[i]], text) for i, text in texts.items())
     reconstruct = lambda x: generator.vqgan.decode(generator.vqgan.encode(x))
@@ -317,10 +305,8 @@ def evaluate_oracle(
 
 
 @torch.inference_mode()
-def evaluate_vqgan(
-    vqgan: VQGAN, images: ImageSet, limit: int = 1_000, batch_size: int = 64, lpips: torch.nn.Module | None = None
-) -> dict:
-    """PSNR (dB), SSIM and LPIPS of reconstructions, means over images, and codebook use, over a set's first `limit` images.
+def evaluate_vqgan(vqgan: VQGAN, images: ImageSet, lpips: torch.nn.Module | None = None) -> dict:
+    """PSNR (dB), SSIM and LPIPS of reconstructions, means over images, and codebook use, over a set's first 1,000 images.
 
     Args:
         lpips: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1); None takes LPIPS with AlexNet, and where its weights are not on
@@ -332,7 +318,7 @@ def evaluate_vqgan(
     except MissingWeights as error:
         missing = {"missing": [str(error)]}
     scores: dict[str, list[torch.Tensor]] = {}
-    for _, batch in ordered_batches(images, range(min(limit, len(images))), batch_size):
+    for _, batch in ordered_batches(images, range(min(1_000, len(images))), 64):
         x = to_float(batch).to(device)
         tokens.append(vqgan.encode(x))
         decoded = vqgan.decode(tokens[-1])

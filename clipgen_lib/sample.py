@@ -23,7 +23,7 @@ from .store import nearest
 from .transformer import Block, ImageTransformer, KVCache
 from .vqgan import VQGAN
 
-Seed = int | tuple[int, int]  # a pair names a candidate: (seed of the image, number of the candidate)
+Seed = int | tuple[int, int]  # a pair is a candidate: (seed of the image, number from 1); number 0 is the seed alone
 
 
 def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
@@ -56,11 +56,6 @@ def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0
         before = probabilities.cumsum(-1) - probabilities  # probability of all likelier tokens
         threshold = likeliest.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1)
     return logits.masked_fill(logits < threshold, -torch.inf)
-
-
-def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance on logits (arXiv 2207.12598): u + scale * (c - u); scale 1 is the conditional model."""
-    return unconditional + scale * (conditional - unconditional)
 
 
 def guidance_at(position: int, length: int, settings: SampleConfig) -> float:
@@ -112,11 +107,6 @@ def best_of(clip: ClipEmbedder, candidates: list[torch.Tensor], embeds: torch.Te
     return torch.cat(best)
 
 
-def candidate_seeds(seeds: list[int], number: int) -> list[Seed]:
-    """Seeds of the candidates of one number; number 0 is the image without rerank."""
-    return [(seed, number) if number else seed for seed in seeds]
-
-
 def seeded_uniforms(seeds: list[Seed], length: int, device: torch.device) -> torch.Tensor:
     """(B, length) float64 in [0, 1), each row a function of its own seed."""
     rows = [np.random.default_rng(seed).random(length) for seed in seeds]
@@ -151,10 +141,10 @@ class CachedBlock:
         """x: (B, E). modulation: shift, scale and gate (B, E) of both halves, with adaptive layer norm only."""
         if modulation is None:
             x = self.proj.add(self.attend(self.norm1(x), cache, layer), x)
-            return self.fc2.add(self.fc1.gelu(self.norm2(x)), x)
+            return self.fc2.add(self.fc1(self.norm2(x), gelu=True), x)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1 * self.proj(self.attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer))
-        return x + gate2 * self.fc2(self.fc1.gelu(self.norm2(x) * (1 + scale2) + shift2))
+        return x + gate2 * self.fc2(self.fc1(self.norm2(x) * (1 + scale2) + shift2, gelu=True))
 
     def attend(self, x: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
         """Attention of the new position (B, E) to all positions so far."""
@@ -200,19 +190,7 @@ def generate(
     settings: SampleConfig,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sample the tokens of an image for each embedding.
-
-    Args:
-        embeds: (B, D), the conditions as `TextToImage.condition` prepares them.
-        seeds: one for each row; the same embedding and seed give the same tokens in a batch of any size.
-        known: the first tokens of each row, (B, T) int64 with T < L; only those behind them are sampled.
-
-    Returns:
-        (B, L) int64.
-
-    Raises:
-        ClipgenError: the transformer is in training mode, or seeds or known tokens do not fit the embeddings.
-    """
+    """The tokens of an image for each embedding, (B, L) int64: the last that `generate_tokens` yields."""
     *_, tokens = generate_tokens(transformer, embeds, seeds, settings, known)
     return tokens
 
@@ -225,10 +203,18 @@ def generate_tokens(
     settings: SampleConfig,
     known: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The sampling loop, which yields its tokens after every step; arguments are those of `generate`.
+    """Sample the tokens of an image for each embedding, one token after the other.
+
+    Args:
+        embeds: (B, D), the conditions as `TextToImage.condition` prepares them.
+        seeds: one for each row; the same embedding and seed give the same tokens in a batch of any size.
+        known: the first tokens of each row, (B, T) int64 with T < L; only those behind them are sampled.
 
     Yields:
-        (B, L) int64, -1 where no token is sampled yet; the same tensor each time, so copy what is to be kept.
+        (B, L) int64 after every step, -1 where no token is sampled yet; the same tensor each time, so copy what is kept.
+
+    Raises:
+        ClipgenError: the transformer is in training mode, or seeds or known tokens do not fit the embeddings.
     """
     known = embeds.new_empty(len(embeds), 0, dtype=torch.int64) if known is None else known
     _check(transformer, embeds, seeds, known)
@@ -244,12 +230,13 @@ def generate_tokens(
         logits = decoder.start(condition, known_rows)
         for i in range(first, length):
             if guided:
-                logits = guide(*logits.chunk(2), guidance_at(i, length, settings))
+                conditional, unconditional = logits.chunk(2)  # classifier-free guidance on logits (arXiv 2207.12598)
+                logits = unconditional + guidance_at(i, length, settings) * (conditional - unconditional)
             logits = filter_logits(logits, settings.temperature, settings.top_k, settings.top_p)
-            tokens[rows, i] = chosen = sample_token(logits, uniforms[:, i])
+            tokens[rows, i] = new = sample_token(logits, uniforms[:, i])
             yield tokens
             if i + 1 < length:
-                logits = decoder.step(chosen.repeat(2) if guided else chosen)
+                logits = decoder.step(new.repeat(2) if guided else new)
 
 
 def decode(vqgan: VQGAN, tokens: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -272,12 +259,10 @@ def _check(transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[Seed
     if transformer.training:
         raise ClipgenError("the transformer is in training mode: call .eval() before sampling")
     if len(known) != len(embeds) or known.shape[1] >= transformer.n_tokens:
-        raise ClipgenError(
-            f"known tokens are {tuple(known.shape)}: give a row for each of the {len(embeds)} embeddings, "
-            f"shorter than the {transformer.n_tokens} of an image"
-        )
+        wanted = f"a row for each of the {len(embeds)} embeddings, shorter than the {transformer.n_tokens} of an image"
+        raise ClipgenError(f"known tokens are {tuple(known.shape)}: give {wanted}")
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < transformer.codebook_size:
+        most = transformer.codebook_size - 1
         raise ClipgenError(
-            f"known tokens lie outside 0 to {transformer.codebook_size - 1}: "
-            "use those of the VQGAN that this transformer was trained with"
+            f"known tokens lie outside 0 to {most}: use those of the VQGAN of this transformer's training"
         )

@@ -172,8 +172,8 @@ class TextToImage(
     @torch.inference_mode()
     def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int], **settings: object) -> torch.Tensor:
         """One image for each prompt and seed, the nearest of `candidates` in CLIP space: (P, 3, H, W) in [-1, 1]."""
-        chosen = replace(self.settings, **settings)
-        return self._generate(self._prompt_embeds(prompts, chosen), seeds, chosen)
+        config = replace(self.settings, **settings)
+        return self._generate(self._prompt_embeds(prompts, config), seeds, config)
 
     @torch.inference_mode()
     def generate_progressively(
@@ -184,21 +184,11 @@ class TextToImage(
         A preview comes after every `every` tokens of an image; 0 takes a row of the token grid. The last one has share 1
         and the images of the plain call.
         """
-        chosen, every = replace(self.settings, **settings), every or self.vqgan.config.side
+        config, every = replace(self.settings, **settings), every or self.vqgan.config.side
         prompts, seeds = _repeat(prompt, n, seed)
         if len(seeds) != n:
             raise ClipgenError(f"{len(seeds) // n} prompts to generate progressively: give one")
-        asked, candidates = self._prompt_embeds(prompts, chosen), []
-        for j in range(chosen.candidates):
-            steps = sample.generate_tokens(self.transformer, asked.condition, sample.candidate_seeds(seeds, j), chosen)
-            for step, tokens in enumerate(steps, start=1):
-                share = float((tokens >= 0).float().mean())
-                if step % every == 0 and share < 1:
-                    images = sample.decode_unfinished(self.vqgan, tokens, chosen.batch_size)
-                    yield Preview(images, (j + share) / chosen.candidates)
-            candidates.append(sample.decode(self.vqgan, tokens, chosen.batch_size))
-        best = candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, asked.embeds)
-        yield Preview(best, 1.0)
+        yield from self._previews(self._prompt_embeds(prompts, config), seeds, config, None, every)
 
     @torch.inference_mode()
     def complete(
@@ -212,7 +202,7 @@ class TextToImage(
             rows: rows of the token grid that are kept; 0 takes half of them.
         """
         side, size = self.vqgan.config.side, self.vqgan.config.image_size
-        chosen, rows = replace(self.settings, **settings), rows or side // 2
+        config, rows = replace(self.settings, **settings), rows or side // 2
         if not 0 < rows < side:
             raise ClipgenError(f"rows is {rows} of a grid of {side}: keep at least 1 and at most {side - 1}")
         if images.shape[1:] != (3, size, size):
@@ -222,7 +212,7 @@ class TextToImage(
             raise ClipgenError(f"{len(prompts)} prompts for {len(images)} images: give one for all or one for each")
         known = self.vqgan.encode(images.to(self.device))[:, :rows].flatten(1).repeat_interleave(n, 0)
         prompts, seeds = _repeat(prompts, n, seed)
-        return self._generate(self._prompt_embeds(prompts, chosen), seeds, chosen, known).unflatten(0, (-1, n))
+        return self._generate(self._prompt_embeds(prompts, config), seeds, config, known).unflatten(0, (-1, n))
 
     @torch.inference_mode()
     def blend(
@@ -233,13 +223,13 @@ class TextToImage(
         `shares` are places from 0 (a) to 1 (b) on the great circle between the two embeddings. Returns (shares, n, 3, H,
         W) float in [-1, 1], image j of each share with seed + j.
         """
-        chosen = replace(self.settings, **settings)
-        ends = [self._prompt_embeds(prompt, chosen) for prompt in (a, b)]
+        config = replace(self.settings, **settings)
+        ends = [self._prompt_embeds(prompt, config) for prompt in (a, b)]
         if any(len(end.embeds) != 1 for end in ends):
             raise ClipgenError("a blend has one prompt at each end: give a text, an image (1, 3, H, W) or an embedding")
         shares, seeds = _repeat(list(shares), n, seed)
         between = [torch.cat([sample.slerp(x, y, share) for share in shares]) for x, y in zip(*ends, strict=True)]
-        return self._generate(PromptEmbeds(*between), seeds, chosen).unflatten(0, (-1, n))
+        return self._generate(PromptEmbeds(*between), seeds, config).unflatten(0, (-1, n))
 
     @torch.inference_mode()
     def embed(self, prompts: Prompts) -> torch.Tensor:
@@ -271,19 +261,32 @@ class TextToImage(
             embeds, is_text = sample.mean_of_nearest(embeds, self.bank.to(embeds.dtype), neighbours), False
         return centre(embeds, self.transformer.text_mean if is_text else self.transformer.image_mean)
 
-    def _prompt_embeds(self, prompts: Prompts, chosen: SampleConfig) -> PromptEmbeds:
+    def _prompt_embeds(self, prompts: Prompts, config: SampleConfig) -> PromptEmbeds:
         embeds, is_text = self.embed(prompts), not isinstance(prompts, torch.Tensor)
-        return PromptEmbeds(embeds, self.condition(embeds, is_text, chosen.neighbours, chosen.shift))
+        return PromptEmbeds(embeds, self.condition(embeds, is_text, config.neighbours, config.shift))
 
     def _generate(
-        self, asked: PromptEmbeds, seeds: list[int], chosen: SampleConfig, known: torch.Tensor | None = None
+        self, asked: PromptEmbeds, seeds: list[int], config: SampleConfig, known: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The best of the candidates of each prompt (B, 3, H, W), from known first tokens (B, T) on."""
+        *_, last = self._previews(asked, seeds, config, known, every=0)
+        return last.images
+
+    def _previews(
+        self, asked: PromptEmbeds, seeds: list[int], config: SampleConfig, known: torch.Tensor | None, every: int
+    ) -> Iterator[Preview]:
+        """Candidate after candidate, with a preview after every `every` tokens (0: none), then the best images."""
         candidates = []
-        for j in range(chosen.candidates):
-            tokens = sample.generate(self.transformer, asked.condition, sample.candidate_seeds(seeds, j), chosen, known)
-            candidates.append(sample.decode(self.vqgan, tokens, chosen.batch_size))
-        return candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, asked.embeds)
+        for j in range(config.candidates):
+            candidate_seeds = [(seed, j) for seed in seeds] if j else seeds
+            steps = sample.generate_tokens(self.transformer, asked.condition, candidate_seeds, config, known)
+            for step, tokens in enumerate(steps, start=1):
+                if every and step % every == 0 and bool((tokens < 0).any()):
+                    images = sample.decode_unfinished(self.vqgan, tokens, config.batch_size)
+                    yield Preview(images, (j + float((tokens >= 0).float().mean())) / config.candidates)
+            candidates.append(sample.decode(self.vqgan, tokens, config.batch_size))
+        best = candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, asked.embeds)
+        yield Preview(best, 1.0)
 
 
 def load_run(

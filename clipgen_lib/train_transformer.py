@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import training
 from .clip_embed import ClipEmbedder
 from .config import Preset, TransformerTrainConfig
 from .data.batches import batch_rows
@@ -23,19 +24,6 @@ from .runtime.checkpoints import module_hash
 from .runtime.kernels import compile_in_place, nll_from_hidden
 from .runtime.runs import ClipgenError, Run
 from .store import TokenStore
-from .training import (
-    Log,
-    TrainingState,
-    autocast,
-    build_optimizer,
-    finish,
-    local_rows,
-    moving_average,
-    optimizer_step,
-    set_learning_rate,
-    step_seed,
-    training_steps,
-)
 from .transformer import ImageTransformer, centre
 from .vqgan import VQGAN
 
@@ -54,14 +42,12 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (B, L) int64
     embeds: torch.Tensor  # (B, D) of unit norm, those of the images
     condition: torch.Tensor  # (B, D), what the transformer reads: embeddings with noise, some of them zero
-    loss_weights: (
-        torch.Tensor
-    )  # (B,) on the CPU, of each row in the embedding loss: 0 for most, mean 1 over a whole batch
+    loss_weights: torch.Tensor  # (B,) on the CPU, in the embedding loss: 0 for most rows, mean 1 over a whole batch
 
     def part(self, rows: np.ndarray, device: torch.device) -> Batch:
         """Some of the rows, on a device."""
-        tokens, embeds, condition, loss_weights = (x[rows] for x in self)
-        return Batch(tokens.to(device), embeds.to(device), condition.to(device), loss_weights)
+        *inputs, loss_weights = (x[rows] for x in self)
+        return Batch(*(x.to(device) for x in inputs), loss_weights)
 
 
 def noise_embeds(embeds: torch.Tensor, lowest_cos: float, uniform: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -106,11 +92,11 @@ def embedding_loss(
         form: `cosine` is 1 - s of the cosine s; `log` is -log((1 + s) / 2), steeper where the two disagree.
     """
     if path == "gumbel":
-        chosen = F.gumbel_softmax(logits.float(), tau=1.0, hard=True)
+        one_hot = F.gumbel_softmax(logits.float(), tau=1.0, hard=True)
     else:
         soft = logits.softmax(-1)
-        chosen = torch.zeros_like(soft).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0) + soft - soft.detach()
-    codes = chosen @ vqgan.quantizer.codes().to(chosen.dtype)  # (b, L, C)
+        one_hot = torch.zeros_like(soft).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0) + soft - soft.detach()
+    codes = one_hot @ vqgan.quantizer.codes().to(one_hot.dtype)  # (b, L, C)
     side = vqgan.config.side
     images = vqgan.decode_codes(codes.transpose(1, 2).unflatten(2, (side, side)))
     similarity = (clip.images(images) * embeds).sum(-1)
@@ -145,7 +131,7 @@ def transformer_step(
     """
     device, rows = batch.tokens.device, torch.nonzero(batch.loss_weights)[:, 0]
     weights, rows = batch.loss_weights[rows].to(device), rows.to(device)
-    with autocast(config, device):
+    with training.autocast(config, device):
         nll, logits = model(batch.condition, batch.tokens, rows)
         if config.embedding_weight == 0:
             return nll, {"loss": nll, "nll": nll}
@@ -186,7 +172,7 @@ def train_transformer(
     val_store: TokenStore,
     preset: Preset,
     frozen: Frozen,
-    preview: Callable[[ImageTransformer, int], None] | None = None,
+    preview: Callable[[ImageTransformer, int], None] = lambda transformer, step: None,
 ) -> ImageTransformer:
     """Train p(tokens | embedding), or resume from the last checkpoint, and write `<run>/transformer/`; returns the EMA.
 
@@ -194,25 +180,27 @@ def train_transformer(
         val_store: of images not trained on; its NLL is logged at every checkpoint.
         preview: called with the EMA model and the step at every checkpoint.
 
-    Raises:
-        ClipgenError, Stopped: as of `train_vqgan`.
+    Raises what `train_vqgan` raises.
     """
     config, device, meta = preset.transformer_train, distributed.training_device(run.device), store.meta
-    mine = local_rows(config)
+    mine = training.local_rows(config)
     torch.manual_seed(run.seed)
     transformer = ImageTransformer(preset.transformer, meta["K"], meta["L"], meta["D"])
     if config.centre:
-        _centre_with(transformer, store.mean_embed(), frozen.text_mean)
+        if frozen.text_mean is None:
+            raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
+        transformer.image_mean.copy_(store.mean_embed())
+        transformer.text_mean.copy_(frozen.text_mean)
     image_mean = transformer.image_mean.clone()
     transformer.to(device)
     frozen.vqgan.to(device).requires_grad_(False)
     frozen.clip.to(device)
-    optimizer = build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
-    ema = moving_average(transformer, config.ema_decay)
+    optimizer = training.build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
+    ema = training.moving_average(transformer, config.ema_decay)
     facts = {"model": asdict(preset.transformer)} | {key: meta[key] for key in ("data_hash", "vqgan_hash", "clip_hash")}
     parts = {"model": transformer, "ema": ema, "optimizer": optimizer}
-    state = TrainingState(run, "transformer", config, parts, facts)
-    start, log = state.resume(), Log(run, "transformer", config.steps)
+    state = training.TrainingState(run, "transformer", config, parts, facts)
+    start, log = state.resume(), training.Log(run, "transformer", config.steps)
     nll_and_logits = NLLAndLogits(transformer)
     if config.compile:
         compile_in_place(nll_and_logits, device)
@@ -221,31 +209,23 @@ def train_transformer(
     def validate(step: int) -> float:
         scores = validation_losses(ema.module, val_store, frozen)
         run.log("transformer_val", step, **scores)
-        if preview is not None:
-            preview(ema.module, step)
+        preview(ema.module, step)
         return scores["nll"]
 
-    with closing(training_steps(state, log, start, validate)) as steps:
+    with closing(training.training_steps(state, log, start, validate)) as steps:
         for step in steps:
-            set_learning_rate(optimizer, config.lr, step, config)
+            training.set_learning_rate(optimizer, config.lr, step, config)
             rows = batch_rows(len(store), config.batch_size, run.seed, step)
-            rng = torch.Generator().manual_seed(step_seed(run.seed, step))
+            rng = torch.Generator().manual_seed(training.step_seed(run.seed, step))
             batch = make_batch(store.tokens(rows), store.embeds(rows), image_mean, config, rng)
             for places in distributed.microbatches(list(mine), model):
                 loss, scalars = transformer_step(model, frozen, batch.part(places, device), config)
                 (loss / config.accumulate).backward()
                 log.add(**scalars)
-            if optimizer_step(log, step, config.clip_norm, gradient=optimizer):
+            if training.optimizer_step(log, step, config.max_grad_norm, gradient=optimizer):
                 ema.update_parameters(transformer)
     trained_with = {"vqgan": module_hash(frozen.vqgan), "clip": frozen.clip.weights_hash}
-    return finish(run, "transformer", ema.module, {}, trained_with=trained_with)
-
-
-def _centre_with(transformer: ImageTransformer, image_mean: torch.Tensor, text_mean: torch.Tensor | None) -> None:
-    if text_mean is None:
-        raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
-    transformer.image_mean.copy_(image_mean)
-    transformer.text_mean.copy_(text_mean)
+    return training.finish(run, "transformer", ema.module, {}, trained_with=trained_with)
 
 
 @torch.inference_mode()

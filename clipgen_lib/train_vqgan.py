@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import training
 from .clip_embed import ClipEmbedder
 from .config import Preset, VQGANTrainConfig
 from .data.batches import dead_workers_told, ordered_batches, training_batches
@@ -22,19 +23,6 @@ from .runtime import distributed
 from .runtime.checkpoints import VGG16, weights_alone, weights_file
 from .runtime.kernels import compile_in_place
 from .runtime.runs import ClipgenError, Run
-from .training import (
-    Log,
-    TrainingState,
-    autocast,
-    build_optimizer,
-    finish,
-    local_rows,
-    moving_average,
-    optimizer_step,
-    set_learning_rate,
-    step_seed,
-    training_steps,
-)
 from .vqgan import VQGAN, Quantized
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,16 +46,6 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.layers(images).float()
-
-
-def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """Hinge loss (arXiv 1705.02894): mean of relu(1 - real) and relu(1 + fake), halved as in VQGAN's code."""
-    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
-
-
-def adversarial_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """The generator's side of the hinge loss: minus the mean logit of its images."""
-    return -fake_logits.mean()
 
 
 def adaptive_weight(
@@ -151,8 +129,8 @@ def generator_step(
     Args:
         adv_weight: of the adversarial loss, beside the adaptive weight; 0 leaves the discriminator out.
     """
-    decoder = distributed.unwrapped(vqgan).decoder
-    with autocast(config, images.device):
+    decoder = getattr(vqgan, "module", vqgan).decoder  # DDP hides the parts of a module
+    with training.autocast(config, images.device):
         features, quantized = vqgan(images, until_last_layer=True)
         fake = decoder.last(features)  # apart: the adaptive weight takes the gradient at the last layer alone
 
@@ -164,7 +142,7 @@ def generator_step(
         scalars = {"l1": l1, "l2": l2, "perceptual": feature_distance}
 
         if adv_weight > 0:
-            adversarial = adversarial_loss(discriminator(fake))  # eq. 5, the generator's side
+            adversarial = -discriminator(fake).mean()  # eq. 5, the generator's side of the hinge loss
             # eq. 7. The gradients at the images, which it needs anyway, stand for the two losses in the surrogate, so that
             # the backward pass does not go through the perceptual network and the discriminator a second time.
             last, most = decoder.conv_out.weight, config.adaptive_max
@@ -179,10 +157,13 @@ def generator_step(
 def discriminator_step(
     discriminator: nn.Module, real: torch.Tensor, fake: torch.Tensor, config: VQGANTrainConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The discriminator's loss on real and reconstructed images, (B, 3, H, W) each (eq. 5); `fake` gets no gradient."""
-    with autocast(config, real.device):
+    """The discriminator's loss on real and reconstructed images, (B, 3, H, W) each (eq. 5); `fake` gets no gradient.
+
+    The hinge loss (arXiv 1705.02894), halved as in VQGAN's code.
+    """
+    with training.autocast(config, real.device):
         real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).chunk(2)
-        loss = discriminator_loss(real_logits, fake_logits)
+        loss = 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
     return loss, {"discriminator": loss, "real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
 
 
@@ -199,17 +180,18 @@ def train_vqgan(
         Stopped: SIGTERM or SIGINT, after a checkpoint.
     """
     config, device = preset.vqgan_train, distributed.training_device(run.device)
-    local_rows(config)  # refuses a batch that does not divide
+    training.local_rows(config)  # refuses a batch that does not divide
     torch.manual_seed(run.seed)
     vqgan = VQGAN(preset.vqgan).to(device)
     discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers).to(device)
-    gen_optimizer = build_optimizer(vqgan, config.optimizer, config.lr, config.beta2, config.weight_decay)
-    disc_optimizer = build_optimizer(discriminator, "adamw", config.discriminator_lr, config.beta2, config.weight_decay)
-    ema, perceptual = moving_average(vqgan, config.ema_decay), perceptual_loss(config.perceptual, clip)
+    betas_and_decay = (config.beta2, config.weight_decay)
+    gen_optimizer = training.build_optimizer(vqgan, config.optimizer, config.lr, *betas_and_decay)
+    disc_optimizer = training.build_optimizer(discriminator, "adamw", config.discriminator_lr, *betas_and_decay)
+    ema, perceptual = training.moving_average(vqgan, config.ema_decay), perceptual_loss(config.perceptual, clip)
     parts = {"model": vqgan, "discriminator": discriminator, "ema": ema}
     parts |= {"generator_optimizer": gen_optimizer, "discriminator_optimizer": disc_optimizer}
-    state = TrainingState(run, "vqgan", config, parts, {"model": asdict(preset.vqgan), "data": images.hash})
-    start, log = state.resume(), Log(run, "vqgan", config.steps)
+    state = training.TrainingState(run, "vqgan", config, parts, {"model": asdict(preset.vqgan), "data": images.hash})
+    start, log = state.resume(), training.Log(run, "vqgan", config.steps)
     if config.compile:
         compile_in_place(vqgan, device)
     ddp_vqgan, ddp_discriminator = distributed.data_parallel(vqgan, discriminator)
@@ -220,10 +202,11 @@ def train_vqgan(
         run.log("vqgan_val", step, **scores)
         return scores["l2"]
 
-    with closing(training_steps(state, log, start, validate)) as steps, dead_workers_told(images, config.workers):
+    steps = training.training_steps(state, log, start, validate)
+    with closing(steps), dead_workers_told(images, config.workers):
         for step in steps:
-            set_learning_rate(gen_optimizer, config.lr, step, config)
-            set_learning_rate(disc_optimizer, config.discriminator_lr, step, config)
+            training.set_learning_rate(gen_optimizer, config.lr, step, config)
+            training.set_learning_rate(disc_optimizer, config.discriminator_lr, step, config)
             adv_weight = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
             batch, quantized = to_float(next(batches).to(device)), []
             for real in distributed.microbatches(batch.chunk(config.accumulate), ddp_vqgan, ddp_discriminator):
@@ -237,18 +220,18 @@ def train_vqgan(
             vectors, tokens = torch.cat([q.vectors for q in quantized]), torch.cat([q.tokens for q in quantized])
             log.count(tokens, preset.vqgan.codebook_size)
             optimizers = {"generator_gradient": gen_optimizer, "discriminator_gradient": disc_optimizer}
-            if optimizer_step(log, step, config.clip_norm, **optimizers):
-                rng = torch.Generator().manual_seed(step_seed(run.seed, step))
+            if training.optimizer_step(log, step, config.max_grad_norm, **optimizers):
+                rng = torch.Generator().manual_seed(training.step_seed(run.seed, step))
                 vqgan.quantizer.update_codebook(vectors, tokens, rng)
                 ema.update_parameters(vqgan)
-    return finish(run, "vqgan", ema.module, images.skipped)
+    return training.finish(run, "vqgan", ema.module, images.skipped)
 
 
 @torch.inference_mode()
-def validation_reconstruction(vqgan: VQGAN, images: ImageSet, most: int = 256) -> dict[str, float]:
-    """L1 and L2 between a set's first images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped."""
+def validation_reconstruction(vqgan: VQGAN, images: ImageSet) -> dict[str, float]:
+    """L1 and L2 between a set's first 256 images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped."""
     l1, l2, count = 0.0, 0.0, 0
-    for _, batch in ordered_batches(images, range(min(most, len(images))), 64):
+    for _, batch in ordered_batches(images, range(min(256, len(images))), 64):
         real = to_float(batch).to(next(vqgan.parameters()).device)
         error = vqgan.decode(vqgan.encode(real)) - real
         l1, l2, count = l1 + float(error.abs().sum()), l2 + float(error.pow(2).sum()), count + error.numel()

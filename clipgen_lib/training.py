@@ -24,7 +24,7 @@ from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
 from .runtime.kernels import has_bf16, set_muon_dtype
 from .runtime.runs import ClipgenError, Run, differences, progress, stoppable
-from .vqgan import statistics_of_counts, token_counts
+from .vqgan import statistics_of_counts
 
 KEPT = 2  # last checkpoints of a training; the one with the best validation score stays as well
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient that end a training
@@ -190,7 +190,7 @@ class Log:
 
     def count(self, tokens: torch.Tensor, codebook_size: int) -> None:
         """Count the codes of a batch, for codebook usage and perplexity."""
-        counts = token_counts(tokens, codebook_size)
+        counts = torch.bincount(tokens.flatten(), minlength=codebook_size)
         self.counts = counts if self.counts is None else self.counts + counts
 
     def is_finite(self, step: int, *norms: torch.Tensor) -> bool:
@@ -226,12 +226,12 @@ class Log:
         return {key: f"{line[key]:.3g}" for key in shown if key in line}
 
 
-def optimizer_step(log: Log, step: int, clip_norm: float, **optimizers: Optimizer) -> bool:
+def optimizer_step(log: Log, step: int, max_grad_norm: float, **optimizers: Optimizer) -> bool:
     """Clip gradients, log their norms by these names, and step where all is finite; returns whether it was."""
     norms = {}
     for name, optimizer in optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms[name] = nn.utils.clip_grad_norm_(parameters, clip_norm)
+        norms[name] = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     log.add(**norms)
     finite = log.is_finite(step, *norms.values())
     for optimizer in optimizers.values():
@@ -309,4 +309,4 @@ def fit(
             loss, scalars = loss_of(step)
             loss.backward()
             log.add(loss=loss, **scalars)
-            optimizer_step(log, step, clip_norm=1.0, gradient=optimizer)
+            optimizer_step(log, step, max_grad_norm=1.0, gradient=optimizer)

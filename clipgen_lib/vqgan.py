@@ -237,10 +237,10 @@ class VectorQuantizer(nn.Module):
         z = F.normalize(z, dim=-1) if self.l2_norm else z
         with torch.no_grad():
             tokens = self.choose(z.reshape(-1, z.shape[-1])).view(z.shape[:-1])
-        chosen = F.embedding(tokens, self.codes())
-        codebook_loss = chosen.new_zeros(()) if self.ema else F.mse_loss(chosen, z.detach())
-        commitment_loss = F.mse_loss(z, chosen.detach())
-        straight_through = (z + (chosen - z).detach()).permute(0, 3, 1, 2)
+        codes = F.embedding(tokens, self.codes())
+        codebook_loss = codes.new_zeros(()) if self.ema else F.mse_loss(codes, z.detach())
+        commitment_loss = F.mse_loss(z, codes.detach())
+        straight_through = (z + (codes - z).detach()).permute(0, 3, 1, 2)
         return Quantized(straight_through, tokens, z.detach(), codebook_loss, commitment_loss)
 
     @torch.no_grad()
@@ -254,7 +254,7 @@ class VectorQuantizer(nn.Module):
             rng: on the CPU, in the same state on every process.
         """
         flat, tokens = vectors.reshape(-1, vectors.shape[-1]), tokens.flatten()
-        used = distributed.all_reduce_sum(token_counts(tokens, len(self.codebook)).float())
+        used = distributed.all_reduce_sum(torch.bincount(tokens, minlength=len(self.codebook)).float())
         if self.ema:
             sums = distributed.all_reduce_sum(torch.zeros_like(self.codebook).index_add_(0, tokens, flat))
             self.counts.mul_(self.decay).add_(used, alpha=1 - self.decay)
@@ -272,10 +272,10 @@ class VectorQuantizer(nn.Module):
 
     def _sample(self, flat: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         """K of the vectors (N, C) that all processes hold, the same on each of them."""
-        chosen = torch.randint(len(flat) * distributed.world_size(), (len(self.codebook),), generator=rng)
-        chosen = chosen.to(flat.device) - len(flat) * distributed.rank()
-        mask = (chosen >= 0) & (chosen < len(flat))  # the vectors of this process
-        return distributed.all_reduce_sum(torch.where(mask[:, None], flat[chosen.clamp(0, len(flat) - 1)], 0.0))
+        rows = torch.randint(len(flat) * distributed.world_size(), (len(self.codebook),), generator=rng)
+        rows = rows.to(flat.device) - len(flat) * distributed.rank()
+        mask = (rows >= 0) & (rows < len(flat))  # the vectors of this process
+        return distributed.all_reduce_sum(torch.where(mask[:, None], flat[rows.clamp(0, len(flat) - 1)], 0.0))
 
 
 class VQGAN(nn.Module):
@@ -330,14 +330,9 @@ class VQGAN(nn.Module):
         return model.to(device).eval()
 
 
-def token_counts(tokens: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """How often each code occurs in tokens of any shape, (K,) int64."""
-    return torch.bincount(tokens.flatten(), minlength=codebook_size)
-
-
 def codebook_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Share of codes used at all, and perplexity exp(entropy) of their frequencies, over tokens of any shape."""
-    return statistics_of_counts(token_counts(tokens, codebook_size))
+    return statistics_of_counts(torch.bincount(tokens.flatten(), minlength=codebook_size))
 
 
 def statistics_of_counts(counts: torch.Tensor) -> dict[str, float]:

@@ -38,7 +38,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("shapes") / "world", n_train=40, n_val=12, seed=3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def images(world):
     return open_images(world, "train", 64, ShapesConfig())
 
@@ -73,7 +73,7 @@ def preset():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def vqgan(preset):
     torch.manual_seed(0)
     return VQGAN(preset.vqgan).eval().requires_grad_(False)
@@ -87,10 +87,49 @@ def transformer(preset, clip):
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture
-def store(images, vqgan, clip, tmp_path):
+@pytest.fixture(scope="module")
+def store(images, vqgan, clip, tmp_path_factory):
     """The token store of `images`: 40 rows."""
-    return extract(images, vqgan, clip, tmp_path / "store")
+    return extract(images, vqgan, clip, tmp_path_factory.mktemp("store") / "store")
+
+
+class StandIn(torch.nn.Module):
+    """A fixed small network in place of Inception, with its interface: (B, 3, H, W) -> [(B, 12, 1, 1)]."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = torch.nn.Parameter(torch.randn(12, 3, 5, 5, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return [torch.nn.functional.conv2d(x, self.kernel, stride=3).relu().mean((2, 3), keepdim=True)]
+
+
+def normal(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+class Identity(torch.nn.Module):
+    """A stand-in network for torchmetrics: what it is given are the features already."""
+
+    def forward(self, x):
+        return x
+
+
+class Killed(BaseException):
+    """Stands for a kill signal: nothing of ours catches it."""
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def assert_compiled_is_plain(train, warnings):
+    """`train(compile)` returns a module of nearly the same weights either way, where torch.compile works."""
+    modules = [train(compile) for compile in (False, True)]
+    if any("does not work on this machine" in str(w.message) for w in warnings):
+        pytest.skip("torch.compile does not work on this machine")
+    for a, b in zip(*(module.state_dict().values() for module in modules), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 @pytest.fixture

@@ -235,11 +235,12 @@ def bare_passes(preset: Preset, clip: ClipEmbedder, table: Table) -> Way:
         with table.autocast():
             fake, quantized = generator(images)
             loss = F.l1_loss(fake, images) + F.mse_loss(fake, images) + perceptual(images, fake)
-            loss = loss + stage1.adversarial_loss(critic(fake))
+            loss = loss - critic(fake).mean()
         (loss + quantized.codebook_loss + quantized.commitment_loss).backward()
         critic.requires_grad_(True)
         with table.autocast():
-            loss = stage1.discriminator_loss(*critic(torch.cat([images, fake.detach()])).chunk(2))
+            real_logits, fake_logits = critic(torch.cat([images, fake.detach()])).chunk(2)
+            loss = F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
         loss.backward()
         generator.zero_grad()
         critic.zero_grad()

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import same_weights
 from PIL import Image
 
-from clipgen_lib.config import FusionGANConfig, SampleConfig, TransformerConfig, VQGANCLIPConfig
+from clipgen_lib.config import FusionGANConfig, SampleConfig, VQGANCLIPConfig
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.data.images import crop, to_float
 from clipgen_lib.runtime.runs import ClipgenError
@@ -32,7 +33,7 @@ def test_vqgan_clip_moves_images_towards_their_texts(vqgan, clip):
         assert generated.shape == (3, 3, 64, 64) and generated.abs().max() <= 1
         return (clip.images(generated) * clip.texts(TEXTS)).sum(1)
 
-    assert (similarity(25) > similarity(0) + 0.02).all()
+    assert (similarity(12) > similarity(0) + 0.01).all()
     assert all(p.grad is None for module in (vqgan, clip) for p in module.parameters())
 
 
@@ -47,9 +48,7 @@ def test_a_image_of_vqgan_clip_does_not_depend_on_its_company(vqgan, clip):
 
 def test_supervised_reads_words(vqgan, clip, preset):
     torch.manual_seed(0)
-    config = TransformerConfig(
-        layers=2, width=32, heads=2, conditioning="words", condition_tokens=clip.tokenizer.context_length
-    )
+    config = replace(preset.transformer, conditioning="words", condition_tokens=clip.tokenizer.context_length)
     model = ImageTransformer(config, preset.vqgan.codebook_size, preset.vqgan.side**2, clip.tokenizer.vocab_size).eval()
     torch.nn.init.normal_(model.head.weight, std=0.5)
     words, tokens = clip.tokenizer(TEXTS), torch.randint(0, 32, (3, 64))
@@ -64,7 +63,7 @@ def test_fusion_gan_is_a_function_of_text_and_seed(images, vqgan, clip):
     config = FusionGANConfig(channels=4, steps=3, batch_size=4, log_every=1)
     generator = train_fusion_gan(images, clip, config, seed=1)
     same, other = train_fusion_gan(images, clip, config, seed=1), train_fusion_gan(images, clip, config, seed=2)
-    assert all(torch.equal(a, b) for a, b in zip(generator.parameters(), same.parameters(), strict=True))
+    assert same_weights(generator, same)
     assert not torch.equal(generator.end.weight, other.end.weight)
     system = FusionGAN(vqgan, clip, generator)
     generated = system.generate_each(TEXTS, [1, 2, 3])
@@ -73,12 +72,10 @@ def test_fusion_gan_is_a_function_of_text_and_seed(images, vqgan, clip):
     assert not torch.allclose(system.generate_each(TEXTS[:1], [9]), generated[:1], atol=1e-3)
 
 
-def test_every_field_of_the_gan_matters(images, clip):
+@pytest.mark.parametrize("change", [{"generator_lr": 1e-2}, {"critic_lr": 1e-1}, {"ema_decay": 0.1}, {"batch_size": 3}])
+def test_every_field_of_the_gan_matters(images, clip, change):
     plain = FusionGANConfig(channels=4, steps=2, batch_size=4)
-    weights = [p.sum() for p in train_fusion_gan(images, clip, plain).parameters()]
-    for field, value in (("generator_lr", 1e-2), ("critic_lr", 1e-1), ("ema_decay", 0.1), ("batch_size", 3)):
-        changed = train_fusion_gan(images, clip, replace(plain, **{field: value}))
-        assert [p.sum() for p in changed.parameters()] != weights, field
+    assert not same_weights(*(train_fusion_gan(images, clip, config) for config in (plain, replace(plain, **change))))
 
 
 def test_the_gan_needs_captions(clip, tmp_path):
@@ -88,7 +85,9 @@ def test_the_gan_needs_captions(clip, tmp_path):
         train_fusion_gan(open_images(tmp_path, "train", 64), clip, FusionGANConfig(channels=4, steps=2, batch_size=4))
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_fusion_generator_reaches_the_size(size, clip):
-    model = FusionGenerator(FusionGANConfig(channels=4), size, 8)
-    assert model(torch.randn(2, 64), torch.randn(2, 8)).shape == (2, 3, size, size)
+def test_fusion_generator_reaches_the_size():
+    for size in (64, 128):
+        model = FusionGenerator(FusionGANConfig(channels=4), size, 8)
+        assert model(torch.randn(2, 64), torch.randn(2, 8)).shape == (2, 3, size, size)
+    with pytest.raises(ClipgenError, match="cannot reach 96"):
+        FusionGenerator(FusionGANConfig(), 96, 8)

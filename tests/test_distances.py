@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import Identity, normal
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
@@ -20,17 +21,6 @@ def gaussian(dim, seed):
     rng = np.random.default_rng(seed)
     root = rng.normal(size=(dim, dim))
     return rng.normal(size=dim), root @ root.T / dim
-
-
-def normal(n, d, seed=0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-
-
-class Identity(torch.nn.Module):
-    """A stand-in network for torchmetrics: what it is given are the features already."""
-
-    def forward(self, x):
-        return x
 
 
 def test_frechet_closed_forms():
@@ -72,9 +62,8 @@ def test_kernel_distance_is_that_of_torchmetrics():
     torch.manual_seed(0)
     mean, std = theirs.compute()
     assert found["subset_size"] == 25 and found["subsets"] == 100
-    assert found["mean"] == pytest.approx(mean.item(), abs=4 * std.item() / 10) and found["std"] == pytest.approx(
-        std.item(), rel=0.3
-    )
+    assert found["mean"] == pytest.approx(mean.item(), abs=4 * std.item() / 10)
+    assert found["std"] == pytest.approx(std.item(), rel=0.3)
     draw = np.random.default_rng([0, 31])
     first = [x[draw.choice(len(x), 25, replace=False)].double() for x in (real, fake)]
     assert kernel_distance(real, fake, subsets=1)["mean"] == poly_mmd(*first).item()
@@ -82,9 +71,8 @@ def test_kernel_distance_is_that_of_torchmetrics():
 
 def test_kernel_distance_is_unbiased():
     values = [kernel_distance(normal(100, 4, 2 * i), normal(100, 4, 2 * i + 1), subsets=1)["mean"] for i in range(200)]
-    assert (
-        abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(200) and min(values) < 0
-    )  # the same Gaussian: 0 on average
+    # the same Gaussian: 0 on average
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(200) and min(values) < 0
 
 
 @pytest.mark.parametrize("splits", [1, 5])
@@ -137,9 +125,8 @@ def test_manifold_scores_by_hand(shift):
 def test_manifold_of_a_set_and_itself():
     x = normal(200, 6)
     found = manifold_scores(x, x)
-    assert found["precision"] == found["recall"] == found["coverage"] == 1.0 and found["density"] == pytest.approx(
-        1.0, abs=0.3
-    )
+    assert found["precision"] == found["recall"] == found["coverage"] == 1.0
+    assert found["density"] == pytest.approx(1.0, abs=0.3)
     collapsed = manifold_scores(x, x[:10].repeat(20, 1) + 1e-3 * normal(200, 6, 1))
     assert collapsed["precision"] == 1.0 and collapsed["coverage"] < 0.5 and collapsed["recall"] < 0.2
 

@@ -5,6 +5,7 @@ import pytest
 import pytorch_fid.inception
 import torch
 import torchvision
+from conftest import StandIn
 from PIL import Image
 from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
 
@@ -14,18 +15,6 @@ from clipgen_lib.metrics.features import WEIGHTS, FeatureNetwork, feature_networ
 from clipgen_lib.metrics.statistics import set_statistics
 from clipgen_lib.runtime.checkpoints import MissingWeights, Weights
 from clipgen_lib.runtime.runs import ClipgenError, file_hash
-
-
-class StandIn(torch.nn.Module):
-    """A fixed small network in place of Inception, with its interface: (B, 3, H, W) -> [(B, 12, 1, 1)]."""
-
-    def __init__(self):
-        super().__init__()
-        draw = torch.Generator().manual_seed(0)
-        self.kernel = torch.nn.Parameter(torch.randn(12, 3, 5, 5, generator=draw))
-
-    def forward(self, x):
-        return [torch.nn.functional.conv2d(x, self.kernel, stride=3).relu().mean((2, 3), keepdim=True)]
 
 
 def random_images(n, side=40, seed=0):
@@ -47,11 +36,11 @@ def folder_of(path, arrays):
 def test_clean_is_pillows_bicubic_on_floats(side):
     arrays = random_images(2, side)
     found = prepare("clean", from_arrays(arrays)) * 128 + 128
-    for picture, array in zip(found, arrays, strict=True):
+    for image, array in zip(found, arrays, strict=True):
         for channel in range(3):
             plane = Image.fromarray(array[..., channel].astype(np.float32))
             wanted = np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
-            assert plane.mode == "F" and np.abs(picture[channel].numpy() - wanted).max() < 0.01
+            assert plane.mode == "F" and np.abs(image[channel].numpy() - wanted).max() < 0.01
 
 
 def test_dmgan_is_pillows_resize_and_torchvisions_scaling():
@@ -92,17 +81,10 @@ def test_the_same_images_by_pytorch_fid(tmp_path):
 # ---------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize(
-    "protocol, file",
-    [
-        ("inception", "pt_inception-2015-12-05-6726825d.pth"),
-        ("clean", "pt_inception-2015-12-05-6726825d.pth"),
-        ("torchmetrics", "pt_inception-2015-12-05-6726825d.pth"),
-        ("dmgan", "inception_v3_google-0cc3c7bd.pth"),
-    ],
-)
-def test_missing_weights_are_one_sentence(clip, tmp_path, monkeypatch, protocol, file):
+@pytest.mark.parametrize("protocol", WEIGHTS)
+def test_missing_weights_are_one_sentence(clip, tmp_path, monkeypatch, protocol):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = "inception_v3_google-0cc3c7bd.pth" if protocol == "dmgan" else "pt_inception-2015-12-05-6726825d.pth"
     with pytest.raises(MissingWeights) as error:
         feature_network(protocol, clip)
     text = str(error.value)
@@ -138,9 +120,7 @@ def random_inceptions(tmp_path_factory):
     return home, {name: Weights(w.file, file_hash(folder / w.file), w.source) for name, w in WEIGHTS.items()}
 
 
-@pytest.mark.parametrize(
-    "protocol, classes", [("inception", 1008), ("clean", 1008), ("torchmetrics", 1008), ("dmgan", 0)]
-)
+@pytest.mark.parametrize("protocol, classes", [("clean", 1008), ("torchmetrics", 1008), ("dmgan", 0)])
 def test_networks_load_from_their_files(clip, random_inceptions, monkeypatch, protocol, classes):
     home, weights = random_inceptions
     monkeypatch.setenv("TORCH_HOME", str(home))

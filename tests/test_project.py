@@ -127,7 +127,6 @@ def test_comparison_tables_come_from_results():
     blocks = re.findall(r"```\n( +\w.*?)\n```", (ROOT / "results" / "README.md").read_text(), re.DOTALL)
     for name in ("ablation", "systems", "photos"):
         made = read_table(ROOT / "results" / name, TABLES[name].recipes)
-        assert made == json.loads((ROOT / "results" / name / "table.json").read_text())
         lines = table_text(made, TABLES[name].columns).splitlines()
         block = next(block for block in blocks if block.startswith(lines[0]))
         assert len(block.splitlines()) > 5 and set(block.splitlines()) <= set(lines)

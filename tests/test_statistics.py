@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import Identity, StandIn, normal
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from clipgen_lib.metrics.distances import frechet_distance
@@ -15,17 +16,6 @@ from clipgen_lib.metrics.statistics import (
     set_statistics,
 )
 from clipgen_lib.runtime.runs import ClipgenError
-
-
-def normal(n, d, seed=0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-
-
-class Identity(torch.nn.Module):
-    """A stand-in network for torchmetrics: what it is given are the features already."""
-
-    def forward(self, x):
-        return x
 
 
 def test_shifted_gaussians_from_samples():
@@ -105,26 +95,15 @@ def test_a_full_sample_is_that_of_the_smallest_keys():
     assert sample.compute()[:, 0].tolist() == np.argsort(keys)[:20].tolist()
 
 
-class StandIn(torch.nn.Module):
-    """A fixed small network in the place of Inception: (B, 3, H, W) -> (B, 10)."""
-
-    def __init__(self):
-        super().__init__()
-        self.kernel = torch.nn.Parameter(torch.randn(10, 3, 5, 5, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x):
-        return torch.nn.functional.conv2d(x, self.kernel, stride=3).relu().mean((2, 3))
-
-
 def network(head=False):
-    head = torch.randn(7, 10, generator=torch.Generator().manual_seed(1)) if head else None
+    head = torch.randn(7, 12, generator=torch.Generator().manual_seed(1)) if head else None
     return FeatureNetwork("inception", StandIn(), "stand-in", "0", head)
 
 
 def test_one_pass_over_a_set_gives_what_its_parts_give():
     x = torch.rand(23, 3, 20, 20, generator=torch.Generator().manual_seed(3)) * 2 - 1
     whole = set_statistics(x.split(3), network(head=True), (0, 2))
-    assert whole.dim == 10 and whole.sample.n == 23
+    assert whole.dim == 12 and whole.sample.n == 23
     first, second = (set_statistics([x[i::2]], network(), (0, 2)) for i in (0, 1))
     assert set_scores(whole, whole)["floor"] == pytest.approx(fid_by_radius(first, second), rel=1e-5)
     other = set_statistics(x.split(7), network(), (0, 2))

@@ -20,24 +20,22 @@ CORRUPTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def corruption_scores(
-    images: ImageSet, network: FeatureNetwork, limit: int = 1_000, device: str = "cpu"
-) -> dict[str, dict[str, float]]:
-    """One half of a set, corrupted, against the other half.
+def corruption_scores(images: ImageSet, network: FeatureNetwork, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """One half of a set's first 1,000 images, corrupted, against the other half.
 
     Returns:
         corruption -> `fid`, `kid`, precision, recall, density, coverage, and `psnr` and `ssim` against the half as it was.
     """
-    rows = range(min(limit, len(images)))
+    rows = range(min(1_000, len(images)))
     if len(rows) < 16:
         raise ClipgenError(f"{images.root} has {len(rows)} images, too few to halve and compare: use at least 16")
     whole = torch.cat([to_float(batch) for _, batch in ordered_batches(images, rows, 64)]).to(device)
     reference, scores = set_statistics(whole[::2].split(64), network, (0,)), {}
     for name, corrupt in CORRUPTIONS.items():
         parts = [corrupt(part) for part in whole[1::2].split(64)]
-        found = set_scores(set_statistics(parts, network, (0,)), reference)
+        distances = set_scores(set_statistics(parts, network, (0,)), reference)
         pairs = reconstruction_scores(whole[1::2], torch.cat(parts))
-        scores[name] = {"fid": found["fid"]["0"], "kid": found["kid"]["mean"], **found["manifold"]}
+        manifold = {key: value for key, value in distances["manifold"].items() if key != "n"}
+        scores[name] = {"fid": distances["fid"]["0"], "kid": distances["kid"]["mean"], **manifold}
         scores[name] |= {key: float(values.mean()) for key, values in pairs.items()}
-        del scores[name]["n"]
     return scores

@@ -38,18 +38,16 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 
-def kernel_distance(
-    real: torch.Tensor, fake: torch.Tensor, subsets: int = 100, most: int = 1_000, seed: int = 0
-) -> dict:
+def kernel_distance(real: torch.Tensor, fake: torch.Tensor, subsets: int = 100) -> dict:
     """KID (arXiv 1801.01401): the unbiased squared MMD under a cubic kernel, by torchmetrics, with its spread over subsets.
 
-    A subset is half of the smaller set where that is fewer than `most` rows: subsets that are the whole set have no spread.
+    A subset is half of the smaller set where that is fewer than 1,000 rows: subsets that are the whole set have no spread.
     The unbiased estimate may be below 0.
 
     Args:
         real, fake: (N, d) and (M, d), at least 4 rows each.
     """
-    size, rng = min(most, len(real) // 2, len(fake) // 2), np.random.default_rng([seed, 31])
+    size, rng = min(1_000, len(real) // 2, len(fake) // 2), np.random.default_rng([0, 31])
     values = []
     for _ in range(subsets):
         pair = [x[rng.choice(len(x), size, replace=False)].double() for x in (real, fake)]
@@ -75,20 +73,20 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> dict[str, float]:
     return {"mean": float(np.mean(scores)), "std": std, "splits": len(scores)}
 
 
-def manifold_scores(real: torch.Tensor, fake: torch.Tensor, k: int = 3, k_density: int = 5, chunk: int = 1_000) -> dict:
+def manifold_scores(real: torch.Tensor, fake: torch.Tensor, chunk: int = 1_000) -> dict:
     """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797); each set's manifold is made of balls.
 
     A ball reaches from a row to its k-th nearest neighbour within its own set: the third for precision (share of fake
     rows in a real ball) and recall (share of real rows in a fake ball), the fifth for density (real balls that a fake row
-    lies in, divided by k) and coverage (share of real balls with a fake row in them). Distances are Euclidean, float64.
+    lies in, divided by five) and coverage (share of real balls with a fake row in them). Distances are Euclidean, float64.
 
     Args:
-        real, fake: (N, d) and (M, d), more than k_density rows each.
+        real, fake: (N, d) and (M, d), more than five rows each.
     """
     centre = real.double().mean(0)  # distances by inner products lose digits far from the origin
     a, b = real.double() - centre, fake.double() - centre
-    radii, wide = _neighbour_distances(a, (k, k_density), chunk)
-    (fake_radii,) = _neighbour_distances(b, (k,), chunk)
+    radii, wide = _neighbour_distances(a, chunk)
+    fake_radii, _ = _neighbour_distances(b, chunk)
     inside = dense = 0.0
     reached, covered = (torch.zeros(len(a), dtype=torch.bool) for _ in range(2))
     for part, part_radii in zip(b.split(chunk), fake_radii.split(chunk), strict=True):
@@ -100,20 +98,20 @@ def manifold_scores(real: torch.Tensor, fake: torch.Tensor, k: int = 3, k_densit
     return {
         "precision": inside / len(b),
         "recall": reached.double().mean().item(),
-        "density": dense / (k_density * len(b)),
+        "density": dense / (5 * len(b)),
         "coverage": covered.double().mean().item(),
     }
 
 
-def _neighbour_distances(rows: torch.Tensor, ks: tuple[int, ...], chunk: int) -> list[torch.Tensor]:
-    """Distance (N,) of each row to its k-th nearest other row, for each k."""
+def _neighbour_distances(rows: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distances (N,) of each row to its third and to its fifth nearest other row."""
     nearest = []
     for first, part in zip(range(0, len(rows), chunk), rows.split(chunk), strict=True):
         distance = torch.cdist(part, rows, compute_mode="use_mm_for_euclid_dist")
         same = torch.arange(len(part))
         distance[same, first + same] = torch.inf
-        nearest.append(distance.topk(max(ks), largest=False).values)
-    return [torch.cat(nearest)[:, k - 1] for k in ks]
+        nearest.append(distance.topk(5, largest=False).values)
+    return torch.cat(nearest)[:, 2], torch.cat(nearest)[:, 4]
 
 
 def reconstruction_scores(images: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -5,25 +5,14 @@ fact. Also the evaluation prompts, whose wording says all that is scored.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ..data.shapes import (
-    CANVAS,
-    COLOURS,
-    SHAPES,
-    Claim,
-    Scene,
-    SceneObject,
-    _article,
-    _draw_mask,
-    match,
-    relation,
-    scene_at,
-)
+from ..data.shapes import CANVAS, COLOURS, SHAPES, Claim, Scene, SceneObject, match, relation, scene_at
+from ..data.shapes import _article as article
+from ..data.shapes import _draw_mask as draw_mask
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -46,18 +35,14 @@ _MIN_CHROMA = 24.0  # CIELAB; backgrounds stay below 12, the palest colour lies 
 _MIN_OVERLAP = 0.6  # intersection over union with the best template, below which a blob has no shape
 
 
-@lru_cache(maxsize=1)
-def _templates() -> np.ndarray:
-    masks = [_boxed(_draw_mask(shape, 48, 48, 44, 96, 2) > 0.5) for shape in SHAPES]
-    return np.stack(masks)
-
-
 def _boxed(mask: np.ndarray) -> np.ndarray:
     """A mask's bounding box stretched to a square of fixed side, as coverage in [0, 1]."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    box = Image.fromarray((crop * 255).astype(np.uint8)).resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.BILINEAR)
-    return np.asarray(box, np.float32) / 255
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    image = Image.fromarray((mask[box] * 255).astype(np.uint8))
+    return np.asarray(image.resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.BILINEAR), np.float32) / 255
+
+
+_TEMPLATES = np.stack([_boxed(draw_mask(shape, 48, 48, 44, 96, 2) > 0.5) for shape in SHAPES])
 
 
 def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:
@@ -98,19 +83,12 @@ def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> SceneOb
     inside = mask & (chroma > 0.8 * full)
     colour = np.linalg.norm(np.median(lab[inside], axis=0) - _PALETTE, axis=-1).argmin()
     box = _boxed(mask)
-    templates = _templates()
-    overlap = np.minimum(box, templates).sum((1, 2)) / np.maximum(box, templates).sum((1, 2))
+    overlap = np.minimum(box, _TEMPLATES).sum((1, 2)) / np.maximum(box, _TEMPLATES).sum((1, 2))
     shape = SHAPES[overlap.argmax()] if overlap.max() >= _MIN_OVERLAP else None
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    extent = max(np.ptp(rows), np.ptp(columns)) + 1
-    return SceneObject(
-        shape,
-        list(COLOURS)[colour],
-        "small" if extent < 22.5 else "large",
-        float(columns[0] + columns[-1] + 1) / 2,
-        float(rows[0] + rows[-1] + 1) / 2,
-        float(extent) / 2,
-    )
+    ((rows, columns),) = ndimage.find_objects(mask.astype(np.uint8))
+    extent = max(rows.stop - rows.start, columns.stop - columns.start)
+    x, y = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
+    return SceneObject(shape, list(COLOURS)[colour], "small" if extent < 22.5 else "large", x, y, extent / 2)
 
 
 @dataclass(frozen=True)
@@ -130,7 +108,7 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
     """
     if kind not in ("one", "two", "held_out"):
         raise ValueError(f"unknown kind of prompt {kind!r}: choose one, two or held_out")
-    chosen = []
+    made = []
     for index in range(n):
         scene = scene_at(seed, 30_000_000 + index, kind == "held_out", 2 if kind == "two" else 1)
         objects = scene.objects
@@ -141,13 +119,13 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
         else:
             claim = Claim((SceneObject(objects[0].shape, objects[0].colour, objects[0].size),))
             text = _plain(claim.objects[0])
-        chosen.append(Prompt(text, claim, scene))
-    return chosen
+        made.append(Prompt(text, claim, scene))
+    return made
 
 
 def _plain(obj: SceneObject) -> str:
     words = [word for word in (obj.size, obj.colour, obj.shape) if word]
-    return " ".join([_article(words[0]), *words])
+    return " ".join([article(words[0]), *words])
 
 
 def correct(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:

@@ -32,17 +32,13 @@ def join(device: str = "auto") -> None:
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
-def _is_launched() -> bool:
-    return dist.is_available() and dist.is_initialized()  # some builds of torch are without
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1  # some builds are without
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if _is_launched() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if _is_launched() else 1
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
@@ -85,7 +81,7 @@ def training_device(device: str) -> torch.device:
         ClipgenError: Accelerate is configured to cut models in pieces, which these trainings do not need.
     """
     join(device)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         raise ClipgenError("FSDP and DeepSpeed are not supported: choose plain multi-GPU in 'accelerate config'")
     if world_size() == 1:
         return torch.device(device)
@@ -101,14 +97,7 @@ def data_parallel(*modules: nn.Module) -> list[nn.Module]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="no")  # autocast is the step functions' own
-    if accelerator.num_processes != world_size():  # it keeps what the notebook's own process was when it was first used
-        raise ClipgenError("Accelerate was used in this notebook before the launch: restart the kernel, then launch")
     return [accelerator.prepare(module) for module in modules]
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, whose parts DDP hides."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def microbatches(parts: list, *modules: nn.Module) -> Iterator:
@@ -123,18 +112,15 @@ def microbatches(parts: list, *modules: nn.Module) -> Iterator:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What a process raises because another one of its launch has ended becomes one sentence.
-
-    Gloo raises a bare RuntimeError, NCCL a subclass of it; neither has more than its text to be known by.
-    """
+    """What a process raises because another one of its launch has ended becomes one sentence."""
     try:
         yield
-    except RuntimeError as error:
+    except RuntimeError as error:  # of gloo as it is, of NCCL a subclass: only the text tells them from others
         if world_size() == 1 or not re.search(r"gloo|nccl|connection|socket|timed out", str(error), re.IGNORECASE):
             raise
-        raise ClipgenError(
-            "another process of this launch has ended, and what it wrote says why: run the same command again, with any number of processes, and it resumes from the last checkpoint"
-        ) from None
+        cure = "run the same command again, with any number of processes, and it resumes from the last checkpoint"
+        ended = "another process of this launch has ended, and what it wrote says why"
+        raise ClipgenError(f"{ended}: {cure}") from None
 
 
 def launch(function: Callable, *arguments: object, processes: int = 1) -> None:

@@ -14,12 +14,7 @@ from torch import nn
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    dropout_p: float = 0.0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = False, dropout_p: float = 0.0
 ) -> torch.Tensor:
     """torch's `scaled_dot_product_attention`, same arguments; on a CPU under autograd by three plain matrix operations.
 
@@ -27,8 +22,8 @@ def attend(
     fused one is slow in the backward pass, and the plain one looks for rows that are masked as a whole, of which there are none.
     A GPU and inference keep torch's own choice.
     """
-    if q.device.type != "cpu" or not q.requires_grad or attn_mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p)
+    if q.device.type != "cpu" or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p)
     scale = q.shape[-1] ** -0.5
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
     if is_causal:
@@ -66,9 +61,9 @@ class _NLL(torch.autograd.Function):
     def forward(ctx, x, weight, bias, targets, rows):
         log_likelihoods, grads = [], x.new_empty(len(x), len(weight))  # grads: softmax minus one-hot, of every logit
         for part, target, grad in zip(x.split(rows), targets.split(rows), grads.split(rows), strict=True):
-            log_p, chosen = F.linear(part, weight, bias).float().log_softmax(-1), target[:, None]
-            log_likelihoods.append(log_p.gather(1, chosen).sum())
-            log_p.exp_().scatter_add_(1, chosen, log_p.new_full(chosen.shape, -1.0))
+            log_p, index = F.linear(part, weight, bias).float().log_softmax(-1), target[:, None]
+            log_likelihoods.append(log_p.gather(1, index).sum())
+            log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
             grad.copy_(log_p)
         ctx.save_for_backward(x, weight, grads)
         return -sum(log_likelihoods) / len(x)
@@ -96,17 +91,13 @@ class PackedLinear:
         if self.is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, E) to (B, F)."""
+    def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """(B, E) to (B, F), with GELU by the error function where asked for."""
         if not self.is_packed:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """GELU, by the error function, of the layer's output."""
-        if not self.is_packed:
-            return F.gelu(F.linear(x, self.weight, self.bias))
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+            y = F.linear(x, self.weight, self.bias)
+            return F.gelu(y) if gelu else y
+        activation = ("gelu", [], "none") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *activation)
 
     def add(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
         """The layer's output on top of `to` (B, F)."""
@@ -120,9 +111,8 @@ def packs(weight: torch.Tensor) -> bool:
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if weight.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in needed):
         return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or weight.dtype == torch.float32
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -145,13 +135,11 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
     """`module.compile()`, where torch.compile works: it needs a C++ compiler, which not every machine has."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # a missing compiler, header or backend each raises its own
-        warnings.warn(
-            f"torch.compile does not work on this machine ({type(error).__name__}): training runs without it, somewhat slower; a C++ compiler and Python's headers would mend it",
-            stacklevel=2,
-        )
-    else:
         module.compile()
+    except Exception as error:  # a missing compiler, header or backend each raises its own
+        why = f"torch.compile does not work on this machine ({type(error).__name__})"
+        cure = "training runs without it, somewhat slower; a C++ compiler and Python's headers would mend it"
+        warnings.warn(f"{why}: {cure}", stacklevel=2)
 
 
 def largest(values: torch.Tensor, k: int) -> torch.Tensor:

@@ -2,14 +2,9 @@
 
 In: texts (or CLIP embeddings of images) and a seed for each. Out: one image for each, by `generate_each`, as of
 `TextToImage`. All use the same CLIP, and all but the GAN and retrieval the same VQGAN.
-
-- `Retrieval`: the training image nearest in CLIP space. It trains nothing and generates nothing: the floor of effort.
-- `VQGANCLIP`: VQGAN's latents optimised for CLIP similarity (Crowson et al., arXiv 2204.08583). It trains nothing.
-- `Supervised`: the same transformer with words in place of the embedding, trained on caption-image pairs (CogView,
-  arXiv 2105.13290).
-- `FusionGAN`: a one-stage conditional GAN trained on pairs (DF-GAN, arXiv 2008.05865), as small as it can be.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,20 +43,22 @@ class System:
 
 @dataclass
 class Retrieval(System):
+    """The training image nearest in CLIP space: it trains nothing and generates nothing, the floor of effort."""
+
     store: TokenStore
     images: ImageSet  # the images that the store was made of
 
     def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int]) -> torch.Tensor:
         """The training image nearest to each prompt: (P, 3, H, W) in [-1, 1]. Seeds change nothing."""
         bank = self.store.embeds(slice(0, self.store.n_unmirrored))
-        found = nearest(bank, self.embed(prompts).cpu().float(), 1)[:, 0]
-        images = [crop(self.images[int(row)], self.images.size) for row in self.store.arrays["rows"][found.numpy()]]
+        closest = nearest(bank, self.embed(prompts).cpu().float(), 1)[:, 0]
+        images = [crop(self.images[int(row)], self.images.size) for row in self.store.arrays["rows"][closest.numpy()]]
         return to_float(torch.stack(images)).to(self.device)
 
 
 @dataclass
 class VQGANCLIP(System):
-    """VQGAN-CLIP by its published recipe, at the resolution of the VQGAN at hand.
+    """VQGAN-CLIP (Crowson et al., arXiv 2204.08583) by its published recipe, at the resolution of the VQGAN at hand.
 
     From random tokens, Adam on the latent grid. Each step looks the grid up in the codebook (straight-through), decodes
     it, and lowers the squared spherical distance of CLIP's embedding of augmented cutouts to the prompt's. Cutouts are
@@ -80,8 +77,7 @@ class VQGANCLIP(System):
             return torch.cat([self._optimise(embeds[part].clone(), seeds[part]) for part in parts])
 
     def _optimise(self, embeds: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        quantizer, side = self.vqgan.quantizer, self.vqgan.config.side
-        codes = quantizer.codes().detach().clone()
+        side, codes = self.vqgan.config.side, self.vqgan.quantizer.codes().detach().clone()
         tokens = (seeded_uniforms(seeds, side * side, embeds.device) * len(codes)).long()
         z = codes[tokens].unflatten(1, (side, side)).permute(0, 3, 1, 2).contiguous().requires_grad_()  # (B, C, h, w)
         lowest, highest = (bound[None, :, None, None] for bound in (codes.amin(0), codes.amax(0)))
@@ -123,6 +119,7 @@ class WordStore(TokenStore):
         return torch.from_numpy(self.arrays["embeds"][rows].astype(np.int64))
 
 
+@torch.inference_mode()
 def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipEmbedder, words: bool) -> TokenStore:
     """A row for each caption of each image: its tokens, and the caption's embedding or its words.
 
@@ -132,12 +129,11 @@ def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipE
     if not pairs:
         raise ClipgenError(f"{store.folder} has no captions beside its images: a supervised baseline needs pairs")
     rows, texts = np.array([i for i, _ in pairs]), [text for _, text in pairs]
-    parts = [texts[i : i + 512] for i in range(0, len(texts), 512)]
     if words:
-        embeds = torch.cat([clip.tokenizer(part) for part in parts]).numpy().astype(np.uint16)
+        embeds = clip.tokenizer(texts).numpy().astype(np.uint16)
     else:
-        with torch.inference_mode():
-            embeds = torch.cat([clip.texts(part).cpu() for part in parts]).numpy().astype(np.float16)
+        parts = [clip.texts(texts[i : i + 512]).cpu() for i in range(0, len(texts), 512)]
+        embeds = torch.cat(parts).numpy().astype(np.float16)
     arrays = {"tokens": store.arrays["tokens"][rows], "embeds": embeds, "rows": store.arrays["rows"][rows]}
     meta = store.meta | {"N": len(pairs), "flip": False, "D": clip.tokenizer.vocab_size if words else clip.dim}
     return (WordStore if words else TokenStore)(store.folder, meta, arrays)
@@ -145,7 +141,7 @@ def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipE
 
 @dataclass
 class Supervised(System):
-    """The transformer with the text's own tokens before the image's (CogView's order; only the image is predicted)."""
+    """The transformer trained on pairs, with the text's own tokens before the image's (CogView, arXiv 2105.13290)."""
 
     transformer: ImageTransformer
     settings: SampleConfig
@@ -153,8 +149,8 @@ class Supervised(System):
     @torch.inference_mode()
     def generate_each(self, prompts: list[str], seeds: list[int], **settings: object) -> torch.Tensor:
         """One image for each text and seed: (P, 3, H, W) in [-1, 1]."""
-        words, chosen = self.clip.tokenizer(list(prompts)).to(self.device), replace(self.settings, **settings)
-        return decode(self.vqgan, generate(self.transformer, words, seeds, chosen), chosen.batch_size)
+        words, settings = self.clip.tokenizer(list(prompts)).to(self.device), replace(self.settings, **settings)
+        return decode(self.vqgan, generate(self.transformer, words, seeds, settings), settings.batch_size)
 
 
 class Fusion(nn.Module):
@@ -190,19 +186,22 @@ class UpBlock(nn.Module):
         return self.shortcut(x) + self.second(self.first(x, condition), condition)
 
 
+def _widths(config: FusionGANConfig, image_size: int) -> list[int]:
+    """Channels from full resolution down to 4x4."""
+    if image_size not in (4 * 2**i for i in range(1, 9)):
+        raise ClipgenError(f"the GAN doubles from 4 pixels and cannot reach {image_size}: choose a power of two")
+    return [config.channels * min(2**i, 4) for i in range((image_size // 4).bit_length())]
+
+
 class FusionGenerator(nn.Module):
     """Noise (B, Z) and a text embedding (B, D) -> (B, 3, H, W) in [-1, 1], doubling from 4x4."""
 
     def __init__(self, config: FusionGANConfig, image_size: int, clip_dim: int):
         super().__init__()
-        if image_size not in (4 * 2**i for i in range(1, 9)):
-            raise ClipgenError(f"the GAN doubles from 4 pixels and cannot reach {image_size}: choose a power of two")
-        levels = (image_size // 4).bit_length() - 1
-        widths = [config.channels * min(2**i, 4) for i in reversed(range(levels + 1))]
-        self.noise_dim = config.noise_dim
+        widths, self.noise_dim = _widths(config, image_size)[::-1], config.noise_dim
         self.begin = nn.Linear(config.noise_dim, widths[0] * 16)
         condition = config.noise_dim + clip_dim
-        self.blocks = nn.ModuleList(UpBlock(a, b, condition) for a, b in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(UpBlock(a, b, condition) for a, b in itertools.pairwise(widths))
         self.end = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, noise: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
@@ -218,9 +217,8 @@ class Critic(nn.Module):
 
     def __init__(self, config: FusionGANConfig, image_size: int, clip_dim: int):
         super().__init__()
-        levels = (image_size // 4).bit_length() - 1
-        widths = [config.channels * min(2**i, 4) for i in range(levels + 1)]
-        steps = list(zip(widths, widths[1:], strict=False))
+        widths = _widths(config, image_size)
+        steps = list(itertools.pairwise(widths))
         self.begin = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in steps)
         self.shortcut = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in steps)
@@ -237,6 +235,8 @@ class Critic(nn.Module):
 
 @dataclass
 class FusionGAN(System):
+    """A one-stage conditional GAN trained on pairs (DF-GAN, arXiv 2008.05865), as small as it can be."""
+
     generator: FusionGenerator
 
     @torch.inference_mode()

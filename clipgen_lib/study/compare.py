@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .. import evaluate, train_transformer
-from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig
+from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig, from_dict
 from ..data.images import grid
 from ..runtime.checkpoints import module_hash
 from ..runtime.runs import RESULTS, ClipgenError, Run, open_run, read_json, write_json
@@ -170,9 +170,9 @@ def run_table(
     names = [recipe.name for recipe in table.recipes]
     if unknown := set(only) - set(names):
         raise ClipgenError(f"table {table.name!r} has no row {sorted(unknown)[0]!r}: choose from {', '.join(names)}")
-    chosen = [recipe for recipe in table.recipes if not only or recipe.name in only]
+    wanted = [(seed, recipe) for recipe in table.recipes for seed in recipe.seeds if not only or recipe.name in only]
     # the first seed of every recipe comes before the second of any: an interrupted comparison has all its rows
-    for recipe, seed in sorted(((r, s) for r in chosen for s in r.seeds), key=lambda pair: pair[1]):
+    for seed, recipe in sorted(wanted, key=lambda pair: pair[0]):
         run_recipe(wb, table, recipe, seed, configs_of(wb, recipe, seed, steps), results)
         write_json(results / table.name / "table.json", read_table(results / table.name, table.recipes))
     return read_table(results / table.name, table.recipes)
@@ -180,57 +180,61 @@ def run_table(
 
 def configs_of(wb: Workbench, recipe: Recipe, seed: int = 0, steps: int = 0) -> dict:
     """The configs of a recipe: the preset's, changed to the plain recipe, changed to this one, as far as they matter."""
-    preset = wb.preset
-    if recipe.system in ("retrieval", "vqgan-clip", "gan"):
-        config = {"retrieval": None, "vqgan-clip": preset.vqgan_clip, "gan": preset.fusion_gan}[recipe.system]
-        return {"system": recipe.system, "config": config, "text": recipe.text, "seed": seed}
+    preset, others = wb.preset, {"retrieval": None, "vqgan-clip": wb.preset.vqgan_clip, "gan": wb.preset.fusion_gan}
+    if recipe.system in others:
+        return {"system": recipe.system, "config": others[recipe.system], "text": recipe.text, "seed": seed}
     parts = {"transformer": preset.transformer, "train": preset.transformer_train, "sample": preset.sample}
-    made = {name: replace(part, **{**PLAIN[name], **getattr(recipe, name)}) for name, part in parts.items()}
-    if made["transformer"].conditioning == "words":  # as many as CLIP itself reads
-        made["transformer"] = replace(made["transformer"], condition_tokens=wb.clip.tokenizer.context_length)
+    configs = {part: replace(config, **_changes(recipe, part)) for part, config in parts.items()}
+    if configs["transformer"].conditioning == "words":  # as many as CLIP itself reads
+        configs["transformer"] = replace(configs["transformer"], condition_tokens=wb.clip.tokenizer.context_length)
     if steps:
-        made["train"] = replace(made["train"], steps=steps)
+        configs["train"] = replace(configs["train"], steps=steps)
     # a shift uses its text in sampling only: its training is that of a recipe without it
-    trains_on_text = recipe.text == "paired" or made["train"].centre
-    return {**made, "text": recipe.text if trains_on_text else "none", "seed": seed}
+    trains_on_text = recipe.text == "paired" or configs["train"].centre
+    return {**configs, "text": recipe.text if trains_on_text else "none", "seed": seed}
+
+
+def _changes(recipe: Recipe, part: str) -> dict:
+    """What a recipe decides of a part of the preset; the number of words is CLIP's own."""
+    changes = {**PLAIN[part], **getattr(recipe, part)}
+    return {k: v for k, v in changes.items() if k != "condition_tokens" or changes["conditioning"] != "words"}
 
 
 def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: dict, results: Path) -> dict:
     """The result of one recipe and seed, from its file where that is there and of the same configs."""
-    store, classifier, evaluate_config = wb.store(), wb.classifier(), wb.preset.evaluate
-    inputs = {"vqgan": store.meta["vqgan_hash"], "clip": store.meta["clip_hash"], "data": store.meta["data_hash"]}
+    meta, classifier, config = wb.store().meta, wb.classifier(), wb.preset.evaluate
+    inputs = {key: meta[f"{key}_hash"] for key in ("vqgan", "clip", "data")}
     judges = {"judge": wb.evaluation_clip.weights_hash, "classifier": module_hash(classifier) if classifier else None}
-    n_oracle = min(table.n_oracle, evaluate_config.n_oracle) if wb.has_oracle else 0
-    config = replace(evaluate_config, n=min(table.n_captions, evaluate_config.n))
-    kept = _plain_json({**configs, **inputs, "evaluate": {**asdict(config), "n_oracle": n_oracle}, **judges})
+    n_oracle = min(table.n_oracle, config.n_oracle) if wb.has_oracle else 0
+    config = replace(config, n=min(table.n_captions, config.n), n_oracle=n_oracle)
+    kept = _plain_json({**configs, **inputs, "evaluate": config, **judges})
     path = results / table.name / "rows" / f"{_slug(recipe.name)}-{seed}.json"
     if path.exists():
         before = read_json(path)
         if other := [key for key in inputs if before["recipe"][key] != inputs[key]]:
             cure = "move that folder away, or compare with the run they are of"
             raise ClipgenError(f"{path.parent.parent} holds rows of another run (another {other[0]}): {cure}")
-        if _filled(before["recipe"]) == {key: value for key, value in kept.items() if key in before["recipe"]}:
+        then = before["recipe"] | _plain_json(_configs(before["recipe"]))
+        if then == {key: value for key, value in kept.items() if key in then}:
             return before
     print(f"{recipe.name}, seed {seed}", flush=True)
-    system, facts, seconds = _system(wb, recipe, configs, inputs, results / "ablation" / "trainings")
-    start, oracle = time.perf_counter(), {}
-    evaluators, folder = evaluate.Evaluators(wb.evaluation_clip, classifier), path.parents[1] / "generated" / path.stem
-    evaluation, _ = evaluate.evaluate_generator(
-        system, wb.images("val"), evaluators, config, folder / "captions", wb.seed
-    )
+    system, scores, seconds = _system(wb, recipe, configs, inputs, results / "ablation" / "trainings")
+    start, folder = time.perf_counter(), results / table.name / "generated" / path.stem
+    evaluators = evaluate.Evaluators(wb.evaluation_clip, classifier)
+    scored = (system, wb.images("val"), evaluators, config, folder / "captions", wb.seed)
+    result = {"name": recipe.name, "description": recipe.description, "seed": seed, "text": recipe.text, "recipe": kept}
+    result |= {"evaluation": evaluate.evaluate_generator(*scored)[0], "oracle": {}, "transformer": scores}
     if n_oracle:
         modalities = ("text", "image") if recipe.system == "clip-gen" else ("text",)
-        oracle = evaluate.evaluate_oracle(system, folder / "oracle", n_oracle, wb.seed, modalities)
+        result["oracle"] = evaluate.evaluate_oracle(system, folder / "oracle", n_oracle, wb.seed, modalities)
     evaluated, prompts = time.perf_counter(), wb.preview_prompts()
     path.parent.mkdir(parents=True, exist_ok=True)
     _save_images(system, prompts, path.with_suffix(".png"))
     seconds |= {"evaluate": evaluated - start, "per_image": (time.perf_counter() - evaluated) / len(prompts)}
     if table.has_outside:
         _save_images(system, wb.outside_prompts(), path.with_name(f"{path.stem}-outside.png"))
-    result = {"name": recipe.name, "description": recipe.description, "seed": seed, "text": recipe.text, "recipe": kept}
-    result |= {"evaluation": evaluation, "oracle": oracle, "transformer": facts, "seconds": seconds}
-    write_json(path, result)
-    return result
+    write_json(path, result | {"seconds": seconds})
+    return result | {"seconds": seconds}
 
 
 def _save_images(system, prompts: list[str], path: Path) -> None:
@@ -252,17 +256,15 @@ def _system(wb: Workbench, recipe: Recipe, configs: dict, inputs: dict, training
     # recipes that differ in sampling alone share a training, named by all that decides it
     needed = _plain_json({**{key: value for key, value in configs.items() if key != "sample"}, **inputs})
     name = hashlib.sha256(json.dumps(needed, sort_keys=True).encode()).hexdigest()[:8]
-    run = replace(open_run(name, trainings), seed=configs["seed"], device=wb.device)
+    run, sample = replace(open_run(name, trainings), seed=configs["seed"], device=wb.device), configs["sample"]
     if not (run.file("recipe.json").exists() and (run.path / "transformer").is_dir()):  # a clone has no weights
         _train(wb, run, configs)
         write_json(run.file("recipe.json"), needed)
     transformer, summary = ImageTransformer.load(run.path / "transformer", wb.device), run.summary()
     if recipe.system == "supervised":
-        system = baselines.Supervised(vqgan, clip, transformer, configs["sample"])
-    else:
-        extras = wb.bank_and_offset(configs["sample"])
-        system = TextToImage.from_parts(vqgan, transformer, clip, wb.clip_source, configs["sample"], extras)
-    return system, summary["transformer"], summary["seconds"]
+        return baselines.Supervised(vqgan, clip, transformer, sample), summary["transformer"], summary["seconds"]
+    parts = (vqgan, transformer, clip, wb.clip_source, sample, wb.bank_and_offset(sample))
+    return TextToImage.from_parts(*parts), summary["transformer"], summary["seconds"]
 
 
 def _train(wb: Workbench, run: Run, configs: dict) -> None:
@@ -283,21 +285,21 @@ def _train(wb: Workbench, run: Run, configs: dict) -> None:
 def metrics(result: dict) -> dict[str, float]:
     """The columns of a result; `oracle_error` is one minus the mean of colour and shape accuracy of one-object texts."""
     evaluation, oracle = result["evaluation"], result["oracle"]
-    found = {key: evaluation[key] for key in ("caps", "r_precision") if key in evaluation}
+    columns = {key: evaluation[key] for key in ("caps", "r_precision") if key in evaluation}
     if fid := evaluation["fid"]:
-        found |= {"fid_0": fid["0"], "fid_1": fid["1"], "rfid": evaluation["rfid"]["0"]}
+        columns |= {"fid_0": fid["0"], "fid_1": fid["1"], "rfid": evaluation["rfid"]["0"]}
     if classes := evaluation.get("classes"):
-        names = {"accuracy": "", "real": "_real", "reconstruction": "_reconstruction"}
-        found |= {f"class_accuracy{suffix}": classes[key] for key, suffix in names.items()}
+        columns |= {"class_accuracy": classes["accuracy"], "class_accuracy_real": classes["real"]}
+        columns |= {"class_accuracy_reconstruction": classes["reconstruction"]}
     if oracle:
         one, two, held_out = (oracle["text"][kind] for kind in ("one", "two", "held_out"))
-        found |= {"oracle_error": 1 - (one["colour"] + one["shape"]) / 2}
-        found |= {key: one[key] for key in ("colour", "shape", "size", "count")}
-        found |= {f"held_out_{key}": held_out[key] for key in ("colour", "shape")}
-        found |= {"two_both": two["both"], "relation": two["relation"]}
+        columns |= {"oracle_error": 1 - (one["colour"] + one["shape"]) / 2}
+        columns |= {key: one[key] for key in ("colour", "shape", "size", "count")}
+        columns |= {f"held_out_{key}": held_out[key] for key in ("colour", "shape")}
+        columns |= {"two_both": two["both"], "relation": two["relation"]}
     if "image" in oracle:
-        found |= {f"image_{key}": oracle["image"]["one"][key] for key in ("colour", "shape")}
-    return found | result["transformer"] | {f"seconds_{key}": value for key, value in result["seconds"].items()}
+        columns |= {f"image_{key}": oracle["image"]["one"][key] for key in ("colour", "shape")}
+    return columns | result["transformer"] | {f"seconds_{key}": value for key, value in result["seconds"].items()}
 
 
 def read_table(folder: Path, recipes: tuple[Recipe, ...]) -> list[dict]:
@@ -345,33 +347,26 @@ def table_text(table: list[dict], columns: tuple[str, ...]) -> str:
         return f"{row[key]['mean']:{form}}{spread}"
 
     lines = [("", *columns), *((row["name"], *(cell(row, key) for key in columns)) for row in table)]
-    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
-    cells = [[f"{text:>{width}}" for text, width in zip(line, widths, strict=True)][1:] for line in lines]
-    return "\n".join(f"{line[0]:{widths[0]}}{''.join(rest)}" for line, rest in zip(lines, cells, strict=True))
+    first, *widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return "\n".join(name.ljust(first) + "".join(map(str.rjust, cells, widths)) for name, *cells in lines)
 
 
 def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 
 
-def _is_of(recipe: Recipe, configs: dict) -> bool:
-    """Whether configs are the plain ones with the recipe's changes, whatever the preset decides."""
-    if "train" not in configs:
-        return configs["system"] == recipe.system
-    wanted = {part: {**PLAIN[part], **getattr(recipe, part)} for part in PLAIN}
-    if wanted["transformer"]["conditioning"] == "words":
-        del wanted["transformer"]["condition_tokens"]  # as many as CLIP reads
-    found = _filled(configs)
-    return all(found[part][key] == value for part in PLAIN for key, value in _plain_json(wanted[part]).items())
+def _is_of(recipe: Recipe, row: dict) -> bool:
+    """Whether the configs in a row are the plain ones with the recipe's changes, whatever the preset decides."""
+    configs = _configs(row)
+    return row.get("system", recipe.system) == recipe.system and all(
+        config == replace(config, **_changes(recipe, part)) for part, config in configs.items()
+    )
 
 
-_DEFAULTS = {"transformer": TransformerConfig(), "train": TransformerTrainConfig(), "sample": SampleConfig()}
-
-
-def _filled(configs: dict) -> dict:
-    """Earlier configs with the fields of today: missing ones did what the default does, unknown ones are left out."""
-    defaults = {part: _plain_json(asdict(config)) for part, config in _DEFAULTS.items() if part in configs}
-    return configs | {p: {key: configs[p].get(key, d) for key, d in part.items()} for p, part in defaults.items()}
+def _configs(row: dict) -> dict:
+    """The configs in a row that may be older than some of their fields: these did what the default does."""
+    kinds = {"transformer": TransformerConfig, "train": TransformerTrainConfig, "sample": SampleConfig}
+    return {part: from_dict(kind, row[part], whole=False) for part, kind in kinds.items() if part in row}
 
 
 def _plain_json(values: dict) -> dict:

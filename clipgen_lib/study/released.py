@@ -8,7 +8,6 @@ tensor of ours; anything else is an error. Axes: K codebook size, C code dimensi
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from torch import nn
 
 from ..clip_embed import ClipEmbedder
 from ..config import Config, SampleConfig, TransformerConfig, VQGANConfig
-from ..runtime.runs import ClipgenError
+from ..runtime.runs import ClipgenError, reason
 from ..text_to_image import TextToImage
 from ..transformer import ImageTransformer
 from ..vqgan import EPSILON, VQGAN
@@ -43,10 +42,6 @@ class Release(NamedTuple):
     file: str
     source: str
     build: Callable[[], nn.Module]
-
-
-class Mismatch(Exception):
-    """Why a file is not the one of a release."""
 
 
 def _vqgan(config: VQGANConfig) -> list[Rename]:
@@ -119,32 +114,23 @@ HFAI_GPT = Family("model", r"^blocks\.\d+\.mask$", _hfai_gpt)
 
 
 # f16 with 16,384 codes; the other sizes are the defaults of VQGANConfig
-_F16 = VQGANConfig(image_size=256, code_dim=256, l2_norm=False)
-_F8 = replace(_F16, channel_mult=(1, 1, 2, 4), codebook_size=8_192, codebook_update="gumbel")
-_COSINE = replace(_F16, code_dim=8, l2_norm=True)
-_COSINE_F8 = replace(_COSINE, channel_mult=(1, 2, 2, 4))
-_GPT = TransformerConfig(layers=24, width=1_024, heads=16)
-_CODES, _TOKENS, _CLIP_DIM = 16_384, 256, 512
-
-
-def _release(family: Family, config: Config, file: str, source: str) -> Release:
-    if isinstance(config, VQGANConfig):
-        return Release(family, file, source, partial(VQGAN, config))
-    return Release(family, file, source, partial(ImageTransformer, config, _CODES, _TOKENS, _CLIP_DIM))
-
-
+_F16 = partial(VQGANConfig, image_size=256, code_dim=256, l2_norm=False)
+_COSINE = partial(VQGANConfig, image_size=256, code_dim=8)
 _ZOO = "github.com/CompVis/taming-transformers (model zoo: vqgan_"
 _LLAMAGEN = "github.com/FoundationVision/LlamaGen (tokenizers: "
 _HFAI = "github.com/HFAiLab/clip-gen (release v0.1.0)"
-RELEASES = {
-    "taming-f16-1024": _release(TAMING, replace(_F16, codebook_size=1_024), "last.ckpt", f"{_ZOO}imagenet_f16_1024)"),
-    "taming-f16-16384": _release(TAMING, _F16, "last.ckpt", f"{_ZOO}imagenet_f16_16384)"),
-    "taming-gumbel-f8": _release(TAMING, _F8, "last.ckpt", f"{_ZOO}gumbel_f8)"),
-    "hfai-vqgan-coco": _release(HFAI_VQGAN, _F16, "vqgan_coco.pt", _HFAI),
-    "hfai-gpt-coco": _release(HFAI_GPT, _GPT, "gpt_coco.pt", _HFAI),
-    "llamagen-f16": _release(LLAMAGEN, _COSINE, "vq_ds16_c2i.pt", f"{_LLAMAGEN}vq_ds16_c2i)"),
-    "llamagen-f8": _release(LLAMAGEN, _COSINE_F8, "vq_ds8_c2i.pt", f"{_LLAMAGEN}vq_ds8_c2i)"),
+_GUMBEL = _F16(channel_mult=(1, 1, 2, 4), codebook_size=8_192, codebook_update="gumbel")
+_VQGANS = {
+    "taming-f16-1024": (TAMING, "last.ckpt", f"{_ZOO}imagenet_f16_1024)", _F16(codebook_size=1_024)),
+    "taming-f16-16384": (TAMING, "last.ckpt", f"{_ZOO}imagenet_f16_16384)", _F16()),
+    "taming-gumbel-f8": (TAMING, "last.ckpt", f"{_ZOO}gumbel_f8)", _GUMBEL),
+    "hfai-vqgan-coco": (HFAI_VQGAN, "vqgan_coco.pt", _HFAI, _F16()),
+    "llamagen-f16": (LLAMAGEN, "vq_ds16_c2i.pt", f"{_LLAMAGEN}vq_ds16_c2i)", _COSINE()),
+    "llamagen-f8": (LLAMAGEN, "vq_ds8_c2i.pt", f"{_LLAMAGEN}vq_ds8_c2i)", _COSINE(channel_mult=(1, 2, 2, 4))),
 }
+RELEASES = {name: Release(*facts, partial(VQGAN, config)) for name, (*facts, config) in _VQGANS.items()}
+_GPT = partial(ImageTransformer, TransformerConfig(layers=24, width=1_024, heads=16), 16_384, 256, 512)
+RELEASES["hfai-gpt-coco"] = Release(HFAI_GPT, "gpt_coco.pt", _HFAI, _GPT)
 
 
 def load_hfai_coco(folder: str | Path, device: str | torch.device = "cpu") -> TextToImage:
@@ -182,7 +168,7 @@ def load_released(
     try:
         tensors = read_tensors(path, release.family.entry)
         return build(release.build, release.family, tensors).to(device)
-    except Mismatch as error:
+    except ClipgenError as error:
         raise ClipgenError(f"{path} is no {release.file} ({error}): get it from {release.source}") from None
 
 
@@ -190,46 +176,36 @@ def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torc
     """A module of ours, in eval mode, that computes what the original computes with these tensors.
 
     `make` is called on torch's meta device; `tensors` have their published names and are not changed in place. A tensor
-    too many, one too few or one of another shape is a Mismatch.
+    too many, one too few or one of another shape is a ClipgenError.
     """
     with torch.device("meta"):
         module = make()
-    wanted, renames = module.state_dict(), family.renames(module.config)
-    unreleased = [name for name in ("quantizer.idle", "image_mean", "text_mean") if name in wanted]
-    zeros = {name: torch.zeros_like(wanted.pop(name), device="cpu") for name in unreleased}  # as they begin
-    found, unknown, misshapen = {}, [], []
-    published = {name: tensor for name, tensor in tensors.items() if not re.search(family.ignored, name)}
-    parts = [(theirs, *part) for theirs, tensor in published.items() for part in _parts(theirs, tensor, renames)]
-    for theirs, ours, part in parts:
-        if ours not in wanted or ours in found:
-            unknown.append(theirs)
-        elif _shape(part) != _shape(wanted[ours]):
-            misshapen.append(f"{theirs} {tuple(part.shape)}")
-        else:
-            found[ours] = part.reshape(wanted[ours].shape).float().clone()  # parts of one tensor need their own memory
-    missing = [name for name in wanted if name not in found]
-    for label, names in (("of another shape", misshapen), ("unknown", unknown), ("nothing for", missing)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise Mismatch(f"{label}: {', '.join(names[:3])}{more}")
+    wanted, renamed = module.state_dict(), {}
+    for name, tensor in tensors.items():
+        if not re.search(family.ignored, name):
+            renamed |= _renamed(name, tensor, family.renames(module.config))
+    for name, tensor in renamed.items():  # a linear layer and a convolution with a kernel of 1x1 are the same numbers
+        shape = wanted[name].shape if name in wanted else tensor.shape
+        fits = tensor.shape[:2] == shape[:2] and tensor.numel() == shape.numel()
+        renamed[name] = (tensor.reshape(shape) if fits else tensor).float().clone()  # each in its own memory
     if family.epsilon != EPSILON:
-        found = rescale(found, (EPSILON / family.epsilon) ** 0.5)
-    module.load_state_dict(found | zeros, assign=True)
+        renamed = rescale(renamed, (EPSILON / family.epsilon) ** 0.5)
+    for name in ("quantizer.idle", "image_mean", "text_mean"):  # no release has them; zero is how they begin
+        if name in wanted:
+            renamed[name] = torch.zeros_like(wanted[name], device="cpu")
+    try:
+        module.load_state_dict(renamed, assign=True)
+    except RuntimeError as error:
+        raise ClipgenError(reason(error)) from None
     return module.eval()
 
 
-def _parts(name: str, tensor: torch.Tensor, renames: list[Rename]) -> list[tuple[str, torch.Tensor]]:
-    """Our names of a published tensor, each with its share of it."""
+def _renamed(name: str, tensor: torch.Tensor, renames: list[Rename]) -> dict[str, torch.Tensor]:
+    """A published tensor under our name, or its three parts under theirs."""
     for pattern, ours in renames:
         name = re.sub(pattern, ours, name)
-    if "{qkv}" not in name:
-        return [(name, tensor)]
-    return [(name.replace("{qkv}", letter), part) for letter, part in zip("qkv", tensor.chunk(3), strict=False)]
-
-
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """A shape without its kernel of 1x1: a linear layer and a convolution of that kernel are the same numbers."""
-    return tuple(tensor.shape[:2]) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tuple(tensor.shape)
+    parts = zip("qkv", tensor.chunk(3), strict=False) if "{qkv}" in name else [("", tensor)]
+    return {name.replace("{qkv}", letter): part for letter, part in parts}
 
 
 def rescale(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
@@ -250,7 +226,7 @@ _CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callba
 def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
     """The tensors of a published file, on the CPU, by name; no code in the file is run.
 
-    They lie under `entry` in a .pt or .ckpt file. A file that is damaged, holds code or has no such entry is a Mismatch.
+    They lie under `entry` in a .pt or .ckpt file. A file that is damaged, holds code or has no such entry is a ClipgenError.
     """
     try:
         if path.suffix == ".safetensors":
@@ -259,10 +235,10 @@ def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise whatever their zip, pickle and header code raises
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise Mismatch(f"it holds code, {code[1]}, which is not run") from None
-        reason = str(error).split("WeightsUnpickler error: ")[-1].split(". ")[0].split("\n")[0].strip()
-        raise Mismatch(f"cut short, damaged or no weights at all; {reason or type(error).__name__}") from None
+            raise ClipgenError(f"it holds code, {code[1]}, which is not run") from None
+        why = str(error).split("WeightsUnpickler error: ")[-1].split(". ")[0].split("\n")[0].strip()
+        raise ClipgenError(f"cut short, damaged or no weights at all; {why or type(error).__name__}") from None
     tensors = content.get(entry) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise Mismatch(f"no tensors under {entry!r}")
+        raise ClipgenError(f"no tensors under {entry!r}")
     return tensors

@@ -48,10 +48,8 @@ def pool_scene(seed: int, index: int) -> shapes.Scene:
     """
     even = index - index % 2
     scene = shapes.scene_at(seed, 50_000_000 + even, held_out=even % 16 == 0, wild=True)
-    if index == even:
-        return scene
-    if len(scene.objects) != 2:
-        return shapes.scene_at(seed, 50_000_000 + index, wild=True)
+    if index == even or len(scene.objects) != 2:
+        return scene if index == even else shapes.scene_at(seed, 50_000_000 + index, wild=True)
     a, b = scene.objects
     # a large object may not fit the place of a small one, so sizes stay where they are
     stay = ("x", "y") if a.size == b.size else ("x", "y", "size", "radius")
@@ -68,8 +66,8 @@ class ScenePairs:
         self.corpus = [text for scene in self.pool[:4000] for text in shapes.captions(scene)]
         self.images = np.empty((len(self.pool), shapes.CANVAS, shapes.CANVAS, 3), np.uint8)
         with progress(len(self.pool), "rendering") as bar:
-            for index, scene in enumerate(self.pool):
-                self.images[index] = shapes.render(scene)
+            for image, scene in zip(self.images, self.pool, strict=True):
+                image[:] = shapes.render(scene)
                 bar.update()
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
@@ -146,21 +144,17 @@ def train_clip(run: Run, pairs: ScenePairs | ImagePairs, config: ClipTrainConfig
             model.logit_scale.clamp_(0, math.log(100))  # as in CLIP
         images, texts, together = pairs.batch(step)
         with autocast(config, torch.device(run.device)):
-            found = model(((images.to(run.device) + 1) / 2 - mean) / std, tokenizer(texts).to(run.device))[:3]
-        return contrastive_loss(*(x.float() for x in found), together.to(run.device)), {"scale": found[2].detach()}
+            embeds = model(((images.to(run.device) + 1) / 2 - mean) / std, tokenizer(texts).to(run.device))[:3]
+        return contrastive_loss(*(x.float() for x in embeds), together.to(run.device)), {"scale": embeds[2].detach()}
 
     fit(run, "clip", model, config, loss_of, {"data": pairs.hash})
-    return _export(model, text_config, merges, run.path / "clip")
-
-
-def _export(model: torch.nn.Module, text_config: dict, merges: Path, target: Path) -> Path:
-    with fresh_folder(target) as folder:
+    with fresh_folder(run.path / "clip") as folder:
         halves = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         save_file(halves, folder / "open_clip_model.safetensors")
         content = {"model_cfg": {**MODEL, "text_cfg": text_config}, "preprocess_cfg": PREPROCESS}
         (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / "bpe_merges.txt.gz").write_bytes(merges.read_bytes())
-    return target
+    return run.path / "clip"
 
 
 @torch.inference_mode()
@@ -177,13 +171,14 @@ def retrieval(
         is the scene's own caption to the letter).
     """
     scenes = [shapes.scene_at(seed, 70_000_000 + i, i % 8 == 0, n_objects, wild=True) for i in range(n_scenes)]
-    captions = [shapes.caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
+    pairs = [shapes.caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
+    captions, claims = zip(*pairs, strict=True)
     rendered = from_arrays(np.stack([shapes.render(scene) for scene in scenes])).to(clip.device)
     images = torch.cat([clip.images(part) for part in rendered.split(250)])
-    texts = torch.cat([clip.texts([text for text, _ in captions[i : i + 250]]) for i in range(0, n_scenes, 250)])
+    texts = torch.cat([clip.texts(list(captions[i : i + 250])) for i in range(0, n_scenes, 250)])
     best = (images @ texts.T).argmax(1).tolist()
-    true = [shapes.holds(captions[j][1], scene) for j, scene in zip(best, scenes, strict=True)]
-    own = [captions[j][0] == captions[i][0] for i, j in enumerate(best)]
+    true = [shapes.holds(claims[j], scene) for j, scene in zip(best, scenes, strict=True)]
+    own = [captions[j] == captions[i] for i, j in enumerate(best)]
     return {"n": n_scenes, "true_at_1": float(np.mean(true)), "own_at_1": float(np.mean(own))}
 
 
@@ -197,13 +192,13 @@ def caption_accuracy(clip: ClipEmbedder, images: ImageSet) -> dict[str, float]:
     """
     first = {row: texts[0] for row, texts in enumerate(images.captions) if texts}
     wordings = sorted(set(first.values()))
-    texts = torch.cat([clip.texts(wordings[i : i + 256]) for i in range(0, len(wordings), 256)])
     place = {wording: i for i, wording in enumerate(wordings)}
+    texts = torch.cat([clip.texts(wordings[i : i + 256]) for i in range(0, len(wordings), 256)])
     correct, cosines = [], []
     for rows, batch in ordered_batches(images, list(first), 250):
         similarity = clip.images(to_float(batch).to(clip.device)) @ texts.T
         own = torch.tensor([place[first[row]] for row in rows], device=clip.device)
         correct += (similarity.argmax(1) == own).tolist()
         cosines += similarity.gather(1, own[:, None])[:, 0].tolist()
-    found = {"accuracy": float(np.mean(correct)), "cosine": float(np.mean(cosines))}
-    return {"n": len(correct), "wordings": len(wordings)} | found
+    scores = {"accuracy": float(np.mean(correct)), "cosine": float(np.mean(cosines))}
+    return {"n": len(correct), "wordings": len(wordings)} | scores
