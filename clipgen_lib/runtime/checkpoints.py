@@ -1,11 +1,14 @@
 """Weights on disk: safetensors with their hashes, and the published files that metrics and losses need. No pickle is read.
 
-A file is written beside its place and renamed, so that an interruption leaves the previous version whole.
+A file is written beside its place and renamed, so that an interruption leaves the previous version whole. What a killed
+process left beside a place begins with its name and a dot: `sweep` deletes it.
 """
 
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +19,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, reason, room_on_disk, write_json
+from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, reading, reason, room_on_disk, write_json
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Delete what killed processes left beside `name` in a folder, which no other process writes now."""
+    for left in folder.glob(f".{name}[-.]*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.suffix not in (".lock", ".holder"):
+            left.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: until then a loss of power may undo a renaming."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        opened = os.open(folder, os.O_RDONLY)
+        os.fsync(opened)
+        os.close(opened)
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically, with the permissions of any other file.
+
+    Its library writes under a name of its own and for the owner alone: here in a folder that `sweep` knows.
+
+    Raises:
+        ClipgenError: the disk is full; a file that was there stays.
+    """
+    with fresh_file(path) as beside, tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as own:
+        beside.touch()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, written := Path(own) / path.name, metadata)
+        written.chmod(beside.stat().st_mode & 0o777)
+        written.replace(beside)
+    sync_folder(path.parent)
 
 
 def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
@@ -31,17 +68,16 @@ def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
     tensors: dict = {}
     header = {"state": json.dumps(_take_tensors(state, tensors)), "meta": json.dumps(meta)}
     tensors = _apart({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-    with fresh_file(path) as beside:
-        save_file(tensors, beside, {**header, "sha256": _digest(header, tensors)})
+    write_tensors(path, tensors, {**header, "sha256": _digest(header, tensors)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict, dict]:
     """Read what `save_checkpoint` wrote, on the CPU: (state, meta).
 
     Raises:
-        ClipgenError: missing, cut short, changed since it was written, or not one of ours.
+        ClipgenError: missing, cut short, changed since it was written, or not one of ours; or no right to read it.
     """
-    try:
+    with reading(path, "run the step that writes it first", "delete it, run its step again"):
         with safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
@@ -51,10 +87,6 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
         if not isinstance(state, dict) or not isinstance(meta, dict):
             raise ValueError("no state in it")
         return state, meta
-    except FileNotFoundError:
-        raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
-    except Exception as error:  # a header of any bytes: safetensors, JSON and the rest raise whatever they like
-        raise ClipgenError(f"checkpoint {path} is damaged ({reason(error)}): delete it, run its step again") from None
 
 
 def checkpoint_meta(path: Path) -> dict:
@@ -107,28 +139,34 @@ def _put_tensors(node: object, tensors: dict) -> object:
 
 def save_weights(folder: Path, module: nn.Module, **facts: object) -> None:
     """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
+    sweep(folder.parent, folder.name)
     with room_on_disk(folder), fresh_folder(folder) as fresh:
-        save_file(
-            {k: x.detach().cpu().contiguous() for k, x in module.state_dict().items()}, fresh / "model.safetensors"
-        )
+        write_tensors(fresh / "model.safetensors", module.state_dict())
         write_json(fresh / "config.json", {**module.describe(), **facts})
+    sync_folder(folder.parent)
 
 
 def read_weights(folder: Path) -> dict:
-    """The tensors of `folder/model.safetensors`; missing or damaged is one sentence."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise ClipgenError(f"{path} is missing: run the step that trains it first, or choose the run that has it")
-    try:
-        return load_file(path)
-    except Exception as error:  # as above
-        raise ClipgenError(f"{path} is damaged ({reason(error)}): delete it, run its step again") from None
+    """The tensors of `folder/model.safetensors`; missing, damaged or with weights that are not finite is one sentence."""
+    path, missing = folder / "model.safetensors", "run the step that trains it first, or choose the run that has it"
+    with reading(path, missing, "delete it, run its step again"):
+        return finite(load_file(path))
+
+
+def finite(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors themselves. Raises ValueError where one holds NaN or an infinity, with which nothing can be computed."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return tensors
 
 
 def load_strictly(module: nn.Module, tensors: dict, source: Path) -> None:
-    """Load weights into a module; any name or shape that differs is an error that names the first ones."""
+    """Give a module these tensors, in its own dtypes; any name or shape that differs is an error that names the first ones."""
+    wanted = module.state_dict()
+    tensors = {name: x.to(wanted[name].dtype) if name in wanted else x for name, x in tensors.items()}
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise ClipgenError(
@@ -146,13 +184,11 @@ def built_strictly(make: Callable[[], nn.Module], tensors: dict, source: Path) -
     """
     try:
         with torch.device("meta"):
-            imagined = make()
+            module = make()
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise ClipgenError(
             f"{source / 'config.json'} describes nothing that can be built ({reason(error)}): restore the original file"
         ) from None
-    load_strictly(imagined, {name: tensor.to("meta") for name, tensor in tensors.items()}, source)
-    module = make()
     load_strictly(module, tensors, source)
     return module
 
