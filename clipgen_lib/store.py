@@ -21,7 +21,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from .data.batches import dead_workers_told, image_batches
 from .data.datasets import ImageSet
 from .data.images import to_float
 from .runtime import distributed
-from .runtime.checkpoints import module_hash, sweep, sync_folder
+from .runtime.checkpoints import module_hash
 from .runtime.runs import (
     ClipgenError,
     file_hash,
@@ -119,12 +118,8 @@ def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int) -> torch.Tensor:
     return (queries @ bank.T).topk(min(k, len(bank)), dim=1).indices
 
 
-@lru_cache(maxsize=64)
-def _file_hash(path: Path, size: int, mtime: int) -> str:
-    """Once for each state of a file."""
-    if not path.is_file():  # to open a pipe would wait for ever
-        raise ValueError(f"{path.name} is no plain file")
-    return file_hash(path)
+# once for each state of a file; a pipe, which has no size, is not opened
+_file_hash = lru_cache(maxsize=64)(lambda path, size, mtime: file_hash(path) if size else "")
 
 
 def _hash(folder: Path, meta: dict) -> str:
@@ -270,20 +265,17 @@ class _Writer:
                 for _, first, columns in self.pending:
                     stream.seek(first * _row_bytes(key, self.meta))
                     stream.write(columns[key].cpu().numpy().astype(dtype).tobytes())
-                _sync(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
         told = self.folder / "progress" / f"skipped-{distributed.rank()}.json"
         write_json(told, {**(read_json(told) if told.is_file() else {}), **skipped})
         with open(self.folder / "progress" / "done", "r+b") as stream:
             for batch, _, _ in self.pending:
                 stream.seek(batch)
                 stream.write(b"\1")
-            _sync(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         self.pending.clear()
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 def _prepared(partial: Path, job: dict, n_batches: int) -> np.ndarray:
@@ -295,7 +287,6 @@ def _prepared(partial: Path, job: dict, n_batches: int) -> np.ndarray:
     folder, done = partial.with_suffix(""), partial / "progress" / "done"
     if folder.exists() and any(folder.iterdir()):
         raise ClipgenError(f"{folder} holds other files than a finished token store: delete it, or give a new folder")
-    sweep(folder.parent, folder.name)
     sizes = {partial / name: job["N"] * _row_bytes(key, job) for key, (name, _) in FILES.items()} | {done: n_batches}
     mark, text = partial / "progress" / "job.json", json.dumps(job)
     is_same = mark.is_file() and mark.read_text(errors="replace") == text
@@ -330,23 +321,16 @@ def _finish(partial: Path, folder: Path, meta: dict, images: ImageSet) -> None:
         skipped |= read_json(told)
     done = {**meta, "N": len(good), "skipped": dict(sorted(skipped.items()))}
     if len(good) == len(rows):
-        _write_meta(partial, done)
+        write_json(partial / "meta.json", {**done, "hash": _hash(partial, done)})
         partial.rename(folder)
     else:
         with fresh_folder(folder) as made:
             for key, (name, _) in FILES.items():
                 _copy_rows(_mapped(partial, key, meta), good, made / name)
-            _write_meta(made, done)
-    sync_folder(folder.parent)
-
-
-def _write_meta(folder: Path, meta: dict) -> None:
-    write_json(folder / "meta.json", {**meta, "hash": _hash(folder, meta)})
-    sync_folder(folder)
+            write_json(made / "meta.json", {**done, "hash": _hash(made, done)})
 
 
 def _copy_rows(array: np.ndarray, rows: np.ndarray, path: Path) -> None:
     with open(path, "wb") as stream:
         for i in range(0, len(rows), 65_536):
             stream.write(array[rows[i : i + 65_536]].tobytes())
-        _sync(stream)

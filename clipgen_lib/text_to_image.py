@@ -23,7 +23,7 @@ from torch import nn
 from . import sample
 from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict
-from .runtime.checkpoints import finite, load_strictly, module_hash, write_tensors
+from .runtime.checkpoints import finite, load_strictly, module_hash
 from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reading, reason, shortened
 from .transformer import ImageTransformer, centre
 from .vqgan import VQGAN
@@ -141,10 +141,6 @@ class TextToImage(
         with reading(Path(file), "restore it", "restore the original file"):
             load_strictly(model, finite(load_file(file, map_location)), Path(model_id))
         return model
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """The mixin's hook; its own leaves a file that its owner alone can read."""
-        write_tensors(save_directory / "model.safetensors", self.state_dict(), {"format": "pt"})
 
     def export(self, folder: Path) -> None:
         """Write float16 weights as `from_pretrained` reads them; a folder with other files in it is refused."""

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import FitConfig, OptimConfig
 from .runtime import distributed
-from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights, sweep
+from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
 from .runtime.kernels import has_bf16, set_muon_dtype
 from .runtime.runs import ClipgenError, Run, differences, progress, stoppable
 from .vqgan import statistics_of_counts, token_counts
@@ -165,7 +165,6 @@ class TrainingState:
             raise ClipgenError(next(iter(damaged.values())))
         distributed.barrier()  # all have read what is about to change
         if distributed.is_main():
-            sweep(self.folder, self.stage)
             for path, why in damaged.items():  # aside, or they would count among the last ones that are kept
                 warnings.warn(f"{why}; training resumes from step {step}, the file is set aside", stacklevel=3)
                 path.rename(f"{path}.damaged")

@@ -1,14 +1,11 @@
 """Weights on disk: safetensors with their hashes, and the published files that metrics and losses need. No pickle is read.
 
-A file is written beside its place and renamed, so that an interruption leaves the previous version whole. What a killed
-process left beside a place begins with its name and a dot: `sweep` deletes it.
+A file is written beside its place and renamed, so that an interruption leaves the previous version whole.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,40 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, reading, reason, room_on_disk, write_json
-
-
-def sweep(folder: Path, name: str) -> None:
-    """Delete what killed processes left beside `name` in a folder, which no other process writes now."""
-    for left in folder.glob(f".{name}[-.]*"):
-        if left.is_dir():
-            shutil.rmtree(left)
-        elif left.suffix not in (".lock", ".holder"):
-            left.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: until then a loss of power may undo a renaming."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        opened = os.open(folder, os.O_RDONLY)
-        os.fsync(opened)
-        os.close(opened)
-
-
-def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, atomically, with the permissions of any other file.
-
-    Its library writes under a name of its own and for the owner alone: here in a folder that `sweep` knows.
-
-    Raises:
-        ClipgenError: the disk is full; a file that was there stays.
-    """
-    with fresh_file(path) as beside, tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as own:
-        beside.touch()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, written := Path(own) / path.name, metadata)
-        written.chmod(beside.stat().st_mode & 0o777)
-        written.replace(beside)
-    sync_folder(path.parent)
 
 
 def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
@@ -68,7 +31,8 @@ def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
     tensors: dict = {}
     header = {"state": json.dumps(_take_tensors(state, tensors)), "meta": json.dumps(meta)}
     tensors = _apart({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-    write_tensors(path, tensors, {**header, "sha256": _digest(header, tensors)})
+    with fresh_file(path) as beside:
+        save_file(tensors, beside, {**header, "sha256": _digest(header, tensors)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict, dict]:
@@ -139,11 +103,11 @@ def _put_tensors(node: object, tensors: dict) -> object:
 
 def save_weights(folder: Path, module: nn.Module, **facts: object) -> None:
     """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
-    sweep(folder.parent, folder.name)
     with room_on_disk(folder), fresh_folder(folder) as fresh:
-        write_tensors(fresh / "model.safetensors", module.state_dict())
+        save_file(
+            {k: x.detach().cpu().contiguous() for k, x in module.state_dict().items()}, fresh / "model.safetensors"
+        )
         write_json(fresh / "config.json", {**module.describe(), **facts})
-    sync_folder(folder.parent)
 
 
 def read_weights(folder: Path) -> dict:

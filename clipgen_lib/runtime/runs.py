@@ -124,30 +124,6 @@ def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iter
 
 
 @contextmanager
-def reading(path: Path, missing: str, cure: str, wrong: str = "is damaged") -> Iterator[None]:
-    """Turns what goes wrong within the block, which reads the file `path`, into a `ClipgenError`; want of memory is no fault of it.
-
-    Args:
-        missing, cure: what to do where there is no such file, and where its content is at fault.
-    """
-    try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-            raise ValueError("it is no plain file")
-        open(path, "rb").close()  # not all libraries tell a file that may not be read from a missing one
-        yield
-    except (ClipgenError, MemoryError):
-        raise
-    except FileNotFoundError as error:
-        raise ClipgenError(f"{error.filename or path} is missing: {missing}") from None
-    except PermissionError as error:
-        raise ClipgenError(f"no right to read {error.filename or path}: ask its owner for it (chmod a+r)") from None
-    except Exception as error:
-        if getattr(error, "errno", None):  # the system's, not a library's about the content
-            raise ClipgenError(f"{path} cannot be read ({reason(error)}): mend that, then run this again") from None
-        raise ClipgenError(f"{path} {wrong} ({reason(error)}): {cure}") from None
-
-
-@contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
     """Keep `path` to this process while the block writes it; the lock of a process that died is free.
 
@@ -178,6 +154,30 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def write_json(path: Path, content: dict | list) -> None:
     write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def reading(path: Path, missing: str, cure: str, wrong: str = "is damaged") -> Iterator[None]:
+    """Turns what goes wrong within the block, which reads the file `path`, into a `ClipgenError`; want of memory is no fault of it.
+
+    Args:
+        missing, cure: what to do where there is no such file, and where its content is at fault.
+    """
+    try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError("it is no plain file")
+        open(path, "rb").close()  # not all libraries tell a file that may not be read from a missing one
+        yield
+    except (ClipgenError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise ClipgenError(f"{error.filename or path} is missing: {missing}") from None
+    except PermissionError as error:
+        raise ClipgenError(f"no right to read {error.filename or path}: ask its owner for it (chmod a+r)") from None
+    except Exception as error:
+        if getattr(error, "errno", None):  # the system's, not a library's about the content
+            raise ClipgenError(f"{path} cannot be read ({reason(error)}): mend that, then run this again") from None
+        raise ClipgenError(f"{path} {wrong} ({reason(error)}): {cure}") from None
 
 
 def read_json(path: Path) -> dict:

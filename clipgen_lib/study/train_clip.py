@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from ..clip_embed import ClipEmbedder
@@ -26,7 +27,6 @@ from ..data import shapes
 from ..data.batches import augmented_rows, batch_rows, ordered_batches
 from ..data.datasets import ImageSet
 from ..data.images import from_arrays, to_float
-from ..runtime.checkpoints import write_tensors
 from ..runtime.runs import ClipgenError, Run, fresh_folder, progress
 from ..training import autocast, fit
 
@@ -155,8 +155,8 @@ def train_clip(run: Run, pairs: ScenePairs | ImagePairs, config: ClipTrainConfig
 
 def _export(model: torch.nn.Module, text_config: dict, merges: Path, target: Path) -> Path:
     with fresh_folder(target) as folder:
-        halves = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        write_tensors(folder / "open_clip_model.safetensors", halves)
+        halves = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        save_file(halves, folder / "open_clip_model.safetensors")
         content = {"model_cfg": {**MODEL, "text_cfg": text_config}, "preprocess_cfg": PREPROCESS}
         (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / "bpe_merges.txt.gz").write_bytes(merges.read_bytes())
