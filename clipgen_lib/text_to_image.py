@@ -116,7 +116,7 @@ class TextToImage(
         """
         folder = Path(PRETRAINED.get(str(name), name))
         try:
-            if folder.is_dir():
+            if (folder / "config.json").exists():
                 read_json(folder / "config.json")  # the mixin would wait for ever where it is a pipe
             with contextlib.redirect_stdout(None):  # the mixin prints where it reads from
                 return super().from_pretrained(PRETRAINED.get(str(name), name), **options)
