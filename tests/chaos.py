@@ -17,7 +17,6 @@ a file made since is empty, one that grew has its old length. Names of files, wh
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import importlib
 import json
@@ -31,12 +30,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -47,22 +46,17 @@ COMMANDS = {
     "extract": ["extract", *RUN],
     "train-transformer": ["train-transformer", *RUN, "--steps", "50"],
     "evaluate": ["evaluate", *RUN],
-    "generate": ["generate", "a large red star", "--run", "run", "-n", "64", "-o", "{results}/run/out.png", "--device", "cpu"],
+    "generate": ["generate", "a large red star", *RUN[2:], "-n", "64", "-o", "{results}/run/out.png"],
 }
-STEPS = list(COMMANDS)
-OUTPUTS = {  # final files of each step in its run's folder
-    "train-vqgan": "vqgan/*",
-    "extract": "store/**/*",
-    "train-transformer": "transformer/*",
-    "evaluate": "generated/**/*.png",
-    "generate": "out.png",
-}
-PACKAGES = "torch torchvision.transforms.v2 timm.optim open_clip accelerate safetensors.torch torchmetrics scipy.linalg PIL.Image"
-CHANGES = (
-    "rename renameat renameat2 unlink unlinkat mkdir rmdir fsync ftruncate"  # the calls before which a kill matters
+OUTPUTS = dict(  # final files of each step in its run's folder
+    zip(COMMANDS, ("vqgan/*", "store/**/*", "transformer/*", "generated/**/*.png", "out.png"), strict=True)
 )
+PACKAGES = ["torch", "torchvision.transforms.v2", "timm.optim", "open_clip", "accelerate", "torchmetrics"]
+# the calls before which a kill matters, and those that are made to fail
+CHANGES = ["rename", "renameat", "renameat2", "unlink", "unlinkat", "mkdir", "rmdir", "fsync", "ftruncate"]
 ERRORS = ["openat:EIO", "openat:EACCES", "openat:EMFILE", "read:EIO", "write:ENOSPC", "fsync:EIO", "rename:EROFS"]
-TRACED = sorted({*CHANGES.split(), *(error.split(":")[0] for error in ERRORS), "sync"})
+TRACED = ",".join({*CHANGES, *(error.split(":")[0] for error in ERRORS), "sync"})
+FORK = get_context("fork")
 BAR = re.compile(r"([^\r\n:|]+):[^\r\n|]*\|[^\r\n|]*\| *(\d+)/(\d+) ")  # of tqdm: label, how far it is, its end
 Bars = dict[str, tuple[int, int]]
 
@@ -82,55 +76,39 @@ class Row:
     left: int = 0
 
 
+def clipgen(words: list[str], results: Path, log: Path, ready: Event, go: Event) -> None:
+    """In a process of its own: import the library with these settings, wait until strace is there, and run the command."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1), os.dup2(output, 2)
+    os.environ |= {"CLIPGEN_RESULTS": str(results), "CLIPGEN_DATA": str(results.with_name("data"))}
+    sys.argv = ["clipgen", *words]
+    for module in ("cli", "workbench", "study"):
+        importlib.import_module(f"clipgen_lib.{module}")
+    ready.set()
+    go.wait()
+    runpy.run_module("clipgen_lib", run_name="__main__")
+
+
 class Command:
     """A step in a process of its own, on one thread; its output goes to a file beside the results, and so does strace's."""
 
     def __init__(self, step: str, results: Path, *more: str, inject: str = "", traced: bool = False):
         words = [word.format(results=results) for word in COMMANDS[step]] + list(more)
         self.log = results.with_name(f"{step}-{time.monotonic_ns()}.log")
-        self.trace, self.status = self.log.with_suffix(".strace"), None
-        (ready, is_ready), (go, begin) = os.pipe(), os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._become(words, results, is_ready, go)
-        os.close(is_ready), os.close(go)
-        os.read(ready, 1)
+        self.trace, ready, go = self.log.with_suffix(".strace"), FORK.Event(), FORK.Event()
+        self.process = FORK.Process(target=clipgen, args=(words, results, self.log, ready, go))
+        self.process.start()
+        ready.wait(PATIENCE)
+        self.tracer = None
         if traced or inject:
-            options = ["-e", "trace=" + ",".join(TRACED), *(["-e", f"inject={inject}"] if inject else [])]
-            command = ["strace", "-f", "-y", "-qq", "-o", str(self.trace), "-p", str(self.pid), *options]
+            options = ["-e", f"trace={TRACED}", *(["-e", f"inject={inject}"] if inject else [])]
+            command = ["strace", "-f", "-y", "-qq", "-o", str(self.trace), "-p", str(self.process.pid), *options]
             self.tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while "TracerPid:\t0" in Path(f"/proc/{self.pid}/status").read_text() and self.tracer.poll() is None:
+            status = Path(f"/proc/{self.process.pid}/status")
+            while "TracerPid:\t0" in status.read_text() and self.tracer.poll() is None:
                 time.sleep(0.01)
-        os.write(begin, b"1")
-        os.close(ready), os.close(begin)
-
-    def _become(self, words: list[str], results: Path, is_ready: int, go: int) -> None:
-        """In the child: import the library with these settings, wait until strace is there, and run the command."""
-        code = 1
-        try:
-            os.setsid()
-            output, nothing = (
-                os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
-                os.open(os.devnull, os.O_RDONLY),
-            )
-            for new, old in ((nothing, 0), (output, 1), (output, 2)):
-                os.dup2(new, old)
-            places = {"CLIPGEN_RESULTS": str(results), "CLIPGEN_DATA": str(results.with_name("data"))}
-            os.environ.update(places | {"CLIPGEN_PROGRESS": "1"})
-            sys.argv = ["clipgen", *words]
-            for module in ("cli", "workbench", "study"):
-                importlib.import_module(f"clipgen_lib.{module}")
-            os.close(is_ready)
-            os.read(go, 1)
-            runpy.run_module("clipgen_lib", run_name="__main__")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
+        go.set()
 
     @property
     def said(self) -> str:
@@ -147,23 +125,23 @@ class Command:
     def wait_until(self, condition: Callable[[], object]) -> bool:
         """Whether the condition came true before the command ended; one that hangs is killed."""
         start = time.monotonic()
-        while self.status is None and not condition():
+        while self.process.exitcode is None and not condition():
             if time.monotonic() - start > PATIENCE:
-                self.signal(signal.SIGKILL)
                 self.log.write_text(self.said + "\nHUNG\n")
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if ended else None
+                self.signal(signal.SIGKILL)
             time.sleep(0.02)
-        return self.status is None
+        return self.process.exitcode is None
 
     def signal(self, number: int) -> None:
         """To the command and to the workers it may have."""
-        os.killpg(self.pid, number)
+        os.killpg(self.process.pid, number)
 
     def end(self) -> int:
-        """Wait for it; returns its exit status, negative for a signal."""
+        """Wait for it, and for strace; returns its exit status, negative for a signal."""
         self.wait_until(lambda: False)
-        return self.status
+        if self.tracer:
+            self.tracer.wait()
+        return self.process.exitcode
 
     @property
     def ended_by_a_sentence(self) -> bool:
@@ -190,10 +168,6 @@ def lost(before: Bars, after: Bars) -> int:
     return sum(max(after[label][0] - before[label][1], 0) for label in labels)
 
 
-def cut_in_half(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
 def lose_power(trace: str, place: Path, before: Path) -> None:
     """Take from the files below `place` what was not synced after it was written, as strace has seen it."""
     synced: set[str] = set()
@@ -206,7 +180,8 @@ def lose_power(trace: str, place: Path, before: Path) -> None:
             synced |= {str(path) for path in place.rglob("*")}
         elif found := re.search(r" write\(\d+<(.+?)>", line):
             synced.discard(found[1])
-    for path in (path for path in place.rglob("*") if path.is_file() and str(path) not in synced):
+    files = [path for path in place.rglob("*") if path.is_file() and path.suffix not in (".log", ".strace")]
+    for path in (path for path in files if str(path) not in synced):
         old = before / path.relative_to(place)
         if not old.is_file() or old.stat().st_mtime_ns != path.stat().st_mtime_ns:
             os.truncate(path, old.stat().st_size if old.is_file() else 0)
@@ -215,17 +190,17 @@ def lose_power(trace: str, place: Path, before: Path) -> None:
 class Harness:
     """The undisturbed run, copies of what was there before each of its steps, and the system calls of each step."""
 
-    def __init__(self, home: Path, seed: int):
-        self.home, self.seed = home, seed
+    def __init__(self, home: Path):
+        self.home = home
         self.seconds: dict[str, float] = {}  # that the bars of each step are at work
         self.wanted: dict[str, dict[str, str]] = {}
         self.calls: dict[str, list[tuple[str, int]]] = {}  # (system call, its number among those of its kind)
 
     def make_undisturbed(self, traced: bool) -> None:
         place = self.home / "undisturbed"
-        (place / "results").mkdir(parents=True)
-        (place / "data").mkdir()
-        for step in STEPS:
+        for folder in ("results", "data"):
+            (place / folder).mkdir(parents=True)
+        for step in COMMANDS:
             shutil.copytree(place, self.home / "before" / step, ignore=shutil.ignore_patterns("*.log", "*.strace"))
             command = Command(step, place / "results", traced=traced)
             command.wait_until(command.bars)
@@ -235,15 +210,10 @@ class Harness:
             self.seconds[step] = time.monotonic() - start
             self.wanted[step], self.calls[step], numbers = outputs(step, place / "results"), [], Counter()
             lines = command.trace.read_text(errors="replace").splitlines() if traced else []
-            for call, rest in re.findall(rf"^{command.pid} +(\w+)\((.*)", "\n".join(lines), re.M):
+            for call, rest in re.findall(rf"^{command.process.pid} +(\w+)\((.*)", "\n".join(lines), re.M):
                 numbers[call] += 1
                 if str(place) in rest and str(command.log) not in rest:
                     self.calls[step].append((call, numbers[call]))
-
-    def spread(self, step: str, names: list[str], times: int) -> list[tuple[str, int]]:
-        """Some of a step's calls of these names, from its beginning to its end."""
-        calls = [call for call in self.calls[step] if call[0] in names]
-        return [calls[(2 * i + 1) * len(calls) // (2 * times)] for i in range(times if calls else 0)]
 
     def copy(self, step: str) -> Path:
         """The results as they were before a step, in a folder of their own."""
@@ -252,27 +222,25 @@ class Harness:
 
     def finish(self, row: Row, results: Path, harmed: list[Command], again: bool = True) -> None:
         """Give a harmed command again, unless it came to its end, and enter into the row what came of it."""
-        ended = [command.end() == 0 or command.ended_by_a_sentence or command.status < 0 for command in harmed]
+        ended = [command.end() == 0 or command.ended_by_a_sentence or command.end() < 0 for command in harmed]
         command = Command(row.step, results) if again else harmed[-1]
         row.survived += command.end() == 0 and all(ended)
         row.lost_steps = max([row.lost_steps, *(lost(one.bars(), command.bars()) for one in harmed if again)])
         row.corrupted += outputs(row.step, results) != self.wanted[row.step]
-        said = [one.said for one in [*harmed, command]]
-        row.tracebacks, row.hangs = (
-            row.tracebacks + ("Traceback" in "".join(said)),
-            row.hangs + ("HUNG" in "".join(said)),
-        )
-        left = [path for path in results.parent.rglob("*") if re.search(r"\.(tmp|new|old|partial)|^\.tmp", path.name)]
+        said = "\n".join(one.said[-3_000:] for one in [*harmed, command])
+        left = [str(path) for path in results.parent.rglob("*") if re.search(r"\.(tmp|new|old|partial)", path.name)]
+        row.tracebacks += "Traceback" in said
+        row.hangs += "HUNG" in said
         row.left += len(left)
-        if row.tracebacks or row.hangs or left or command.end() != 0 or not all(ended):
-            notes = [text[-1500:] for text in said] + [str(path) for path in left]
-            print(f"--- {row.step}, {row.fault}", *notes, sep="\n", file=sys.stderr, flush=True)
+        if "Traceback" in said or "HUNG" in said or left or command.end() != 0 or not all(ended):
+            print(f"--- {row.step}, {row.fault}", said, *left, sep="\n", file=sys.stderr, flush=True)
         shutil.rmtree(results.parent)
 
     def signals(self, step: str, number: int, times: int) -> Row:
-        """A signal at random moments."""
-        row, rng = Row(step, signal.Signals(number).name), random.Random(f"{self.seed} {step} {number}")
-        for _ in range(times):
+        """A signal at random moments; where the command was faster, it is tried again."""
+        row, rng = Row(step, signal.Signals(number).name), random.Random(f"{step} {number}")
+        tries = iter(range(4 * times))
+        while row.injected < times and next(tries, None) is not None:
             command = Command(step, results := self.copy(step))
             command.wait_until(command.bars)
             moment = time.monotonic() + rng.uniform(0, 0.9 * self.seconds[step])
@@ -286,15 +254,17 @@ class Harness:
         """Killed before calls that change the disk, with or without loss of power, or calls that fail (`openat:EIO`)."""
         name, _, error = fault.partition(":")
         row = Row(step, f"{name} fails: {error}" if error else fault)
-        names = ["rename", "renameat", "renameat2"] if fault == "power loss" else CHANGES.split()
-        for call, n in self.spread(step, [name] if error else names, times):
+        names = [name] if error else CHANGES[:3] if fault == "power loss" else CHANGES
+        calls = [call for call in self.calls[step] if call[0] in names]
+        for i in range(times if calls else 0):  # from the first to the last
+            call, n = calls[(2 * i + 1) * len(calls) // (2 * times)]
             what = f"error={error}" if error else "signal=KILL"
             command = Command(step, results := self.copy(step), inject=f"{call}:{what}:when={n}", traced=True)
             command.end()
             if fault == "power loss":
                 lose_power(command.trace.read_text(errors="replace"), results.parent, self.home / "before" / step)
             row.injected += 1
-            self.finish(row, results, [command], again=command.status != 0)
+            self.finish(row, results, [command], again=command.end() != 0)
         return row
 
     def twice_at_once(self, step: str, times: int) -> Row:
@@ -308,63 +278,40 @@ class Harness:
         return row
 
     def cut_checkpoint(self, step: str) -> Row:
-        """Killed, and the newest checkpoint cut in half: the one before it takes its place."""
-        row, results = Row(step, "newest checkpoint cut in half", injected=1), self.copy(step)
+        """Killed, and the newest checkpoint cut short: the one before it takes its place."""
+        row, results = Row(step, "newest checkpoint cut short", injected=1), self.copy(step)
         command, stage = Command(step, results), step.removeprefix("train-")
         paths = lambda: sorted((results / "run" / "checkpoints").glob(f"{stage}-*[0-9].safetensors"))
         command.wait_until(lambda: len(paths()) >= 2)
         command.signal(signal.SIGKILL)
         command.end()
-        cut_in_half(paths()[-1])
+        os.truncate(paths()[-1], 1_000)
         self.finish(row, results, [command])
-        return row
-
-    def cut_input(self, step: str, victim: str, remade_by: str) -> Row:
-        """A finished file cut in half is refused by one sentence; what holds it is deleted and made again."""
-        results = self.copy(step)
-        path = sorted((results / "run").glob(victim))[0]
-        row = Row(step, f"{path.relative_to(results / 'run')} cut in half", injected=1)
-        cut_in_half(path)
-        reader = Command(step, results)
-        refused = reader.ended_by_a_sentence
-        shutil.rmtree(results / "run" / victim.partition("/")[0])
-        remade = Command(remade_by, results).end() == 0
-        self.finish(row, results, [])
-        row.survived = int(row.survived and remade and refused)
         return row
 
 
 def faults(harness: Harness, quick: bool, with_strace: bool) -> Iterator[tuple[str, Callable[..., Row], tuple]]:
     """Everything that is injected: the fault's name, the method that does it, and its arguments."""
-    few = (lambda n: 1) if quick else (lambda n: n)
-    for step in STEPS:
+    at_calls = {"killed at a system call": 16, "power loss": 8} | dict.fromkeys(ERRORS, 4) if with_strace else {}
+    for step in COMMANDS:
         for number, times in ((signal.SIGKILL, 5), (signal.SIGTERM, 2), (signal.SIGHUP, 1)):
-            yield number.name, harness.signals, (step, number, few(times))
-        yield "two at once", harness.twice_at_once, (step, few(4))
-        for fault, times in (("killed at a system call", 16), ("power loss", 8)) if with_strace else ():
-            yield fault, harness.at_calls, (step, fault, few(times))
-        for error in ERRORS[:: 4 if quick else 1] if with_strace else ():
-            yield "{} fails: {}".format(*error.split(":")), harness.at_calls, (step, error, few(4))
+            yield number.name, harness.signals, (step, number, 1 if quick else times)
+        yield "two at once", harness.twice_at_once, (step, 1 if quick else 4)
+        for fault, times in at_calls.items():
+            yield fault.replace(":", " fails: "), harness.at_calls, (step, fault, 1 if quick else times)
     for step in ("train-vqgan", "train-transformer"):
-        yield "newest checkpoint cut in half", harness.cut_checkpoint, (step,)
-    for step, victim, maker in (
-        ("extract", "vqgan/model.safetensors", "train-vqgan"),
-        ("train-transformer", "store/train/tokens.u16", "extract"),
-        ("generate", "transformer/model.safetensors", "train-transformer"),
-    ):
-        yield f"{victim} cut in half", harness.cut_input, (step, victim, maker)
+        yield "newest checkpoint cut short", harness.cut_checkpoint, (step,)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="each fault once, few kinds of errors")
     parser.add_argument("--only", default="", help="steps and faults with these words in them alone")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "results" / "chaos" / "table.json")
     chosen = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.path.insert(0, str(ROOT))
-    for package in PACKAGES.split():
+    for package in PACKAGES:
         importlib.import_module(package)
     rows = json.loads(chosen.output.read_text()) if chosen.output.is_file() else []
     rows = [row for row in rows if row.keys() == {field.name for field in fields(Row)}]
@@ -372,13 +319,15 @@ def main() -> None:
         print("strace is not installed: no system call is harmed")
     home = Path(tempfile.mkdtemp(prefix="clipgen-chaos-"))
     try:
-        harness = Harness(home, chosen.seed)
+        harness = Harness(home)
         harness.make_undisturbed(with_strace)
-        with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), FORK) as pool:
             there = {(row["step"], row["fault"]) for row in rows}
-            todo = [(f, call, given) for f, call, given in faults(harness, chosen.quick, with_strace)]
-            todo = [job for job in todo if (job[2][0], job[0]) not in there and chosen.only in f"{job[2][0]} {job[0]}"]
-            for done in [pool.submit(call, *given) for _, call, given in todo]:
+            todo = {
+                (given[0], name): (call, *given) for name, call, given in faults(harness, chosen.quick, with_strace)
+            }
+            todo = [job for key, job in todo.items() if key not in there and chosen.only in " ".join(key)]
+            for done in [pool.submit(*job) for job in todo]:
                 rows.append(asdict(done.result()))
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
                 chosen.output.parent.mkdir(parents=True, exist_ok=True)
