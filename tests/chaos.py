@@ -143,10 +143,6 @@ class Command:
             self.tracer.wait()
         return self.process.exitcode
 
-    @property
-    def ended_by_a_sentence(self) -> bool:
-        return self.end() > 0 and "Traceback" not in self.said and "Error: " in self.said
-
 
 def outputs(step: str, results: Path) -> dict[str, str]:
     """SHA-256 of each final file of a step, and of an evaluation its numbers, which do not say how long they took."""
@@ -222,7 +218,7 @@ class Harness:
 
     def finish(self, row: Row, results: Path, harmed: list[Command], again: bool = True) -> None:
         """Give a harmed command again, unless it came to its end, and enter into the row what came of it."""
-        ended = [command.end() == 0 or command.ended_by_a_sentence or command.end() < 0 for command in harmed]
+        ended = [one.end() <= 0 or ("Error: " in one.said and "Traceback" not in one.said) for one in harmed]
         command = Command(row.step, results) if again else harmed[-1]
         row.survived += command.end() == 0 and all(ended)
         row.lost_steps = max([row.lost_steps, *(lost(one.bars(), command.bars()) for one in harmed if again)])
