@@ -57,12 +57,8 @@ def _plain(file: Path, folder: Path) -> str:
 
 
 def _check_config(config: Path, weights: Path) -> None:
-    """Refuse a folder's config that would cost code or memory before its weights are compared with it.
-
-    Raises:
-        ClipgenError: a tower is a model elsewhere (`hf-hub:...`, a path); there are more layers than the weights have
-            tensors, or more than twice their numbers.
-    """
+    """Refuse a folder's config before it costs code or memory: a tower is named by a place (`hf-hub:...`, a path), or there
+    are more layers than the weights have tensors, or more than twice their numbers."""
     import open_clip
 
     towers, layers, asked = read_json(config)["model_cfg"], [0], 0

@@ -279,11 +279,7 @@ class _Writer:
 
 
 def _prepared(partial: Path, job: dict, n_batches: int) -> np.ndarray:
-    """Make the files of an extraction at full size, or leave those of the same one as they are.
-
-    Returns:
-        (n_batches,) uint8, 1 where a batch is done.
-    """
+    """(n_batches,) uint8, 1 where a batch is done: of the same extraction as its files say, else of new files at full size."""
     folder, done = partial.with_suffix(""), partial / "progress" / "done"
     if folder.exists() and any(folder.iterdir()):
         raise ClipgenError(f"{folder} holds other files than a finished token store: delete it, or give a new folder")

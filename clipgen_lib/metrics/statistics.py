@@ -88,10 +88,9 @@ class FeatureSample:
 
 
 def read_statistics(path: Path) -> Moments:
-    """Mean and covariance from an npz file of pytorch-fid's (`mu`, `sigma`), without running pickled code.
+    """Mean (d,) and covariance (d, d) from an npz file of pytorch-fid's (`mu`, `sigma`), without running pickled code.
 
-    Raises:
-        ClipgenError: missing, cut short, of more than MOST_FEATURES, or no mean (d,) and covariance (d, d) of real numbers.
+    Raises ClipgenError where it is missing or damaged, has more than MOST_FEATURES, or holds no mean and covariance.
     """
     again = "make it again by pytorch-fid's --save-stats"
     with reading(path, "check the path", again, "holds no mean and covariance"):

@@ -127,8 +127,8 @@ def finite(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def load_strictly(module: nn.Module, tensors: dict, source: Path) -> None:
     """Give a module these tensors, in its own dtypes; any name or shape that differs is an error that names the first ones."""
-    wanted = module.state_dict()
-    tensors = {name: x.to(wanted[name].dtype) if name in wanted else x for name, x in tensors.items()}
+    wanted = module.state_dict()  # copied: what safetensors gives is the file itself, which may change
+    tensors = {name: x.to(wanted[name].dtype, copy=True) if name in wanted else x for name, x in tensors.items()}
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

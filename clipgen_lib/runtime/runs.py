@@ -158,10 +158,9 @@ def write_json(path: Path, content: dict | list) -> None:
 
 @contextmanager
 def reading(path: Path, missing: str, cure: str, wrong: str = "is damaged") -> Iterator[None]:
-    """Turns what goes wrong within the block, which reads the file `path`, into a `ClipgenError`; want of memory is no fault of it.
+    """Turns what goes wrong in reading the file `path` within the block, but want of memory, into a `ClipgenError`.
 
-    Args:
-        missing, cure: what to do where there is no such file, and where its content is at fault.
+    `missing` and `cure` say what to do where there is no such file, and where its content is at fault.
     """
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait for ever
