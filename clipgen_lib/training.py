@@ -23,7 +23,7 @@ from .config import FitConfig, OptimConfig
 from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
 from .runtime.kernels import has_bf16, set_muon_dtype
-from .runtime.runs import ClipgenError, Run, differences, progress, stoppable
+from .runtime.runs import ClipgenError, Run, Unreadable, differences, progress, stoppable
 from .vqgan import statistics_of_counts, token_counts
 
 KEPT = 2  # last checkpoints of a training; the one with the best validation score stays as well
@@ -145,12 +145,14 @@ class TrainingState:
         """Load the last checkpoint that is whole; returns the step to resume from.
 
         Raises:
-            ClipgenError: it belongs to another training, or none of those there is whole.
+            ClipgenError: it belongs to another training, cannot be read now, or none of those there is whole.
         """
         step, damaged = 0, {}
         for path in reversed(self.paths()):
             try:
                 state, meta = load_checkpoint(path)
+            except Unreadable:
+                raise
             except ClipgenError as error:
                 damaged[path] = str(error)
                 continue

@@ -86,7 +86,7 @@ def clipgen(words: list[str], results: Path, log: Path, ready: Event, go: Event)
     for module in ("cli", "workbench", "study"):
         importlib.import_module(f"clipgen_lib.{module}")
     ready.set()
-    go.wait()
+    go.wait(PATIENCE)
     runpy.run_module("clipgen_lib", run_name="__main__")
 
 
@@ -96,11 +96,11 @@ class Command:
     def __init__(self, step: str, results: Path, *more: str, inject: str = "", traced: bool = False):
         words = [word.format(results=results) for word in COMMANDS[step]] + list(more)
         self.log = results.with_name(f"{step}-{time.monotonic_ns()}.log")
-        self.trace, ready, go = self.log.with_suffix(".strace"), FORK.Event(), FORK.Event()
+        self.trace, self.tracer, ready, go = self.log.with_suffix(".strace"), None, FORK.Event(), FORK.Event()
         self.process = FORK.Process(target=clipgen, args=(words, results, self.log, ready, go))
         self.process.start()
-        ready.wait(PATIENCE)
-        self.tracer = None
+        while not ready.wait(1) and self.process.is_alive():
+            pass
         if traced or inject:
             options = ["-e", f"trace={TRACED}", *(["-e", f"inject={inject}"] if inject else [])]
             command = ["strace", "-f", "-y", "-qq", "-o", str(self.trace), "-p", str(self.process.pid), *options]

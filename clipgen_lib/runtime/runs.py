@@ -156,6 +156,10 @@ def write_json(path: Path, content: dict | list) -> None:
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
+class Unreadable(ClipgenError):
+    """A file that cannot be read now, by this user or at all; its content may be whole."""
+
+
 @contextmanager
 def reading(path: Path, missing: str, cure: str, wrong: str = "is damaged") -> Iterator[None]:
     """Turns what goes wrong in reading the file `path` within the block, but want of memory, into a `ClipgenError`.
@@ -172,10 +176,10 @@ def reading(path: Path, missing: str, cure: str, wrong: str = "is damaged") -> I
     except FileNotFoundError as error:
         raise ClipgenError(f"{error.filename or path} is missing: {missing}") from None
     except PermissionError as error:
-        raise ClipgenError(f"no right to read {error.filename or path}: ask its owner for it (chmod a+r)") from None
+        raise Unreadable(f"no right to read {error.filename or path}: ask its owner for it (chmod a+r)") from None
     except Exception as error:
         if getattr(error, "errno", None):  # the system's, not a library's about the content
-            raise ClipgenError(f"{path} cannot be read ({reason(error)}): mend that, then run this again") from None
+            raise Unreadable(f"{path} cannot be read ({reason(error)}): mend that, then run this again") from None
         raise ClipgenError(f"{path} {wrong} ({reason(error)}): {cure}") from None
 
 
