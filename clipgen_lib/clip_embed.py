@@ -7,7 +7,9 @@ embedded one under data/shapes_clip knows the Shapes world and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import os
 import re
 import tempfile
@@ -17,10 +19,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .runtime.runs import DATA, ROOT, ClipgenError, file_hash, read_json, reason, shortened
+from .runtime.checkpoints import finite
+from .runtime.runs import DATA, ROOT, ClipgenError, file_hash, read_json, reading, reason, shortened
 
 EMBEDDED = "shapes"
 
@@ -52,14 +56,27 @@ def _plain(file: Path, folder: Path) -> str:
     return str(folder / "model.safetensors")
 
 
-def _check_names(config: Path) -> None:
-    """Refuse a folder's config that names a model elsewhere (`hf-hub:...`, a path) as one of its towers."""
-    content = read_json(config).get("model_cfg")
-    for part in content.values() if isinstance(content, dict) else ():
-        for key in ("timm_model_name", "hf_model_name") if isinstance(part, dict) else ():
+def _check_config(config: Path, weights: Path) -> None:
+    """Refuse a folder's config before it costs code or memory: a tower is named by a place (`hf-hub:...`, a path), or there
+    are more layers than the weights have tensors, or more than twice their numbers."""
+    import open_clip
+
+    towers, layers, asked = read_json(config)["model_cfg"], [0], 0
+    for part in (part for part in towers.values() if isinstance(part, dict)):
+        layers += part["layers"] if isinstance(part.get("layers"), list) else [part.get("layers", 0)]
+        for key in ("timm_model_name", "hf_model_name"):
             if not re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*", str(part.get(key, "none"))):
                 named = shortened(str(part[key]))
                 raise ClipgenError(f"{config} names a place, {named!r}, as {key}: restore the original file")
+    with reading(weights, "restore it", "restore the original file"), safe_open(weights, framework="pt") as stream:
+        shapes = [stream.get_slice(name).get_shape() for name in stream.keys()]  # noqa: SIM118 (not a dict)
+    kind = "CoCa" if "multimodal_cfg" in towers else "CustomTextCLIP" if towers.pop("custom_text", False) else "CLIP"
+    # towers of timm's have the sizes of its register, Hugging Face's would be fetched
+    if max(layers) <= len(shapes) and "hf_model_name" not in str(towers):
+        with torch.device("meta"), contextlib.suppress(*[Exception] if "timm_model_name" in str(towers) else []):
+            asked = sum(parameter.numel() for parameter in getattr(open_clip, kind)(**towers).parameters())
+    if max(layers) > len(shapes) or asked > 2 * sum(map(math.prod, shapes)):
+        raise ClipgenError(f"{config} describes a CLIP of other sizes than {weights}: restore the original files")
 
 
 def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | None:
@@ -103,6 +120,7 @@ class ClipEmbedder(nn.Module):
     def __init__(self, model: nn.Module, tokenizer, name: str, weights_hash: str):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        finite(model.state_dict())
         self.tokenizer = tokenizer
         self.name = name
         self.weights_hash = weights_hash
@@ -148,15 +166,12 @@ class ClipEmbedder(nn.Module):
             raise ClipgenError(f"CLIP {tag} is not named by texts: restore the original config")
         folder, is_file, arguments = _folder(name), os.path.isfile(pretrained or ""), {}
         if name == EMBEDDED or os.path.isdir(folder):
-            weights = folder / "open_clip_model.safetensors"
-            if not weights.exists():
-                raise ClipgenError(
-                    f"{weights} is missing: restore data/shapes_clip from the repository, or train it with notebooks/appendix_train_clip.ipynb"
-                )
-            _check_names(folder / "open_clip_config.json")
+            weights, again = folder / "open_clip_model.safetensors", "train it with notebooks/appendix_train_clip.ipynb"
+            with reading(weights, f"restore data/shapes_clip from the repository, or {again}", "restore it"):
+                digest = file_hash(weights)
             merges = folder / "bpe_merges.txt.gz"
-            arguments = {"bpe_path": str(merges)} if merges.exists() else {}
-            source, pretrained, is_file, digest = f"local-dir:{folder}", None, False, file_hash(weights)
+            arguments = {"bpe_path": str(merges)} if merges.is_file() else {}
+            source, pretrained, is_file = f"local-dir:{folder}", None, False
         elif ":" in name:  # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files
             raise ClipgenError(f"CLIP {tag} names a place: give a folder, or an open_clip model and its weights")
         elif pretrained is None:
@@ -168,6 +183,8 @@ class ClipEmbedder(nn.Module):
         try:
             with warnings.catch_warnings(), tempfile.TemporaryDirectory() as beside:
                 warnings.filterwarnings("error", message=".*QuickGELU.*")
+                if pretrained is None:
+                    _check_config(folder / "open_clip_config.json", weights)
                 weights = _plain(Path(pretrained), Path(beside)) if is_file else pretrained
                 model = open_clip.create_model(source, pretrained=weights, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source, **arguments)
@@ -176,7 +193,7 @@ class ClipEmbedder(nn.Module):
             return cls(model, tokenizer, shown, digest).to(device)
         except UserWarning as warning:
             raise ClipgenError(f"CLIP {tag}: {warning} Use the '-quickgelu' model name for these weights.") from None
-        except ClipgenError:
+        except (ClipgenError, MemoryError):
             raise
         except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
             raise ClipgenError(

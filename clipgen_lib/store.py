@@ -2,6 +2,7 @@
 
 In: images, a frozen VQGAN, a frozen CLIP image encoder. Out: a folder with meta.json, tokens.u16 (N, L), embeds.f16 (N, D) and
 rows.i32 (N,), which says of which image each row is. Stage 2 trains from the store alone. No caption comes near it.
+meta.json holds a SHA-256 over itself and the three files, which is checked when a store is opened.
 
 An extraction writes each batch to its own place in files of full size, so that any number of processes, killed and started
 again at will, write the same bytes.
@@ -10,13 +11,16 @@ again at will, write the same bytes.
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
+import math
 import os
 import shutil
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -31,19 +35,21 @@ from .runtime import distributed
 from .runtime.checkpoints import module_hash
 from .runtime.runs import (
     ClipgenError,
+    file_hash,
     fresh_folder,
+    held,
     progress,
     read_json,
-    reason,
+    reading,
     room_on_disk,
     shortened,
     stoppable,
+    write_atomic,
     write_json,
 )
 from .vqgan import VQGAN
 
 FILES = {"tokens": ("tokens.u16", np.uint16), "embeds": ("embeds.f16", np.float16), "rows": ("rows.i32", np.int32)}
-MADE_OF = ("vqgan_hash", "clip_hash", "clip", "data", "split", "data_hash", "transform")  # the texts in meta.json
 SAVE_SECONDS = 5.0  # between two states on disk: after every batch a GPU would wait for the disk
 
 
@@ -59,11 +65,13 @@ class TokenStore:
     def open(cls, folder: Path, vqgan: VQGAN | None = None, clip: ClipEmbedder | None = None) -> TokenStore:
         """Map a finished store.
 
+        Its SHA-256 is computed by the first opening of a process, and again where a file has changed.
+
         Args:
             vqgan, clip: where given, the store must have been made by these very weights.
 
         Raises:
-            ClipgenError: missing, unfinished or damaged store, or one made by other weights.
+            ClipgenError: missing, unfinished or damaged store, one made by other weights, or no right to read it.
         """
         folder = Path(folder)
         if not (folder / "meta.json").is_file():
@@ -73,11 +81,11 @@ class TokenStore:
             made_by = shortened(str(meta.get(f"{kind.lower()}_hash")))
             if given is not None and given != made_by:
                 raise ClipgenError(f"{folder} is of another {kind} ({made_by}, not {given}): extract it again")
-        try:
-            _check(meta)
+        again = "delete its folder and extract again"
+        with reading(folder / "meta.json", again, again, "is of a damaged store"):
+            if meta.get("hash") != _hash(folder, meta):
+                raise ValueError("its hash differs from when it was written")
             return cls(folder, meta, {key: _mapped(folder, key, meta) for key in FILES})
-        except (OSError, ValueError, OverflowError) as error:
-            raise ClipgenError(f"{folder} is damaged ({reason(error)}): delete it and extract again") from None
 
     def __len__(self) -> int:
         return self.meta["N"]
@@ -110,14 +118,15 @@ def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int) -> torch.Tensor:
     return (queries @ bank.T).topk(min(k, len(bank)), dim=1).indices
 
 
-def _check(meta: dict) -> None:
-    """Raises ValueError where anything in a meta.json is not what `extract` writes there."""
-    if not all(type(meta.get(key)) is int and 0 < meta[key] < 2**48 for key in ("N", "L", "K", "D")):
-        raise ValueError("N, L, K and D in meta.json are not all counts")
-    skipped = meta.get("skipped")
-    is_list = isinstance(skipped, dict) and all(isinstance(why, str) for why in skipped.values())
-    if not (is_list and isinstance(meta.get("flip"), bool) and all(isinstance(meta.get(key), str) for key in MADE_OF)):
-        raise ValueError("meta.json lacks what the store was made of")
+# once for each state of a file; a pipe, which has no size, is not opened
+_file_hash = lru_cache(maxsize=64)(lambda path, size, mtime: file_hash(path) if size else "")
+
+
+def _hash(folder: Path, meta: dict) -> str:
+    """16 hex digits of the SHA-256 over the entries of a meta.json, its own hash left out, and the hashes of the three files."""
+    paths = [folder / name for name, _ in FILES.values()]
+    hashes = [_file_hash(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(json.dumps({**meta, "hash": hashes}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _row_shape(key: str, meta: dict) -> tuple[int, ...]:
@@ -125,15 +134,11 @@ def _row_shape(key: str, meta: dict) -> tuple[int, ...]:
 
 
 def _row_bytes(key: str, meta: dict) -> int:
-    return int(np.prod(_row_shape(key, meta), dtype=object)) * np.dtype(FILES[key][1]).itemsize
+    return math.prod(_row_shape(key, meta)) * np.dtype(FILES[key][1]).itemsize
 
 
 def _mapped(folder: Path, key: str, meta: dict) -> np.ndarray:
-    """One file of N rows. Raises ValueError where it has another size, OSError where it is missing."""
     name, dtype = FILES[key]
-    size, wanted = (folder / name).stat().st_size, meta["N"] * _row_bytes(key, meta)
-    if size != wanted:
-        raise ValueError(f"{name} has {size} bytes, not {wanted}")
     return np.asarray(np.memmap(folder / name, dtype, "r", shape=(meta["N"], *_row_shape(key, meta))))
 
 
@@ -147,12 +152,13 @@ def extract(
     """Run both frozen encoders over all images, once, and return the opened store.
 
     A finished store of the same images and weights is opened as it is. An interrupted extraction resumes after the last
-    batch on disk. With `flip`, mirrored images follow as rows of their own. Images that cannot be read have no row and
+    batch on disk. With `flip`, mirrored images follow as rows of their own. Images that cannot be decoded have no row and
     are listed in meta.json. Of a launch, each process encodes an even share; all return the whole store.
 
     Raises:
-        ClipgenError: the folder holds a store made from other images or by other weights, the disk is full, or (Stopped)
-            SIGTERM or SIGINT has come.
+        ClipgenError: the folder holds a store made from other images or by other weights, or other files; another
+            process extracts into it; the disk is full; or (Stopped) SIGTERM or SIGINT has come.
+        OSError: an image could not be read now; the same call resumes.
     """
     folder, partial = Path(folder), Path(folder).with_name(Path(folder).name + ".partial")
     meta = {
@@ -169,14 +175,13 @@ def extract(
         "transform": f"short side {images.size}, centre crop",
         "flip": flip,
     }
-    if not distributed.broadcast((folder / "meta.json").is_file()):
-        size = encode_batch_size(vqgan.config, clip.device)
-        parts = [range(0, len(images)), range(len(images), meta["N"])]  # no batch has images and mirrored ones
-        batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
-        with room_on_disk(partial, lambda: _lacking(partial, meta)):
-            if distributed.is_main():
-                _prepare(partial, {**meta, "batch_size": size}, len(batches))
-            done = np.fromfile(partial / "progress" / "done", np.uint8) if distributed.is_main() else None
+    mark, size = folder / "meta.json", encode_batch_size(vqgan.config, clip.device)
+    parts = [range(0, len(images)), range(len(images), meta["N"])]  # no batch has images and mirrored ones
+    batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
+    lock = held(folder, "a token store") if distributed.is_main() and not mark.is_file() else nullcontext()
+    with room_on_disk(partial, lambda: _lacking(partial, meta)), lock:
+        if not distributed.broadcast(mark.is_file()):  # asked again: another process may have come to its end just now
+            done = _prepared(partial, {**meta, "batch_size": size}, len(batches)) if distributed.is_main() else None
             todo = np.flatnonzero(distributed.broadcast(done) == 0)
             mine = np.array_split(todo, distributed.world_size())[distributed.rank()].tolist()
             _encode(images, vqgan, clip, _Writer(partial, meta), {i: batches[i] for i in mine}, workers)
@@ -184,6 +189,9 @@ def extract(
             if distributed.is_main():
                 _finish(partial, folder, meta, images)
             distributed.barrier()
+    if distributed.is_main():
+        for left in (partial, folder / "progress"):  # also by a process that was killed here
+            shutil.rmtree(left, ignore_errors=True)
     store = TokenStore.open(folder, vqgan, clip)
     if any(store.meta.get(key) != meta[key] for key in ("data_hash", "flip", "transform")):
         raise ClipgenError(f"{folder} was made from other images: delete it or choose another run name")
@@ -257,28 +265,27 @@ class _Writer:
                 for _, first, columns in self.pending:
                     stream.seek(first * _row_bytes(key, self.meta))
                     stream.write(columns[key].cpu().numpy().astype(dtype).tobytes())
-                _sync(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
         told = self.folder / "progress" / f"skipped-{distributed.rank()}.json"
         write_json(told, {**(read_json(told) if told.is_file() else {}), **skipped})
         with open(self.folder / "progress" / "done", "r+b") as stream:
             for batch, _, _ in self.pending:
                 stream.seek(batch)
                 stream.write(b"\1")
-            _sync(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         self.pending.clear()
 
 
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _prepare(partial: Path, job: dict, n_batches: int) -> None:
-    """Make the files of an extraction at full size, or leave those of the same one as they are."""
-    sizes = {partial / name: job["N"] * _row_bytes(key, job) for key, (name, _) in FILES.items()}
-    sizes[partial / "progress" / "done"] = n_batches
-    mark = partial / "progress" / "job.json"
-    is_same = mark.is_file() and read_json(mark) == job
+def _prepared(partial: Path, job: dict, n_batches: int) -> np.ndarray:
+    """(n_batches,) uint8, 1 where a batch is done: of the same extraction as its files say, else of new files at full size."""
+    folder, done = partial.with_suffix(""), partial / "progress" / "done"
+    if folder.exists() and any(folder.iterdir()):
+        raise ClipgenError(f"{folder} holds other files than a finished token store: delete it, or give a new folder")
+    sizes = {partial / name: job["N"] * _row_bytes(key, job) for key, (name, _) in FILES.items()} | {done: n_batches}
+    mark, text = partial / "progress" / "job.json", json.dumps(job)
+    is_same = mark.is_file() and mark.read_text(errors="replace") == text
     if not (is_same and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())):
         shutil.rmtree(partial, ignore_errors=True)
     if _lacking(partial, job) > 0:  # told before the work rather than in it
@@ -288,7 +295,8 @@ def _prepare(partial: Path, job: dict, n_batches: int) -> None:
         for path, size in sizes.items():
             with open(path, "wb") as stream:
                 stream.truncate(size)
-        write_json(mark, job)
+        write_atomic(mark, text)
+    return np.fromfile(done, np.uint8)
 
 
 def _lacking(partial: Path, meta: dict) -> int:
@@ -309,19 +317,16 @@ def _finish(partial: Path, folder: Path, meta: dict, images: ImageSet) -> None:
         skipped |= read_json(told)
     done = {**meta, "N": len(good), "skipped": dict(sorted(skipped.items()))}
     if len(good) == len(rows):
-        write_json(partial / "meta.json", done)
+        write_json(partial / "meta.json", {**done, "hash": _hash(partial, done)})
         partial.rename(folder)
-        shutil.rmtree(folder / "progress")
-        return
-    with fresh_folder(folder) as made:
-        for key, (name, _) in FILES.items():
-            _copy_rows(_mapped(partial, key, meta), good, made / name)
-        write_json(made / "meta.json", done)
-    shutil.rmtree(partial)
+    else:
+        with fresh_folder(folder) as made:
+            for key, (name, _) in FILES.items():
+                _copy_rows(_mapped(partial, key, meta), good, made / name)
+            write_json(made / "meta.json", {**done, "hash": _hash(made, done)})
 
 
 def _copy_rows(array: np.ndarray, rows: np.ndarray, path: Path) -> None:
     with open(path, "wb") as stream:
         for i in range(0, len(rows), 65_536):
             stream.write(array[rows[i : i + 65_536]].tobytes())
-        _sync(stream)

@@ -23,8 +23,8 @@ from torch import nn
 from . import sample
 from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict
-from .runtime.checkpoints import module_hash
-from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reason, shortened
+from .runtime.checkpoints import finite, load_strictly, module_hash
+from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reading, reason, shortened
 from .transformer import ImageTransformer, centre
 from .vqgan import VQGAN
 
@@ -114,7 +114,10 @@ class TextToImage(
         `options` are `clip`, or those of `PyTorchModelHubMixin.from_pretrained` (revision, cache_dir, ...). A generator
         that is missing, damaged or cannot be downloaded is a ClipgenError.
         """
+        folder = Path(PRETRAINED.get(str(name), name))
         try:
+            if (folder / "config.json").exists():
+                read_json(folder / "config.json")  # the mixin would wait for ever where it is a pipe
             with contextlib.redirect_stdout(None):  # the mixin prints where it reads from
                 return super().from_pretrained(PRETRAINED.get(str(name), name), **options)
         except ClipgenError:
@@ -135,9 +138,8 @@ class TextToImage(
         file = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
             file = hf_hub_download(model_id, file.name, **download)
-        tensors, wanted = load_file(file, map_location), model.state_dict()
-        tensors = {name: x.to(wanted[name].dtype) if name in wanted else x for name, x in tensors.items()}
-        model.load_state_dict(tensors, assign=True)
+        with reading(Path(file), "restore it", "restore the original file"):
+            load_strictly(model, finite(load_file(file, map_location)), Path(model_id))
         return model
 
     def export(self, folder: Path) -> None:
@@ -147,7 +149,6 @@ class TextToImage(
         with fresh_folder(folder) as fresh:
             copy.deepcopy(self).half().save_pretrained(fresh)
             (fresh / "README.md").unlink()  # the mixin's model card says nothing about this model
-            (fresh / "model.safetensors").chmod(0o644)
 
     @property
     def device(self) -> torch.device:

@@ -23,7 +23,7 @@ from .config import FitConfig, OptimConfig
 from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
 from .runtime.kernels import has_bf16, set_muon_dtype
-from .runtime.runs import ClipgenError, Run, differences, progress, stoppable
+from .runtime.runs import ClipgenError, Run, Unreadable, differences, progress, stoppable
 from .vqgan import statistics_of_counts
 
 KEPT = 2  # last checkpoints of a training; the one with the best validation score stays as well
@@ -130,8 +130,6 @@ class TrainingState:
         """Write the state after `step` steps, by the first process; a lower `score` is better, None is no score."""
         if not distributed.is_main():
             return
-        for cut in self.folder.glob(f".{self.stage}-*"):  # left by a process that was killed while it wrote
-            cut.unlink()
         path = self.folder / f"{self.stage}-{step:08d}.safetensors"
         if score is not None or not path.exists():
             score = score if score is not None and math.isfinite(score) else None
@@ -147,12 +145,14 @@ class TrainingState:
         """Load the last checkpoint that is whole; returns the step to resume from.
 
         Raises:
-            ClipgenError: it belongs to another training, or none of those there is whole.
+            ClipgenError: it belongs to another training, cannot be read now, or none of those there is whole.
         """
         step, damaged = 0, {}
         for path in reversed(self.paths()):
             try:
                 state, meta = load_checkpoint(path)
+            except Unreadable:
+                raise
             except ClipgenError as error:
                 damaged[path] = str(error)
                 continue

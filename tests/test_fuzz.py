@@ -55,39 +55,10 @@ def outcome(call, folder, *named):
 
 # ---------------------------------------------------------------------------------------------- strategies
 
-ODD = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(
-        [
-            0,
-            -1,
-            10**400,
-            2**63,
-            1e308,
-            math.nan,
-            -math.inf,
-            "",
-            "..",
-            "../x.png",
-            "/etc/passwd",
-            "a\0b",
-            "a\nb",
-            "x" * 10_000,
-            "\ud800",
-            "1" * 5_000,
-            "builtins.eval",
-            "hf-hub:a/b",
-            [],
-            {},
-            [[[]]],
-            {"a": None},
-        ]
-    ),
-)
+NUMBERS = [0, -1, 10**400, 2**63, 1e308, -math.inf]
+TEXTS = ["", "..", "../x.png", "/etc/passwd", "a\0b", "a\nb", "x" * 10_000, "\ud800", "1" * 5_000, "hf-hub:a/b"]
+PLAIN = [st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)]
+ODD = st.one_of(*PLAIN, st.sampled_from([*NUMBERS, *TEXTS, "builtins.eval", [], {}, [[[]]], {"a": None}]))
 ODD = st.recursive(
     ODD,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -174,16 +145,8 @@ def preset_with_overrides(data, folder):
 
 def json_file(data, folder):
     content = json.dumps(asdict(load_preset("smoke"))).encode()
-    hostile = [
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b"1" * 5_000,
-        b'{"a": ' + b"9" * 5_000 + b"}",
-        b"\xff\xfe{}",
-        b"NaN",
-        b"{}x",
-        b"",
-    ]
+    hostile = [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5_000, b'{"a": ' + b"9" * 5_000 + b"}"]
+    hostile += [b"\xff\xfe{}", b"NaN", b"{}x", b""]
     path = write(
         folder / "x.json",
         data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else damaged(data.draw, content),
@@ -205,16 +168,8 @@ def checkpoint(data, folder):
 
 def checkpoint_of_hostile_json(data, folder):
     skeleton = {"pairs": [["a", {"tensor": "000000"}], [7, [{"pairs": [["b", 1]]}, "text"]]]}
-    hostile = [
-        "[" * 100_000,
-        '{"tensor": "000009"}',
-        '{"tensor": ["x"]}',
-        '{"pairs": 5}',
-        '{"pairs": [[1]]}',
-        '{"pairs": [[[1], 2]]}',
-        "5",
-        "",
-    ]
+    hostile = ["[" * 100_000, '{"tensor": "000009"}', '{"tensor": ["x"]}', '{"pairs": 5}', '{"pairs": [[1]]}']
+    hostile += ['{"pairs": [[[1], 2]]}', "5", ""]
     state = (
         data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else json.dumps(mutated(data.draw, skeleton))
     )

@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +131,16 @@ def test_statistics_of_pytorch_fid(tmp_path):
     np.savez(tmp_path / "pickle.npz", mu=np.array([{}], dtype=object), sigma=sigma)
     np.savez(tmp_path / "shape.npz", mu=mu, sigma=np.eye(5))
     np.savez(tmp_path / "nan.npz", mu=mu * np.nan, sigma=sigma)
-    for name in ("short", "text", "other", "pickle", "shape", "nan", "absent"):
+    np.savez(tmp_path / "words.npz", mu=np.array(["0", "1", "2", "3"]), sigma=sigma)
+    np.savez(tmp_path / "none.npz", mu=mu[:0], sigma=sigma[:0, :0])
+    np.savez(tmp_path / "asymmetric.npz", mu=mu, sigma=sigma + np.triu(np.full((4, 4), 0.1), 1))
+    np.savez(tmp_path / "negative.npz", mu=mu, sigma=np.diag([1.0, 1.0, 1.0, -0.5]))
+    with zipfile.ZipFile(tmp_path / "vast.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("mu.npy", b"")
+        with archive.open("sigma.npy", "w", force_zip64=True) as stream:
+            for _ in range(540):
+                stream.write(bytes(10**6))
+    refused = "short text other pickle shape nan words none asymmetric negative vast absent"
+    for name in refused.split():
         with pytest.raises(ClipgenError, match=f"{name}.npz .*(make it again|check the path)"):
             read_statistics(tmp_path / f"{name}.npz")

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.datasets import ImageSet, open_images
 from clipgen_lib.data.images import crop, to_float
 from clipgen_lib.runtime.runs import ClipgenError, Stopped
 from clipgen_lib.store import TokenStore, encode_batch_size, extract, nearest
@@ -57,31 +58,52 @@ def test_other_images_are_refused(store, world, vqgan, clip):
         extract(open_images(world, "val"), vqgan, clip, store.folder)
 
 
-def test_damaged_stores_are_refused(store, tmp_path):
+def rewritten(path, content):
+    later = path.stat().st_mtime + 1  # a store is verified once for each state of its files, and clocks tick slowly
+    path.write_bytes(content)
+    os.utime(path, (later, later))
+
+
+DAMAGE = {
+    "one token": lambda whole: whole[:40] + bytes([whole[40] ^ 1]) + whole[41:],
+    "zeros": lambda whole: bytes(len(whole)),
+    "NaN": lambda whole: whole[:-2] + b"\xff\x7f",
+    "longer": lambda whole: whole + b"xx",
+    "shorter": lambda whole: whole[:100],
+}
+
+
+@pytest.mark.parametrize("name", ["tokens.u16", "embeds.f16", "rows.i32"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_stores_are_refused(store, name, damage):
+    path = store.folder / name
+    rewritten(path, DAMAGE[damage](whole := path.read_bytes()))
+    with pytest.raises(ClipgenError, match="damaged store .*hash differs.*: delete its folder and extract again"):
+        TokenStore.open(store.folder)
+    rewritten(path, whole)
+    assert len(TokenStore.open(store.folder)) == 40
+
+
+def test_what_is_no_store_is_one_sentence(store, tmp_path):
     with pytest.raises(ClipgenError, match="no finished token store"):
         TokenStore.open(tmp_path / "none")
-    tokens = store.folder / "tokens.u16"
-    whole = tokens.read_bytes()
-    for content in (whole + b"xx", whole[:100]):
-        tokens.write_bytes(content)
-        with pytest.raises(ClipgenError, match=f"damaged .tokens.u16 has {len(content)} bytes, not 5120"):
-            TokenStore.open(store.folder)
-    tokens.unlink()
-    with pytest.raises(ClipgenError, match="damaged .*tokens.u16.*: delete it and extract again"):
+    (store.folder / "tokens.u16").unlink()
+    with pytest.raises(ClipgenError, match="tokens.u16 is missing: delete its folder and extract again"):
+        TokenStore.open(store.folder)
+    os.mkfifo(store.folder / "tokens.u16")
+    with pytest.raises(ClipgenError, match="damaged store"):
         TokenStore.open(store.folder)
 
 
 @pytest.mark.parametrize(
     "entries",
-    [{"N": -40}, {"L": 10**400}, {"L": "64"}, {"D": 2.5}, {"K": None}, {"N": True}, {"flip": None}, {"skipped": []}],
+    [{"N": 39}, {"L": 10**400}, {"L": "64"}, {"D": 2.5}, {"K": 10**7}, {"N": True}, {"flip": True}, {"skipped": []}]
+    + [{"hash": None}, {"vqgan_hash": "0" * 16}],
 )
 def test_a_store_of_other_facts_is_one_sentence(store, entries):
     meta = json.loads((store.folder / "meta.json").read_text())
     (store.folder / "meta.json").write_text(json.dumps({**meta, **entries}))
-    with pytest.raises(ClipgenError, match="damaged .*: delete it and extract again$"):
-        TokenStore.open(store.folder)
-    (store.folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in entries}))
-    with pytest.raises(ClipgenError, match="damaged"):
+    with pytest.raises(ClipgenError, match="damaged .*: delete its folder and extract again$"):
         TokenStore.open(store.folder)
 
 
@@ -186,6 +208,53 @@ def test_a_partial_file_of_another_size_begins_anew(images, tmp_path):
     assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
 
 
+def test_one_process_at_a_time_extracts(images, tmp_path):
+    """A second one, started while the first is at work, is told so; the first one's store is whole."""
+    folder, refused = tmp_path / "store", []
+
+    def second():
+        with pytest.raises(ClipgenError, match="token store is being made .*: wait for it") as error:
+            extract(images, Codes(), Embeds(), folder)
+        refused.append(str(error.value))
+
+    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
+    store = extract(images, Codes(5, second), Embeds(), folder)
+    assert str(os.getpid()) in refused[0] and contents(store.folder) == whole
+
+
+class FailingDisk(ImageSet):
+    """Images on a disk that fails from the 20th on."""
+
+    def __getitem__(self, row):
+        if row >= 20:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().__getitem__(row)
+
+
+def test_a_read_error_ends_no_extraction_as_if_it_were_done(images, tmp_path):
+    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
+    failing = FailingDisk(images.name, images.split, images.root, images.paths, images.size)
+    with pytest.raises(OSError, match="Input/output error"):
+        extract(failing, Codes(), Embeds(), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
+
+
+@pytest.mark.parametrize("left", ["store.partial/tokens.u16", "store/progress/done"])
+def test_what_a_process_killed_at_its_end_left_is_deleted(images, tmp_path, left):
+    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder)
+    (tmp_path / left).parent.mkdir()
+    (tmp_path / left).touch()
+    assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
+    assert not (tmp_path / left).parent.exists()
+
+
+def test_a_folder_of_other_files_is_left_alone(images_folder, images, tmp_path):
+    with pytest.raises(ClipgenError, match="other files than a finished token store"):
+        extract(images, Codes(), Embeds(), images_folder)
+    assert len(list(images_folder.iterdir())) == 40
+
+
 def test_a_full_disk_is_one_sentence(images, tmp_path):
     class Vast(Embeds):
         dim = 2**44  # more than any disk has
@@ -226,10 +295,9 @@ def test_nearest(store):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
-def test_whatever_lies_in_a_store_is_a_store_or_one_sentence(data, tmp_path_factory):
+def test_whatever_lies_in_a_store_is_one_sentence(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
-    facts = {key: "x" for key in ("vqgan_hash", "clip_hash", "clip", "data", "split", "data_hash", "transform")}
-    meta = {"N": 3, "L": 2, "K": 9, "D": 2, "flip": False, "skipped": {}, **facts}
+    meta = {"N": 3, "L": 2, "K": 9, "D": 2, "flip": False, "skipped": {}, "vqgan_hash": "x", "hash": "x"}
     odd = st.none() | st.booleans() | st.integers(-5, 5) | st.just(10**400) | st.text(max_size=3) | st.just([])
     meta |= data.draw(st.dictionaries(st.sampled_from(sorted(meta)), odd, max_size=2))
     content = json.dumps(meta).encode()
@@ -237,8 +305,6 @@ def test_whatever_lies_in_a_store_is_a_store_or_one_sentence(data, tmp_path_fact
     (folder / "meta.json").write_bytes(content)
     for name, size in (("tokens.u16", 12), ("embeds.f16", 12), ("rows.i32", 12)):
         (folder / name).write_bytes(bytes(data.draw(st.sampled_from([size, size, size, 0, 5]))))
-    try:
-        store = TokenStore.open(folder)
-        assert store.tokens(slice(None)).shape == (len(store), store.meta["L"])
-    except ClipgenError as error:
-        assert str(folder) in str(error) and len(str(error).replace(str(folder), "")) < 600
+    with pytest.raises(ClipgenError) as error:
+        TokenStore.open(folder)
+    assert str(folder) in str(error.value) and len(str(error.value).replace(str(folder), "")) < 600

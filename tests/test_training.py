@@ -146,6 +146,19 @@ def test_damaged_checkpoints_take_no_place_of_later_ones(state):
     assert kept(training) == [2, 3] and len(list(training.folder.glob("*.damaged"))) == 2
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(state):
+    """A link to itself stands for a disk that fails: the state before is not taken for it."""
+    training = state()
+    for step in (2, 4):
+        training.save(step, 1.0)
+    last = training.paths()[-1].rename(training.folder / "aside")
+    (link := training.folder / "layer-00000004.safetensors").symlink_to(link)
+    with pytest.raises(ClipgenError, match="layer-00000004.safetensors cannot be read"):
+        training.resume()
+    last.rename(link)
+    assert training.resume() == 4
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(state):
     """A limit on the size of files stands for the end of the disk: writing fails in the same place and way."""
     training, limits = state(), resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -7,6 +7,7 @@ In: batches of images and a feature network. Out: sums in float64 that do not gr
 from __future__ import annotations
 
 import heapq
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 
 from ..data.images import blur, eight_bit
-from ..runtime.runs import ClipgenError, reason
+from ..runtime.runs import ClipgenError, reading
 from .distances import frechet_distance, inception_score, kernel_distance, manifold_scores
 from .features import FeatureNetwork
 
 SAMPLE = 10_000  # rows of features that are kept of a set
+MOST_FEATURES = 8_192  # of statistics in a file
 
 
 class Moments(NamedTuple):
@@ -86,18 +88,28 @@ class FeatureSample:
 
 
 def read_statistics(path: Path) -> Moments:
-    """Mean and covariance from an npz file of pytorch-fid's (`mu`, `sigma`), without running pickled code."""
+    """Mean (d,) and covariance (d, d) from an npz file of pytorch-fid's (`mu`, `sigma`), without running pickled code.
+
+    Raises ClipgenError where it is missing or damaged, has more than MOST_FEATURES, or holds no mean and covariance.
+    """
     again = "make it again by pytorch-fid's --save-stats"
-    try:
+    with reading(path, "check the path", again, "holds no mean and covariance"):
+        with zipfile.ZipFile(path) as archive:  # its index says how large they are unpacked
+            if max(archive.getinfo(f"{key}.npy").file_size for key in ("mu", "sigma")) > 8 * MOST_FEATURES**2 + 1_000:
+                raise ValueError(f"more than {MOST_FEATURES} features")
         with np.load(path, allow_pickle=False) as content:
-            mu, sigma = (np.asarray(content[key], np.float64) for key in ("mu", "sigma"))
-    except FileNotFoundError:
-        raise ClipgenError(f"{path} is missing: check the path") from None
-    except Exception as error:  # of an archive of any bytes: zipfile, zlib and numpy raise whatever they like
-        raise ClipgenError(f"{path} is cut short or holds no mu and sigma ({reason(error)}): {again}") from None
-    d = len(mu) if mu.ndim == 1 else 0
-    if sigma.shape != (d, d) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ClipgenError(f"{path} holds mu {mu.shape} and sigma {sigma.shape}, not finite (d,) and (d, d): {again}")
+            mu, sigma = (content[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
+        d = mu.size
+        if (
+            not d
+            or mu.shape != (d,)
+            or sigma.shape != (d, d)
+            or not (np.isfinite(mu).all() and np.isfinite(sigma).all())
+        ):
+            raise ValueError(f"mu {mu.shape} and sigma {sigma.shape}, not finite (d,) and (d, d)")
+        rounding = 1e-6 * np.abs(sigma).max()  # of float32; of few images most eigenvalues are 0
+        if np.abs(sigma - sigma.T).max() > 10 * rounding or np.linalg.eigvalsh(sigma)[0] < -d * rounding:
+            raise ValueError("sigma is asymmetric or has a negative variance")
     return Moments(mu, sigma)
 
 

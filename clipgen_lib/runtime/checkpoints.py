@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, reason, room_on_disk, write_json
+from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, reading, reason, room_on_disk, write_json
 
 
 def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
@@ -39,9 +39,9 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
     """Read what `save_checkpoint` wrote, on the CPU: (state, meta).
 
     Raises:
-        ClipgenError: missing, cut short, changed since it was written, or not one of ours.
+        ClipgenError: missing, cut short, changed since it was written, or not one of ours; or no right to read it.
     """
-    try:
+    with reading(path, "run the step that writes it first", "delete it, run its step again"):
         with safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
@@ -51,10 +51,6 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
         if not isinstance(state, dict) or not isinstance(meta, dict):
             raise ValueError("no state in it")
         return state, meta
-    except FileNotFoundError:
-        raise ClipgenError(f"checkpoint {path} is missing: run the step that writes it first") from None
-    except Exception as error:  # a header of any bytes: safetensors, JSON and the rest raise whatever they like
-        raise ClipgenError(f"checkpoint {path} is damaged ({reason(error)}): delete it, run its step again") from None
 
 
 def checkpoint_meta(path: Path) -> dict:
@@ -115,20 +111,26 @@ def save_weights(folder: Path, module: nn.Module, **facts: object) -> None:
 
 
 def read_weights(folder: Path) -> dict:
-    """The tensors of `folder/model.safetensors`; missing or damaged is one sentence."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise ClipgenError(f"{path} is missing: run the step that trains it first, or choose the run that has it")
-    try:
-        return load_file(path)
-    except Exception as error:  # as above
-        raise ClipgenError(f"{path} is damaged ({reason(error)}): delete it, run its step again") from None
+    """The tensors of `folder/model.safetensors`; missing, damaged or with weights that are not finite is one sentence."""
+    path, missing = folder / "model.safetensors", "run the step that trains it first, or choose the run that has it"
+    with reading(path, missing, "delete it, run its step again"):
+        return finite(load_file(path))
+
+
+def finite(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors themselves. Raises ValueError where one holds NaN or an infinity, with which nothing can be computed."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return tensors
 
 
 def load_strictly(module: nn.Module, tensors: dict, source: Path) -> None:
-    """Load weights into a module; any name or shape that differs is an error that names the first ones."""
+    """Give a module these tensors, in its own dtypes; any name or shape that differs is an error that names the first ones."""
+    wanted = module.state_dict()  # copied: what safetensors gives is the file itself, which may change
+    tensors = {name: x.to(wanted[name].dtype, copy=True) if name in wanted else x for name, x in tensors.items()}
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise ClipgenError(
@@ -146,13 +148,11 @@ def built_strictly(make: Callable[[], nn.Module], tensors: dict, source: Path) -
     """
     try:
         with torch.device("meta"):
-            imagined = make()
+            module = make()
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise ClipgenError(
             f"{source / 'config.json'} describes nothing that can be built ({reason(error)}): restore the original file"
         ) from None
-    load_strictly(imagined, {name: tensor.to("meta") for name, tensor in tensors.items()}, source)
-    module = make()
     load_strictly(module, tensors, source)
     return module
 

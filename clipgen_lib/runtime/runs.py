@@ -156,14 +156,38 @@ def write_json(path: Path, content: dict | list) -> None:
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
+class Unreadable(ClipgenError):
+    """A file that cannot be read now, by this user or at all; its content may be whole."""
+
+
+@contextmanager
+def reading(path: Path, missing: str, cure: str, wrong: str = "is damaged") -> Iterator[None]:
+    """Turns what goes wrong in reading the file `path` within the block, but want of memory, into a `ClipgenError`.
+
+    `missing` and `cure` say what to do where there is no such file, and where its content is at fault.
+    """
+    try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError("it is no plain file")
+        open(path, "rb").close()  # not all libraries tell a file that may not be read from a missing one
+        yield
+    except (ClipgenError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise ClipgenError(f"{error.filename or path} is missing: {missing}") from None
+    except PermissionError as error:
+        raise Unreadable(f"no right to read {error.filename or path}: ask its owner for it (chmod a+r)") from None
+    except Exception as error:
+        if getattr(error, "errno", None):  # the system's, not a library's about the content
+            raise Unreadable(f"{path} cannot be read ({reason(error)}): mend that, then run this again") from None
+        raise ClipgenError(f"{path} {wrong} ({reason(error)}): {cure}") from None
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object; a missing or broken file is one sentence."""
-    try:
+    cures = ("run the step that writes it first", "restore it, or run its step again")
+    with reading(Path(path), *cures, wrong="is not valid JSON"):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ClipgenError(f"{path} is missing: run the step that writes it first") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON, of UTF-8, of numbers of 5,000 digits
-        raise ClipgenError(f"{path} is not valid JSON ({reason(error)}): restore it, or run its step again") from None
     if not isinstance(content, dict):
         raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: restore the original file")
     return content
