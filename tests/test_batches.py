@@ -21,6 +21,7 @@ def folder(tmp_path):
         Image.new("RGB", (20 + i, 16), (30 * i, 0, 0)).save(tmp_path / "train" / f"{i}.png")
     for i in (4, 6):
         (tmp_path / "train" / f"{i}.png").write_bytes(b"no image")
+    Image.new("RGB", (20, 16)).save(tmp_path / "val" / "0.png")
     return tmp_path
 
 

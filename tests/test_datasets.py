@@ -76,9 +76,9 @@ def test_coco_years_and_missing_images(tmp_path):
     assert len(images) == 1 and images.captions == [("a red field",)]
     assert images.skipped == {"b.png": "named in the annotations, but the folder has no such file"}
     coco_root(tmp_path, ["c.png"], split="val2014")
-    with pytest.raises(ClipgenError, match="val2014, val2017"):
+    with pytest.raises(ClipgenError, match=r"has val2014 and val2017 for split 'val': choose by .*\?year=2017"):
         open_images(root, "val")
-    assert open_images(root, "val2014").split == "val2014"
+    assert open_images(root, "val2014").split == "val2014" == open_images(f"{root}?year=2014", "val").split
 
 
 def test_coco_captions_without_images(tmp_path):

@@ -159,7 +159,9 @@ def write_json(path: Path, content: dict | list) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object; a missing or broken file is one sentence."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if Path(path).stat().st_size > 2**30:
+            raise ValueError("it has more than 1 GB")
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ClipgenError(f"{path} is missing: run the step that writes it first") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON, of UTF-8, of numbers of 5,000 digits
