@@ -16,6 +16,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
@@ -319,19 +320,25 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
 
 def _check_sizes(file: Path) -> None:
     """Raises ClipgenError where the headers of an archive promise far more than it holds, or more than an image needs."""
+    import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    size, most = file.stat().st_size, max(MAX_BYTES, UNPACKED * file.stat().st_size)
+    size = file.stat().st_size
     if file.suffix.lower() == ".tar":
         with tarfile.open(file, "r:") as tar:
             sizes = [member.size for member in tar]
         total, most = sum(sizes), size * (max(sizes, default=0) <= MAX_BYTES)
     else:
         with ParquetFile(file) as table:
+            columns = map(table.schema.column, range(len(table.schema)))
+            texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
             total = sum(table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups))
-            # a value that is repeated is stored once: look at some
-            some = next(table.iter_batches(16), None) if total <= most else None
-            total = max(total, some.nbytes / len(some) * table.metadata.num_rows if some else 0)
+        most = max(MAX_BYTES, UNPACKED * size)
+        with ParquetFile(file, read_dictionary=texts) as table:  # a value that is repeated is stored once: look at some
+            for some in islice(table.iter_batches(16), int(total <= most)):
+                parts = [column.chunk(0) for column in pa.Table.from_batches([some]).flatten().columns]
+                parts = [part.dictionary_decode() if isinstance(part, pa.DictionaryArray) else part for part in parts]
+                total = max(total, sum(part.nbytes for part in parts) / len(some) * table.metadata.num_rows)
     if total > most:
         raise ClipgenError(
             f"{file} of {size / 1e9:.3g} GB unpacks to {total / 1e9:.3g} GB, or members of 1 GB: make it again"

@@ -59,7 +59,8 @@ class Listing(NamedTuple):
         parts = [f"{len(self.names):,} images ({splits or 'no splits'})"]
         parts += [f"{len(classes):,} classes" + f" ({shortened(', '.join(classes), 60)})" * bool(classes)]
         parts += [f"captions in {', '.join(captions) or 'no file'}"]
-        return ", ".join(parts + [f"left out: {count:,} {why}" for why, count in self.left_out.most_common()])
+        left_out = ", ".join(f"{count:,} {why}" for why, count in self.left_out.most_common())
+        return ", ".join(parts) + f"; left out: {left_out or 'nothing'}"
 
 
 def list_folder(root: Path) -> Listing:
@@ -106,13 +107,13 @@ def _kind(entry: os.DirEntry, has_images: bool) -> str:
     if is_folder:
         return "folders of labels beside images" if has_images and name in LABEL_FOLDERS else "folder"
     if not is_file:
-        return "links that lead nowhere" if entry.is_symlink() else "that are no files"
+        return "links that lead nowhere" if entry.is_symlink() else "special files"
     if name in METADATA or ending in EXTENSIONS:
         return "metadata" if name in METADATA else "image"
     if ending in ("", ".txt", ".json", ".jsonl", ".csv", ".md"):
         return "text" if ending == ".txt" else ""
-    cure = " without pillow-heif (pip install it)" if ending in (".heic", ".heif") else ""
-    return f"{shortened(ending, 12)} files, which Pillow here cannot read{cure}"
+    cure = " (pip install pillow-heif)" if ending in (".heic", ".heif") else ""
+    return f"{shortened(ending, 12)} files that Pillow here cannot read{cure}"
 
 
 def _split_of(name: str) -> str:

@@ -146,7 +146,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             row[:] = np.clip(line.astype(np.float64) * 255 / top, 0, 255)
         return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba, flat = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        rgba, flat = image if image.mode == "RGBA" else image.convert("RGBA"), Image.new("RGB", image.size, "white")
         flat.paste(rgba, mask=rgba)
         return flat
     return image if image.mode == "RGB" else image.convert("RGB")
