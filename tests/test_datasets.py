@@ -133,6 +133,10 @@ def test_coco_broken_annotations(tmp_path):
         path.write_text(text)
         with pytest.raises(ClipgenError, match="captions_val2017.json"):
             open_images(root, "val")
+    with open(path, "wb") as stream:
+        stream.truncate(2**31)
+    with pytest.raises(ClipgenError, match="it has more than 1 GB"):
+        open_images(root, "val")
 
 
 def test_coco_names_stay_inside_the_folder(tmp_path):

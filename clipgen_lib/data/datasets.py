@@ -29,7 +29,7 @@ from ..config import ShapesConfig
 from ..runtime.distributed import tell
 from ..runtime.runs import DATA, ClipgenError, read_json, reason, shortened
 from . import shapes
-from .folders import SPLIT, VAL_NAMES, Listing, choose_split, class_names, folder_classes, list_folder
+from .folders import SPLIT, TRAIN_NAMES, VAL_NAMES, Listing, choose_split, class_names, folder_classes, list_folder
 from .images import MAX_BYTES, BadImage, load_image, patiently, read_text
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def _metadata(path: Path) -> list[dict]:
 
 def _archives(path: Path) -> list[Path]:
     """The parquet and tar files at a path: itself, or those in a folder, in its `data`, and in folders named as splits."""
-    folders = [path / top / name for top in ("", "data") for name in ("", "train", *VAL_NAMES)]
+    folders = [path / top / name for top in ("", "data") for name in ("", *TRAIN_NAMES, *VAL_NAMES)]
     files = [path] if path.is_file() else [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
     files = [f for f in files if f.suffix.lower() in (".parquet", ".tar") and f.is_file() and f.name[0] != "."]
     return sorted(file for file in files if file.name != "metadata.parquet")

@@ -122,16 +122,10 @@ def _split_of(name: str) -> str:
 
 
 def choose_split(there: Iterable[str], split: str, where: Path, year: str = "") -> tuple[str | None, bool]:
-    """Which of the names there is meant by a split, and whether train and val are still to be divided by a hash.
-
-    Args:
-        year: of COCO, where there are several (train2014, train2017).
-
-    Returns:
-        The name; None where no name is that of a split, so that all images are to be divided.
+    """Which of the names there is meant by a split (None: all), and whether train and val are still to be divided by a hash.
 
     Raises:
-        ClipgenError: no such split, or several.
+        ClipgenError: no such split, or several of different years (train2014, train2017) and none chosen.
     """
     there, known = sorted(there), {"train": TRAIN_NAMES, "val": VAL_NAMES}
 

@@ -23,11 +23,13 @@ from ..runtime.runs import ClipgenError, reason
 with suppress(ImportError):  # photos of phones, for whoever has installed it
     __import__("pillow_heif").register_heif_opener()
 
+_ENDINGS = Image.registered_extensions()
 # whatever the name says; Pillow hands EPS to another program, and takes any bytes for a TGA, so that its name must say it
-_READ = {"JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF"}
-_READ -= {kind for kind, part in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if not features.check(part)}
-_ENDINGS = {end: kind for end, kind in Image.registered_extensions().items() if kind in _READ | {"MPO", "TGA"}}
-FORMATS, EXTENSIONS = sorted(_READ & Image.OPEN.keys()), tuple(_ENDINGS)
+_READ = Image.OPEN.keys() & {"JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF"}
+_PARTS = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # a build of Pillow may be without
+_READ -= {kind for kind in _READ & _PARTS.keys() if not features.check(_PARTS[kind])}
+_ENDINGS = {end: kind for end, kind in _ENDINGS.items() if kind in _READ | {"MPO", "TGA"}}
+FORMATS, EXTENSIONS = sorted(_READ), tuple(_ENDINGS)
 MAX_BYTES = 1 << 30  # of a file or of a member of an archive
 MAX_PIXELS = 100_000_000  # a larger header is a decompression bomb or not meant for training
 MAX_SCANS = 20  # passes of a progressive JPEG over MAX_PIXELS, of a smaller one as many more

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..runtime.distributed import world_size
 from ..runtime.runs import fresh_folder, held, progress
 from .images import patiently
 
@@ -319,22 +320,21 @@ def make_world(root: Path, n_train: int, n_val: int, seed: int = 0) -> Path:
     root = Path(root)
     recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 2}
     splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "heldout": (n_val, 20_000_000)}
-    counts = {split: count for split, (count, _) in splits.items()}
-    if patiently(lambda: _is_whole(root, recipe, counts), root):
+    if patiently(lambda: _is_whole(root, recipe, splits), root):
         return root
-    with held(root, "the Shapes world"):
-        if not patiently(lambda: _is_whole(root, recipe, counts), root):  # made by another process just now
+    with held(root, "the Shapes world", wait=world_size() > 1):  # all of a launch come here at once
+        if not patiently(lambda: _is_whole(root, recipe, splits), root):  # made by another process just now
             _write_world(root, recipe, splits)
     return root
 
 
-def _is_whole(root: Path, recipe: dict, counts: dict[str, int]) -> bool:
+def _is_whole(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -> bool:
     """Whether a world lies there as this recipe makes it: no file is missing, none of those that name the others cut."""
     try:
         if json.loads((root / "shapes.json").read_bytes()) != recipe:
             return False
-        ends = {(root / "annotations" / f"captions_{split}.json").read_bytes()[-2:] for split in counts}
-        return ends == {b"]}"} and all(len(os.listdir(root / split)) == count for split, count in counts.items())
+        ends = {(root / "annotations" / f"captions_{split}.json").read_bytes()[-2:] for split in splits}
+        return ends == {b"]}"} and all(len(os.listdir(root / split)) == n for split, (n, _) in splits.items())
     except (FileNotFoundError, ValueError):
         return False
 

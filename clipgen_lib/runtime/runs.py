@@ -124,16 +124,16 @@ def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iter
 
 
 @contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
+def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Keep `path` to this process while the block writes it; the lock of a process that died is free.
 
     Raises:
-        ClipgenError: another process holds it: who, and since when.
+        ClipgenError: without `wait`, another process holds it: who, and since when.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = (path.with_name(f".{path.name}.{kind}") for kind in ("lock", "holder"))
     try:
-        with FileLock(lock, timeout=0):
+        with FileLock(lock, timeout=-1 if wait else 0):
             holder.write_text(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             try:
                 yield
