@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class Listing(NamedTuple):
         """
         groups: dict[str, list[str]] = {}
         for name in self.names:
-            groups.setdefault(_split_of(name).lower(), []).append(name)
+            groups.setdefault(_split_of(name.rpartition("/")[0]).lower(), []).append(name)
         others = groups.pop("", [])
         if not groups or (groups.keys() == {"train"} and any("/" in name for name in others)):
             return {}
@@ -116,9 +117,10 @@ def _kind(entry: os.DirEntry, has_images: bool) -> str:
     return f"{shortened(ending, 12)} files that Pillow here cannot read{cure}"
 
 
-def _split_of(name: str) -> str:
-    """The first folder in a path that is named as a split."""
-    return next((folder for folder in name.split("/")[:-1] if SPLIT.fullmatch(folder)), "")
+@lru_cache(maxsize=1 << 16)  # thousands of images share a folder
+def _split_of(place: str) -> str:
+    """The first folder of a place that is named as a split."""
+    return next(filter(SPLIT.fullmatch, place.split("/")), "")
 
 
 def choose_split(there: Iterable[str], split: str, where: Path, year: str = "") -> tuple[str | None, bool]:
@@ -151,13 +153,14 @@ def choose_split(there: Iterable[str], split: str, where: Path, year: str = "") 
 
 def folder_classes(names: list[str], has_splits: bool) -> list[str] | None:
     """The class of each image: its folder at the first level where they differ, the split's not counted; None without."""
-    parts = [name.split("/")[:-1] for name in names]
-    for name, folders in zip(names, parts, strict=True) if has_splits else ():
-        if split := _split_of(name):
+    places = [name.rpartition("/")[0] for name in names]
+    parts = {place: place.split("/") if place else [] for place in set(places)}
+    for place, folders in parts.items() if has_splits else ():
+        if split := _split_of(place):
             folders.remove(split)
-    for level in range(min(map(len, parts), default=0)):
-        if len({folders[level] for folders in parts}) > 1:
-            return [folders[level] for folders in parts]
+    for level in range(min(map(len, parts.values()), default=0)):
+        if len({folders[level] for folders in parts.values()}) > 1:
+            return [parts[place][level] for place in places]
     return None
 
 
