@@ -135,7 +135,7 @@ def train_transformer(steps: int, **run_options) -> None:
 @click.option("--images", type=PATH, help="score this folder of images instead of a run")
 @click.option("--reference", type=PATH, help="a COCO root, a folder, or statistics of pytorch-fid (npz)")
 @click.option("--captions", type=PATH, help="name<TAB>caption lines, COCO's captions json, or {name: caption}")
-@click.option("--split", default="val", help="of a COCO root as reference, such as val2014")
+@click.option("--split", default="val", help="of a COCO root or of a folder with splits as reference")
 @click.option("--protocol", "protocols", multiple=True, help="inception, clean, torchmetrics, dmgan or clip")
 @click.option("--size", default=0, help="side in pixels of both sets; 0 takes that of the scored images")
 @click.option("-o", "--output", type=PATH, help="json file for the numbers; the caption list goes beside it")

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .runtime import distributed
 from .runtime.checkpoints import finite
 from .runtime.runs import DATA, ROOT, ClipgenError, file_hash, read_json, reading, reason, shortened
 
@@ -233,10 +234,15 @@ class ClipEmbedder(nn.Module):
         return F.normalize(self.features(images), dim=-1)
 
     def texts(self, texts: list[str]) -> torch.Tensor:
-        """B texts -> (B, D) float32 of unit norm."""
+        """B texts -> (B, D) float32 of unit norm; a text of which the model sees the beginning only is told on stderr, once."""
+        for text in filter(self.is_truncated, texts):
+            distributed.tell(
+                f"CLIP reads the first {self.tokenizer.context_length} tokens alone of {shortened(text, 60)!r}"
+            )
         return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
 
     def is_truncated(self, text: str) -> bool:
-        """Whether a text is longer than the context, so that CLIP sees its beginning only."""
-        row = self.tokenizer([text], context_length=4 * self.tokenizer.context_length)[0]
-        return int((row != 0).sum()) > self.tokenizer.context_length
+        """Whether a text has more tokens than the context, so that CLIP sees its beginning only."""
+        most = self.tokenizer.context_length
+        tokens, none = self.tokenizer([text, ""], context_length=4 * most)
+        return bool((tokens != none[-1])[most:].any())  # the last of no text is padding: 0, or 1 in SigLIP

@@ -1,5 +1,7 @@
 import os
 import pickle
+import resource
+import threading
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ def folder(tmp_path):
         Image.new("RGB", (20 + i, 16), (30 * i, 0, 0)).save(tmp_path / "train" / f"{i}.png")
     for i in (4, 6):
         (tmp_path / "train" / f"{i}.png").write_bytes(b"no image")
+    Image.new("RGB", (20, 16)).save(tmp_path / "val" / "0.png")
     return tmp_path
 
 
@@ -112,6 +115,43 @@ def test_augmented_rows_are_a_function_of_seed_and_step(folder):
     assert torch.equal(before, torch.random.get_rng_state()) and len(images.skipped) == 2
     with pytest.raises(ClipgenError, match="none of 2 images"):
         augmented_rows(images, np.array([4, 6]), 1, 2, flip=True)
+
+
+# ---------------------------------------------------------------------------------------------- reads that fail
+
+
+@pytest.mark.parametrize("fault, workers", [("missing", 0), ("missing", 1), ("a folder", 0), ("descriptors", 0)])
+def test_a_read_that_fails_stops_and_leaves_nothing_out(folder, fault, workers):
+    """Bad bytes are left out; a file that was listed and cannot be read is no bad image."""
+    images = open_images(folder, "train", 16)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if fault != "descriptors":
+        images.paths[2].unlink()
+    if fault == "a folder":
+        images.paths[2].mkdir()
+    with pytest.raises(ClipgenError, match="2.png cannot be read|Too many open files") as error:
+        for rows, _ in ordered_batches(images, range(7), 2, workers):
+            if fault == "descriptors":
+                assert rows == [0, 1]
+                resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert "run the same command again" in str(error.value) and "Traceback" not in str(error.value)
+    assert not images.skipped
+
+
+def test_a_read_that_fails_for_a_moment_loses_nothing(folder):
+    images = open_images(folder, "train", 16)
+    away = folder.with_name("away")
+    folder.rename(away)
+    threading.Timer(0.3, lambda: away.rename(folder)).start()
+    assert [rows for rows, _ in ordered_batches(images, range(7), 7)] == [[0, 1, 2, 3, 5]]
+
+
+def test_what_was_left_out_is_told_after_a_pass(folder, capsys):
+    list(ordered_batches(open_images(folder, "train", 16), range(7), 3))
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].endswith("8 images (train 7, val 1), 0 classes, captions in no file; left out: nothing")
+    assert "2 files of" in told[1] and "6.png is not an image" in told[1] and len(told) == 2
 
 
 # ---------------------------------------------------------------------------------------------- processes

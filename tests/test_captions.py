@@ -76,13 +76,21 @@ def test_clip_score_is_that_of_torchmetrics(clip, world):
     assert found["judged"] == 12 and found["truncated_captions"] == 0
 
 
-def test_caption_files(world, tmp_path):
+def test_caption_files(world, tmp_path, capsys):
     by_coco = read_captions(world / "annotations" / "captions_val.json")
     images = open_images(world, "val")
     assert len(by_coco) == 12 and all(by_coco[p.stem] in c for p, c in zip(images.paths, images.captions, strict=True))
     assert read_captions(world / "annotations" / "captions_val.json", seed=1) != by_coco
     (tmp_path / "c.json").write_text(json.dumps({"x/1.png": "one", "2.jpg": "two  words"}))
     assert read_captions(tmp_path / "c.json") == {"x/1": "one", "2": "two words"}
+    (tmp_path / "null.json").write_text(json.dumps({"1.png": None, "2.png": " ", "3.png": "three"}))
+    assert read_captions(tmp_path / "null.json") == {"3": "three"}
+    assert "2 of 3 captions in" in capsys.readouterr().err
+    (tmp_path / "bom.txt").write_text("1.png\tone\n", encoding="utf-8-sig")
+    assert read_captions(tmp_path / "bom.txt") == {"1": "one"}
+    (tmp_path / "wide.txt").write_text("1.png\tone\n", encoding="utf-16")
+    with pytest.raises(ClipgenError, match="wide.txt cannot be read as UTF-8 .UTF-16.: save it as UTF-8"):
+        read_captions(tmp_path / "wide.txt")
     for name, content, sentence in (
         ("d.json", '{"1.png": 3}', "neither COCO's captions"),
         ("e.json", '{"images": [], "annotations": [{}]}', "neither COCO's"),

@@ -54,10 +54,25 @@ def test_embedded_weights_are_small_and_half():
     assert (EMBEDDED / "open_clip_model.safetensors").stat().st_size < 12.5e6
 
 
-def test_long_texts_are_noticed(clip):
+def test_long_texts_are_noticed(clip, capsys):
     assert not clip.is_truncated("a small red circle left of a large blue star")
     assert clip.is_truncated("a small red circle " * 20)
-    assert clip.texts(["a small red circle " * 20]).shape == (1, clip.dim)
+    assert clip.texts(["a small red circle " * 20, "a circle"]).shape == (2, clip.dim)
+    assert "tokens alone of 'a small red circle" in (told := capsys.readouterr().err) and told.count("\n") == 1
+
+
+def test_padding_is_no_token(clip):
+    """SigLIP's tokenizer fills up with ones."""
+
+    class Padded:
+        context_length = clip.tokenizer.context_length
+
+        def __call__(self, texts, context_length=context_length):
+            tokens = clip.tokenizer(texts, context_length=context_length)
+            return torch.where(tokens == 0, 1, tokens)
+
+    padded = ClipEmbedder(clip.model, Padded(), "padded", "")
+    assert not padded.is_truncated("a small red circle") and padded.is_truncated("a small red circle " * 20)
 
 
 def test_missing_and_wrong_models(tmp_path):

@@ -18,6 +18,7 @@ from pyarrow import parquet
 
 from clipgen_lib.data.batches import VQGANTrainConfig, training_batches
 from clipgen_lib.data.datasets import open_images
+from clipgen_lib.metrics.folders import open_folder, open_reference
 from clipgen_lib.runtime.runs import ClipgenError
 
 
@@ -76,9 +77,9 @@ def test_coco_years_and_missing_images(tmp_path):
     assert len(images) == 1 and images.captions == [("a red field",)]
     assert images.skipped == {"b.png": "named in the annotations, but the folder has no such file"}
     coco_root(tmp_path, ["c.png"], split="val2014")
-    with pytest.raises(ClipgenError, match="val2014, val2017"):
+    with pytest.raises(ClipgenError, match=r"has val2014 and val2017 for split 'val': choose by .*\?year=2017"):
         open_images(root, "val")
-    assert open_images(root, "val2014").split == "val2014"
+    assert open_images(root, "val2014").split == "val2014" == open_images(f"{root}?year=2014", "val").split
 
 
 def test_coco_captions_without_images(tmp_path):
@@ -86,6 +87,40 @@ def test_coco_captions_without_images(tmp_path):
     assert open_images(root, "val").skipped == {"image_id 7": "captions without an entry among the images"}
     with pytest.raises(ClipgenError, match="none of the 1 images"):
         open_images(coco_root(tmp_path / "x", [], images=[{"id": 0, "file_name": "gone.png"}]), "val")
+
+
+@pytest.mark.parametrize(
+    "place, name", [("val2017", "a.png"), ("images/val2017", "a.png"), ("images", "val2017/a.png")]
+)
+def test_coco_images_lie_where_their_makers_put_them(tmp_path, place, name):
+    save(tmp_path / "elsewhere" / "linked.png", "blue")
+    root, names = tmp_path / "coco", [name, name.replace("a.png", "b.png"), name.replace("a.png", "c.png")]
+    save(root / place / name)
+    os.symlink(tmp_path / "elsewhere" / "linked.png", root / place / names[1])
+    os.symlink("nowhere", root / place / names[2])
+    entries = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+    texts = [{"image_id": i, "caption": text} for i, text in ((0, None), (0, " "), (0, "a field"), (1, "Ä\n"), (1, 3))]
+    images = open_images(coco_root(root, [], [*entries, {"id": 0, "file_name": names[1]}], texts), "val", 8)
+    assert images.names == [f"{place}/{name}" for name in names[:2]] and images.captions == [("a field",), ("Ä",)]
+    assert torch.equal(images[1][:, 0, 0], torch.tensor([0, 0, 255], dtype=torch.uint8))
+    twice = "named in the annotations, but its id stands in the annotations twice"
+    lost = "named in the annotations, but the folder has no such file"
+    assert images.skipped == {names[1]: twice, names[2]: lost, "3 captions": "null or empty"}
+
+
+def test_a_coco_root_without_captions_is_a_folder(tmp_path, capsys):
+    for year in (2014, 2017):
+        for split in ("train", "val", "test"):
+            save(tmp_path / f"{split}{year}" / f"{year}.png")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
+    with pytest.raises(ClipgenError, match=r"has train2014 and train2017 for split 'train': choose by .*year=2017"):
+        open_images(tmp_path)
+    images = open_images(f"{tmp_path}?year=2014")
+    assert images.names == ["train2014/2014.png"] and not images.has_captions
+    assert open_images(f"{tmp_path}?year=2017", "val").names == ["val2017/2017.png"]
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "train2014 1" in told and "captions in no file" in told
 
 
 def test_coco_broken_annotations(tmp_path):
@@ -98,6 +133,10 @@ def test_coco_broken_annotations(tmp_path):
         path.write_text(text)
         with pytest.raises(ClipgenError, match="captions_val2017.json"):
             open_images(root, "val")
+    with open(path, "wb") as stream:
+        stream.truncate(2**31)
+    with pytest.raises(ClipgenError, match="it has more than 1 GB"):
+        open_images(root, "val")
 
 
 def test_coco_names_stay_inside_the_folder(tmp_path):
@@ -181,6 +220,84 @@ def test_training_reads_no_caption(tmp_path):
     assert next(training_batches(images, config, seed=0)).shape == (2, 3, 8, 8)
     with pytest.raises(ClipgenError, match="captions_val2017.json is missing"):
         _ = images.captions
+
+
+LAYOUTS = {  # files -> those of train, those of val, classes of train
+    "any case, a test": ("Train/a/0 Train/b/1 Validation/a/2 TEST/b/3", "01", "2", "ab"),
+    "training and dev": ("training/0 dev/1 test/2", "0", "1", None),
+    "one level down": ("data/train/a/0 data/train/b/1 data/valid/a/2 data/test/b/3", "01", "2", "ab"),
+    "ILSVRC": ("I/Data/CLS-LOC/train/n01/0 I/Data/CLS-LOC/train/n02/1 I/Data/CLS-LOC/val/2", "01", "2", ["n01", "n02"]),
+    "train and test": ("train/a/0 train/b/1 test/2", "01", "2", "ab"),
+    "classes and a test": ("cat/0 dog/1 test/2", "01", "2", ["cat", "dog"]),
+    "images and masks": ("images/train/0 images/val/1 masks/train/0 masks/val/1", "0", "1", None),
+    "labels inside a split": ("train/images/0 train/labels/0 val/images/1 val/labels/1", "0", "1", None),
+    "classes with images": ("train/a/images/0 train/b/images/1 val/images/2", "01", "2", "ab"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_splits_are_splits_and_no_classes(tmp_path, layout):
+    files, *wanted, classes = LAYOUTS[layout]
+    for name in files.split():
+        save(tmp_path / f"{name}.jpg")
+    train, val = (open_images(tmp_path, split, 8) for split in ("train", "val"))
+    assert ["".join(path.stem for path in images.paths) for images in (train, val)] == wanted
+    assert train.classes == (classes and list(classes))
+
+
+def test_a_vehicle_is_a_class_and_a_lone_train_is_divided(tmp_path):
+    for name in ("bus", "car", "train"):
+        for i in range(8):
+            save(tmp_path / "vehicles" / name / f"{i}.png")
+            save(tmp_path / "lone" / "train" / name / f"{i}.png")
+            save(tmp_path / "test" / "test" / f"{name}{i}.png")
+    for root in ("vehicles", "lone"):
+        train, val = (open_images(tmp_path / root, split, 8) for split in ("train", "val"))
+        assert len(train) == len(val) == 12 and set(train.classes) == {"bus", "car", "train"}
+        assert not set(train.names) & set(val.names)
+    with pytest.raises(ClipgenError, match="has no split 'train': use one of test"):
+        open_images(tmp_path / "test")
+
+
+def test_one_listing_for_all_and_it_is_told(tmp_path, capsys):
+    """What is passed over in a training is passed over in scoring too, and counted."""
+    for name in ("a.png", "deep/b.jfif", "elsewhere/c.png"):
+        save(tmp_path / "photos" / name if "else" not in name else tmp_path / name)
+    for name in (".ipynb_checkpoints/a.png", ".Trash/a.png", "@eaDir/a.png", "__MACOSX/a.png", "._a.png"):
+        save(tmp_path / "photos" / name)
+    for name in ("x.heic", "deep/y.HEIC", "x.mov", "notes.txt"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    links = {"linked": tmp_path / "elsewhere", "deep/loop": "..", "away.png": "nowhere", "self.png": "self.png"}
+    for name, target in links.items():
+        os.symlink(target, tmp_path / "photos" / name)
+    os.mkfifo(tmp_path / "photos" / "pipe.png")
+    wanted = ["a.png", "deep/b.jfif", "linked/c.png"]
+    trained = [name for split in ("train", "val") for name in open_images(tmp_path / "photos", split).names]
+    scored, reference = open_folder(tmp_path / "photos", 8), open_reference(tmp_path / "photos", 8)
+    assert sorted(trained) == scored.names == reference.names == wanted
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "3 images (no splits)" in told[0]
+    for part in (
+        "5 hidden or helper",
+        "2 links that lead nowhere",
+        "1 links to a folder around them",
+        "1 special files",
+    ):
+        assert all(part in line for line in told), (part, told)
+    assert "2 .heic files that Pillow" in told[0] and "1 .mov files" in told[0] and "txt" not in told[0]
+
+
+@pytest.mark.parametrize(
+    "content", ["n01440764 tench, Tinca tinca\nn02084071 dog, x\n", "n02084071\tdog\nn01440764\ttench\n"]
+)
+def test_wordnet_ids_are_named_where_a_list_says_how(tmp_path, capsys, content):
+    for name in ("n01440764", "n02084071"):
+        save(tmp_path / "train" / name / "0.png")
+        save(tmp_path / "val" / name / "0.png")
+    assert open_images(tmp_path).captions[0] == ("a photo of a n01440764",)
+    assert "say WordNet ids such as n01440764: put words.txt" in capsys.readouterr().err
+    (tmp_path / ("words.txt" if "\t" in content else "LOC_synset_mapping.txt")).write_text(content)
+    assert open_images(tmp_path).captions == [("a photo of a tench",), ("a photo of a dog",)]
 
 
 def test_no_images_and_no_captions(tmp_path):
@@ -307,33 +424,89 @@ def test_classes_and_captions_beside_images_in_a_tar(tmp_path):
     assert images.captions == [("one", "two")] * 16 and images.classes == ["3"] * 16
 
 
-def test_no_row_of_an_archive_is_read_as_a_local_path(tmp_path):
-    """Rows that give a path in place of bytes, and members of a tar that are links or named as a file that is there."""
-    save(tmp_path / "secret.png")
-    secret = str(tmp_path / "secret.png")
-    rows = [(None, secret)] * 20 + [(encoded(i), secret) for i in range(20)]
-    write_parquet(tmp_path / "rows.parquet", rows)
-    with tarfile.open(write_tar(tmp_path / "x.tar", [(f"../../{i}.png", encoded(i)) for i in range(20)]), "a") as tar:
-        for name, kind in (("link0.png", tarfile.SYMTYPE), ("link1.png", tarfile.LNKTYPE), (secret, tarfile.REGTYPE)):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname, member.size = kind, secret, len(encoded(99)) * (kind == tarfile.REGTYPE)
-            tar.addfile(member, io.BytesIO(encoded(99)))
-    for name, n in (("rows.parquet", 40), ("x.tar", 21)):
-        splits, refused = [open_images(tmp_path / name, split, 10) for split in ("train", "val")], 0
-        assert sum(map(len, splits)) == n
-        for images, row in [(part, row) for part in splits for row in range(len(part))]:
-            try:
-                assert images[row].float().std() > 50  # noise, not the plain red of the secret
-            except ClipgenError as error:
-                assert "has no bytes in the archive" in str(error)
-                refused += 1
-        assert refused == {"rows.parquet": 20, "x.tar": 1}[name]
-    table = pa.table({"image": [secret] * 20})
+def outside(kind, folder, secret):
+    """A data set that names a file outside of it wherever a name can stand; what is to be read of it."""
+    good = [encoded(i) for i in range(20)]
+    if kind in ("coco", "metadata"):
+        names = [str(secret), "../secret.png", "val2017/../../secret.png", "good.png"]
+        (folder / "val2017").mkdir(parents=True)
+        (folder / "val2017" / "good.png").write_bytes(good[0])
+        if kind == "coco":
+            return coco_root(folder, [], [{"id": i, "file_name": name} for i, name in enumerate(names)])
+        lines = [json.dumps({"file_name": name, "image": str(secret), "text": "a text"}) for name in names]
+        (folder / "val2017" / "metadata.jsonl").write_text("\n".join(lines))
+        return folder
+    if kind == "tar":  # the last is named as a file that is there, which the library datasets takes for its path
+        path = write_tar(folder / "x.tar", [(f"../{i}.png", content) for i, content in enumerate(good)])
+        with tarfile.open(path, "a") as tar:
+            for name, kind in (
+                ("0l.png", tarfile.SYMTYPE),
+                ("1l.png", tarfile.LNKTYPE),
+                (str(secret), tarfile.REGTYPE),
+            ):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname, member.size = kind, str(secret), len(good[0]) * (kind == tarfile.REGTYPE)
+                tar.addfile(member, io.BytesIO(good[0]))
+        return path
+    shape = {"string bytes": pa.string(), "large string bytes": pa.large_string()}.get(kind, pa.binary())
+    content = good if kind == "path" else [str(secret)] * 20
+    struct = pa.array(
+        [{"bytes": c, "path": str(secret)} for c in content], pa.struct([("bytes", shape), ("path", pa.string())])
+    )
+    table = pa.table({"image": [str(secret)] * 20 if kind == "string" else struct})
     notes = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
-    parquet.write_table(table.replace_schema_metadata(notes), tmp_path / "names.parquet")
-    with pytest.raises(ClipgenError, match="names.parquet"):
-        _ = open_images(tmp_path / "names.parquet", "train", 10)[0]
-    assert {p.name for p in tmp_path.iterdir()} == {"names.parquet", "secret.png", "rows.parquet", "x.tar"}
+    folder.mkdir()
+    parquet.write_table(table.replace_schema_metadata(notes if kind != "string bytes" else None), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+@pytest.mark.parametrize(
+    "kind", ["coco", "metadata", "tar", "path", "string", "string bytes", "large string bytes", "path as bytes"]
+)
+def test_nothing_in_a_data_file_is_a_path_outside(tmp_path, kind):
+    save(tmp_path / "secret.png")
+    read = 0
+    try:
+        path = outside(kind, tmp_path / "data", tmp_path / "secret.png")
+        splits = [open_images(path, split, 10) for split in ("train", "val")[kind in ("coco", "metadata") :]]
+    except ClipgenError as error:
+        assert kind == "string" and "x.parquet" in str(error)
+        return
+    for images, row in [(part, row) for part in splits for row in range(len(part))]:
+        try:
+            assert images[row].float().std() > 50  # noise, not the plain red of the secret
+            read += 1
+        except ClipgenError as error:
+            assert "has no bytes" in str(error) or "not an image" in str(error)
+    assert read == {"coco": 1, "metadata": 1, "tar": 20, "path": 20}.get(kind, 0)
+
+
+def bombs(folder):
+    """Small archives that promise much: a value stored once for all rows, zeros in a page, a hole in a sparse member."""
+    once = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 20_000, pa.int32()), pa.array([os.urandom(200_000)], pa.binary())
+    )
+    parquet.write_table(pa.table({"image": once}), folder / "once.parquet")
+    parquet.write_table(
+        pa.table({"image": pa.array([bytes(2_000_000)] * 600)}),
+        folder / "zeros.parquet",
+        use_dictionary=False,
+        compression="zstd",
+    )
+    sparse = tarfile.TarInfo("0.png")
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "6000000000"}
+    sparse.pax_headers["GNU.sparse.name"], content = "0.png", b"0\n".ljust(512, b"\0")
+    sparse.size = len(content)
+    with tarfile.open(folder / "sparse.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(sparse, io.BytesIO(content))
+
+
+def test_archives_that_promise_too_much_are_refused(tmp_path):
+    bombs(tmp_path)
+    for name in ("once.parquet", "zeros.parquet", "sparse.tar"):
+        assert (tmp_path / name).stat().st_size < 1_000_000
+        with pytest.raises(ClipgenError, match=f"{name} of .* GB unpacks to"):
+            open_images(tmp_path / name)
 
 
 def test_damaged_archives_are_one_sentence(tmp_path):

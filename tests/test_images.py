@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from clipgen_lib.data.images import (
+    EXTENSIONS,
     MAX_ASPECT,
     blur,
     crop,
@@ -51,6 +52,27 @@ def test_sixteen_bit_keeps_its_range(tmp_path):
     Image.fromarray(values).save(tmp_path / "x.png")
     image = load_image(tmp_path / "x.png", 30)
     assert image.min() == 0 and image.max() == 255 and abs(float(image.float().mean()) - 127) < 2
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, 60_000.0])
+def test_floats_keep_their_range(tmp_path, top):
+    values = np.linspace(0, top, 900, dtype=np.float32).reshape(30, 30)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    wanted = 255 if top != 60_000 else 233
+    assert abs(int(load_image(tmp_path / "x.tif", 30).max()) - wanted) <= 1
+
+
+@pytest.mark.parametrize(
+    "ending", ["jfif", "jpe", "dib", "mpo", "pgm", "pbm", "pnm", "tga", "webp", "tif", "jp2", "avif"]
+)
+def test_what_pillow_reads_is_read(tmp_path, ending):
+    if ending in ("jp2", "avif") and f".{ending}" not in EXTENSIONS:
+        pytest.skip("Pillow here is built without it")
+    image = ramp().convert({"pgm": "L", "pbm": "1"}.get(ending, "RGB"))
+    image.save(tmp_path / f"x.{ending}", "JPEG" if ending == "mpo" else None)
+    found = load_image(tmp_path / f"x.{ending}", 30).float()
+    wanted = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()
+    assert (found - wanted).abs().mean() < 12
 
 
 def test_alpha_lies_over_white(tmp_path):
@@ -158,6 +180,12 @@ def test_eight_bit_and_jpeg_are_what_comes_back_from_files(tmp_path):
 # ---------------------------------------------------------------------------------------------- any bytes, and bombs
 
 
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
 def whole_files() -> list[bytes]:
     """Small whole images of every format and of modes that are rare, one of them animated, two of them turned by EXIF."""
     values = np.arange(12 * 9 * 3, dtype=np.uint8).reshape(9, 12, 3)
@@ -174,12 +202,7 @@ def whole_files() -> list[bytes]:
     floats = (grey, np.where(grey < 9, np.nan, 1).astype(np.float32))
     kinds += [(Image.fromarray(values[:, :, 0].astype(np.uint16) * 200), "PNG", {})]
     kinds += [(Image.fromarray(array), "TIFF", {}) for array in floats]
-    found = []
-    for image, kind, options in kinds:
-        stream = io.BytesIO()
-        image.save(stream, kind, **options)
-        found.append(stream.getvalue())
-    return found
+    return [saved(image, kind, **options) for image, kind, options in kinds]
 
 
 FILES = whole_files()
@@ -227,6 +250,7 @@ def bombs() -> dict[str, tuple[bytes, str]]:
     large = bytearray(frames("GIF", 1))
     large[large.index(b",") + 5 : large.index(b",") + 9] = b"\xff" * 4  # a frame of 65,535 pixels a side
     bmp = bytearray(FILES[4])
+    progressive = saved(Image.new("RGB", (3_000, 3_000)), "JPEG", progressive=True)
     bmp[18:26] = struct.pack("<ii", 2**30, -(2**30))
     return {
         "huge header": (png_of(50_000, 50_000), "megapixels"),
@@ -239,6 +263,9 @@ def bombs() -> dict[str, tuple[bytes, str]]:
         "large frame": (bytes(large), "pixels"),
         "bmp": (bytes(bmp), "megapixels"),
         "ppm": (b"P6 50000 50000 255\n" + bytes(99), "megapixels"),
+        "16 bits": (saved(Image.fromarray(np.zeros((5_000, 5_000), np.uint16)), "PNG"), ""),
+        "alpha": (saved(Image.new("RGBA", (5_000, 5_000)), "PNG"), ""),
+        "scans": (progressive[:-2] + 1_000 * progressive[progressive.rindex(b"\xff\xda") : -2], "scans"),
     }
 
 

@@ -3,9 +3,11 @@ import json
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from clipgen_lib.data import shapes
 from clipgen_lib.data.shapes import HELD_OUT, Claim, Scene, SceneObject
+from clipgen_lib.runtime.runs import ClipgenError, held
 
 
 def test_seeds_keep_their_scenes_and_captions():
@@ -72,8 +74,25 @@ def test_a_world_is_a_function_of_its_seed(tmp_path):
     c = shapes.make_world(tmp_path / "c", 4, 2, seed=2)
     name = "train/000000000003.png"
     assert (a / name).read_bytes() == (b / name).read_bytes() != (c / name).read_bytes()
-    (a / name).unlink()
-    assert shapes.make_world(a, 4, 2, seed=1) == a and not (a / name).exists()  # what is there is left as it is
+    before = (a / name).stat()
+    assert shapes.make_world(a, 4, 2, seed=1) == a and (a / name).stat().st_ino == before.st_ino  # left as it is
     assert (shapes.make_world(a, 5, 2, seed=1) / name).exists()  # another world takes its place
     content = json.loads((b / "annotations/captions_train.json").read_text())
     assert len(content["images"]) == 4 and len(content["annotations"]) == 20
+
+
+@pytest.mark.parametrize("file", ["shapes.json", "annotations/captions_val.json", "train/000000000003.png"])
+def test_a_damaged_world_is_made_again(tmp_path, file):
+    world = shapes.make_world(tmp_path / "a", 4, 2, seed=1)
+    whole = (world / file).read_bytes()
+    for damaged in (b"", whole[:-3], None):
+        (world / file).unlink() if damaged is None or file.endswith("png") else (world / file).write_bytes(damaged)
+        assert shapes.make_world(world, 4, 2, seed=1) == world and (world / file).read_bytes() == whole
+
+
+def test_one_process_at_a_time_makes_a_world(tmp_path):
+    with held(tmp_path / "a", "the Shapes world"), pytest.raises(ClipgenError, match="is being made in .* by process"):
+        shapes.make_world(tmp_path / "a", 4, 2)
+    whole = shapes.make_world(tmp_path / "a", 4, 2)
+    with held(whole, "the Shapes world"):
+        assert shapes.make_world(whole, 4, 2) == whole  # what is there needs no lock

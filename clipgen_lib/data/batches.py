@@ -19,7 +19,7 @@ from ..config import VQGANTrainConfig
 from ..runtime import distributed
 from ..runtime.runs import ClipgenError
 from .datasets import ImageSet
-from .images import crop
+from .images import BadImage, crop
 
 
 @lru_cache(maxsize=4)
@@ -41,6 +41,7 @@ class _Squares(NamedTuple):
     rows: list[int]  # those that could be read
     images: torch.Tensor  # (len(rows), 3, S, S) uint8
     failed: list[tuple[int, str]]  # row, why not
+    stop: str = ""  # why reading cannot go on; raised here and not in a worker, from where torch brings a traceback
 
 
 class _Reader(Dataset):
@@ -55,8 +56,10 @@ class _Reader(Dataset):
             try:
                 squares.append(self._square(row, position))
                 good.append(row)
-            except ClipgenError as error:
+            except BadImage as error:
                 failed.append((row, str(error)))
+            except ClipgenError as error:
+                return _Squares([], torch.empty(0), failed, str(error))
         # in a worker default_collate stacks straight into the memory that is shared
         stacked = default_collate(squares) if good else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return _Squares(good, stacked, failed)
@@ -71,12 +74,14 @@ class _Reader(Dataset):
 
 
 def _load(reader: _Reader, keys: Iterable[tuple[Sequence[int], Sequence[int]]], workers: int) -> Iterator[_Squares]:
-    """Squares in the order of the keys, read ahead by workers; what could not be read is told to `images.skipped`."""
+    """Squares in the order of the keys, read ahead by workers; what is no image is told to `images.skipped`."""
     # a generator of its own: a loader otherwise takes numbers from the global one, and a resumed run would differ
-    generator = torch.Generator().manual_seed(0)
-    with dead_workers_told(reader.images, workers):
+    generator, images = torch.Generator().manual_seed(0), reader.images
+    with dead_workers_told(images, workers):
         for found in DataLoader(reader, batch_size=None, sampler=keys, num_workers=workers, generator=generator):
-            reader.images.skipped |= {reader.images.names[row]: why for row, why in found.failed}
+            if found.stop:
+                raise ClipgenError(found.stop)
+            images.skipped |= {images.names[row]: why for row, why in found.failed}
             yield found
 
 
@@ -87,7 +92,7 @@ def training_batches(images: ImageSet, config: VQGANTrainConfig, seed: int, star
     unreadable image is recorded in `images.skipped` and another image of the share takes its place.
 
     Raises:
-        ClipgenError: no image of a whole share can be read, or a worker process was killed.
+        ClipgenError: no image of a whole share can be decoded, one cannot be read at all, or a worker process was killed.
     """
     size, world = config.batch_size, distributed.world_size()
     if size % world:
@@ -98,7 +103,7 @@ def training_batches(images: ImageSet, config: VQGANTrainConfig, seed: int, star
         for step in range(start, config.steps)
     )
     reader = _Reader(images, seed, config.flip, config.random_crop)
-    for rows, squares, failed in _load(reader, keys, config.workers):
+    for rows, squares, failed, _ in _load(reader, keys, config.workers):
         if not rows:
             why = f"{len(failed)} images of {images.root} could be read ({failed[0][1]})"
             raise ClipgenError(f"none of {why}: check the data")
@@ -117,7 +122,7 @@ def image_batches(
     images: ImageSet, batches: Iterable[Sequence[int]], workers: int = 0
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """The same of batches of any sizes, all by one loader."""
-    for rows, squares, _ in _load(_Reader(images), ((rows, rows) for rows in batches), workers):
+    for rows, squares, *_ in _load(_Reader(images), ((rows, rows) for rows in batches), workers):
         yield rows, squares
 
 
@@ -132,7 +137,7 @@ def augmented_rows(
         The rows that could be read, (b,), and their images, (b, 3, S, S) uint8; the others are in `images.skipped`.
 
     Raises:
-        ClipgenError: none of them can be read.
+        ClipgenError: none of them is an image, or one cannot be read at all.
     """
     crops = v2.Compose(
         [v2.RandomResizedCrop(images.size, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip(0.5 * flip)]
@@ -143,7 +148,7 @@ def augmented_rows(
         for row in map(int, rows):
             try:
                 good[row] = crops(images[row])
-            except ClipgenError as error:
+            except BadImage as error:
                 images.skipped[images.names[row]] = str(error)
     if not good:
         raise ClipgenError(f"none of {len(rows)} images of {images.root} could be read: check the data")
@@ -152,7 +157,11 @@ def augmented_rows(
 
 @contextmanager
 def dead_workers_told(images: ImageSet, workers: int) -> Iterator[None]:
-    """A process that read images and was killed as one sentence: torch raises wherever the main thread is at that moment."""
+    """A pass over images: tells how many were left out, and a reader that was killed as one sentence.
+
+    Around the pass, since torch raises that wherever the main thread is at that moment.
+    """
+    before = len(images.skipped)
     try:
         yield
     except RuntimeError as error:
@@ -162,3 +171,7 @@ def dead_workers_told(images: ImageSet, workers: int) -> Iterator[None]:
         raise ClipgenError(
             f"a process that reads images of {images.root} was killed, most often for want of memory or of /dev/shm ({why}): take fewer workers than {workers}, or give more of both"
         ) from None
+    finally:
+        if len(images.skipped) > before:
+            why = f"the last: {next(reversed(images.skipped.values()))}"
+            distributed.tell(f"{len(images.skipped)} files of {images.root} have been left out, {why}")

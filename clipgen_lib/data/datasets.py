@@ -13,8 +13,10 @@ import io
 import json
 import os
 import re
+import tarfile
 from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
@@ -24,9 +26,11 @@ import torch
 from torch.utils.data import Dataset
 
 from ..config import ShapesConfig
+from ..runtime.distributed import tell
 from ..runtime.runs import DATA, ClipgenError, read_json, reason, shortened
 from . import shapes
-from .images import EXTENSIONS, load_image
+from .folders import SPLIT, TRAIN_NAMES, VAL_NAMES, Listing, choose_split, class_names, folder_classes, list_folder
+from .images import MAX_BYTES, BadImage, load_image, patiently, read_text
 
 if TYPE_CHECKING:
     import datasets as hf
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 CACHE_BYTES = 2 << 30  # decoded images that a process keeps in memory
 VAL_SHARE = 0.1  # of images that have no splits of their own, chosen by a hash of the name
 FEWEST_VAL = 16  # images of such a val split at least, or half of all: fewer cannot be halved and compared
-VAL_NAMES = ("val", "valid", "validation", "dev", "test")  # what the val split may be called, the best name first
+UNPACKED = 100  # most times the size of an archive that its content may have where that is more than MAX_BYTES
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentences")
 CLASS_COLUMNS = ("label", "class", "cls")
 CLASS_PROMPT = "a photo of a {}"
@@ -72,7 +76,7 @@ class ImageSet(Dataset):
         return len(self.names)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        """Raises ClipgenError where the image cannot be read."""
+        """Raises BadImage where the image cannot be decoded, ClipgenError where its file cannot be read."""
         if row not in self._cache:
             image = load_image(self.encoded(row), self.size, self.names[row])
             if self._cached_bytes + image.nbytes > CACHE_BYTES:
@@ -82,12 +86,12 @@ class ImageSet(Dataset):
         return self._cache[row]
 
     def encoded(self, row: int) -> Path | bytes:
-        """The file of an image. A path that an archive gives in place of bytes is never opened: then ClipgenError is raised."""
+        """The file of an image, or its bytes in an archive. Raises BadImage where that gives a path instead: it is not opened."""
         if self.table is None:
             return self.root / self.names[row]
-        (image,) = self.table[row].values()
-        if image is None or image["bytes"] is None:
-            raise ClipgenError(f"{self.names[row]} has no bytes in the archive: write the images themselves into it")
+        (image,) = patiently(lambda: self.table[row], self.root).values()
+        if image is None or not isinstance(image["bytes"], bytes):
+            raise BadImage(f"{self.names[row]} has no bytes in the archive: write the images themselves into it")
         return image["bytes"]
 
     @property
@@ -127,7 +131,8 @@ class ImageSet(Dataset):
         """16 hex digits of the names and sizes: the same for the same files, wherever they lie."""
         digest = hashlib.sha256(f"{self.size} {self.table.data.nbytes if self.table else ''}".encode())
         for name in self.names:
-            size = "" if self.table else os.stat(self.root / name).st_size
+            path = self.root / name
+            size = "" if self.table else patiently(path.stat, path).st_size
             digest.update(f"{name}:{size};".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
@@ -141,9 +146,9 @@ def open_images(
         path: `shapes` (the embedded world, made on first use); a COCO root (`annotations/captions_<split>.json` beside
             `<split>/`); a folder of images, read recursively; a parquet file, a WebDataset tar or a folder of either; or a
             data set of the Hugging Face hub (`owner/name`). `?caption=COLUMN&class=COLUMN&image=COLUMN` after it names
-            columns of an archive or of metadata.jsonl that are not found by themselves.
+            columns of an archive or of metadata.jsonl that are not found by themselves, `?year=2017` one of COCO's years.
         split: `train` or `val`, or any other split that is there; `heldout` of `shapes`. Images without splits of their own
-            are split 90 to 10 by a hash of their names.
+            are split 90 to 10 by a hash of their names. What was found is told on stderr, once.
         size: short side in pixels.
         world, seed: size and seed of the Shapes world.
 
@@ -155,10 +160,10 @@ def open_images(
         return _open_coco(shapes.make_world(root, world.n_train, world.n_val, seed), split, size, "shapes")
     text, _, query = (str(path), "", "") if os.path.exists(path) else str(path).partition("?")
     root, named = Path(text).expanduser(), dict(parse_qsl(query))
-    if not named.keys() <= {"image", "caption", "class"}:
+    if not named.keys() <= {"image", "caption", "class", "year"}:
         raise ClipgenError(f"{shortened(query)!r} names no columns: give ?image=A&caption=B&class=C, or some of them")
-    if (root / "annotations").is_dir():
-        return _open_coco(root, split, size, root.resolve().name)
+    if any(root.glob("annotations/captions_*.json")):
+        return _open_coco(root, split, size, root.resolve().name, named.get("year", ""))
     if archives := _archives(root):
         kind = {".tar": "webdataset", ".parquet": "parquet"}[archives[0].suffix.lower()]
         return _open_table(root, kind, split, size, named, _by_split(root, archives))
@@ -168,19 +173,6 @@ def open_images(
         return _open_table(root, text, split, size, named)
     hint = "unpack the archive and give its folder" if root.is_file() else "check the path, or use 'shapes'"
     raise ClipgenError(f"{root} is not a folder of images: {hint}")
-
-
-def _split_among(names: list[str], split: str, where: Path) -> str | None:
-    """The one of these names that is meant by `split`; None where they are no splits. Raises ClipgenError without this one."""
-    known = {name.lower(): name for name in names}
-    if "train" not in known or not known.keys() & set(VAL_NAMES):
-        if split not in ("train", "val"):
-            raise ClipgenError(f"{where} has the splits train and val, not {split!r}")
-        return None
-    for name in (split.lower(), *(VAL_NAMES if split == "val" else ())):
-        if name in known:
-            return known[name]
-    raise ClipgenError(f"{where} has no split {split!r}: use one of {shortened(', '.join(sorted(names)))}")
 
 
 def _split_by_hash(names: list[str], split: str, where: Path) -> np.ndarray:
@@ -197,40 +189,56 @@ def _split_by_hash(names: list[str], split: str, where: Path) -> np.ndarray:
     return rows
 
 
-def _open_coco(root: Path, split: str, size: int, name: str) -> ImageSet:
+def _open_coco(root: Path, split: str, size: int, name: str, year: str = "") -> ImageSet:
     files = {p.stem.removeprefix("captions_"): p for p in sorted(root.glob("annotations/captions_*.json"))}
-    found = [files[split]] if split in files else [p for key, p in files.items() if key.removeprefix(split).isdigit()]
-    if len(found) != 1:
-        there = ", ".join(files) or "none"
-        raise ClipgenError(f"{root} has {len(found)} caption files for split {split!r}: name one of {there}")
-    folder = root / found[0].stem.removeprefix("captions_")
-    content = read_json(found[0])
+    chosen, is_divided = choose_split(files, split, root, year)
+    chosen = chosen or next(iter(files))
+    path, content, there = files[chosen], read_json(files[chosen]), set(list_folder(root).names)
     try:
-        file_names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-        texts, keys = _coco_texts(content), np.array(sorted(file_names), np.int64).tolist()
+        places, left_out = _coco_places(content, chosen, there)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         why = f"{type(error).__name__}: {reason(error)}"
-        raise ClipgenError(f"{found[0]} is not in COCO's caption layout ({why}): restore the original file") from None
-    there = set(os.listdir(folder)) if folder.is_dir() else set()  # so no name can lead out of the folder
-    used = [key for key in keys if file_names[key] in there]
-    if not used:
-        missing = f"none of the {len(keys)} images of {found[0].name}"
-        raise ClipgenError(f"{folder} holds {missing}: unpack {folder.name}.zip there")
-    names = [f"{folder.name}/{file_names[key]}" for key in used]
-    images = ImageSet(name, folder.name, root, names, size, partial(_describe_coco, found[0], used))
-    for key in sorted(file_names.keys() - set(used)):
-        unknown = shortened(file_names[key]).encode(errors="replace").decode()
-        images.skipped[unknown] = "named in the annotations, but the folder has no such file"
-    for key in sorted(texts.keys() - file_names.keys()):
-        images.skipped[shortened(f"image_id {key}")] = "captions without an entry among the images"
+        raise ClipgenError(f"{path} is not in COCO's caption layout ({why}): restore the original file") from None
+    if not places:
+        missing = f"none of the {len(content['images'])} images of {path.name}"
+        raise ClipgenError(f"{root / chosen} holds {missing}: unpack {chosen}.zip there")
+    keys = sorted(places)
+    rows = _split_by_hash([places[key] for key in keys], split, root) if is_divided else range(len(keys))
+    keys = [keys[row] for row in rows]
+    names, describe = [places[key] for key in keys], partial(_describe_coco, path, keys)
+    images = ImageSet(name, split if is_divided else chosen, root, names, size, describe)
+    images.skipped |= left_out
+    if name != "shapes":
+        some = f", left out: {len(left_out)}, the first {' '.join(next(iter(left_out.items())))}" if left_out else ""
+        tell(f"{root}: {images.split}, {len(images):,} images, captions in {path.name}{some}")
     return images
 
 
+def _coco_places(content: dict, chosen: str, there: set[str]) -> tuple[dict[int, str], dict[str, str]]:
+    """Image id -> its file, looked up in the listing so that no name leads out of it; what is left out -> why."""
+    texts, places, left_out, ids = _coco_texts(content), {}, {}, set()
+    for image in content["images"]:
+        key, name = int(np.int64(image["id"])), str(image["file_name"])
+        tops = (f"{chosen}/", f"images/{chosen}/", "images/", "")
+        place = next((top + name for top in tops if top + name in there), None)
+        if place and key not in ids:
+            places[key] = place
+        else:
+            why = "its id stands in the annotations twice" if key in ids else "the folder has no such file"
+            left_out[shortened(name).encode(errors="replace").decode()] = f"named in the annotations, but {why}"
+        ids.add(key)
+    for key in sorted(texts.keys() - ids):
+        left_out[shortened(f"image_id {key}")] = "captions without an entry among the images"
+    if empty := len(content["annotations"]) - sum(map(len, texts.values())):
+        left_out[f"{empty} captions"] = "null or empty"
+    return places, left_out
+
+
 def _coco_texts(content: dict) -> dict[int, list[str]]:
-    """Image id -> its captions."""
+    """Image id -> its captions; null and empty ones are dropped."""
     texts: dict[int, list[str]] = {}
     for annotation in content["annotations"]:
-        texts.setdefault(int(annotation["image_id"]), []).append(str(annotation["caption"]).strip())
+        texts.setdefault(int(annotation["image_id"]), []).extend(_captions([annotation["caption"]]))
     return texts
 
 
@@ -241,64 +249,54 @@ def _describe_coco(path: Path, keys: list[int]) -> Texts:
 
 
 def _open_folder(root: Path, split: str, size: int, named: dict[str, str]) -> ImageSet:
-    folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
-    chosen = _split_among(folders, split, root)
-    top = root / (chosen or "")
-    names, metadata = [], []
-    for folder, below, files in os.walk(top):
-        below[:] = [name for name in below if not name.startswith(".")]  # thumbnails and notes of file managers
-        place = Path(folder).relative_to(root)
-        for name in files:
-            if name in ("metadata.jsonl", "metadata.csv"):
-                metadata.append(Path(folder) / name)
-            elif name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                names.append((place / name).as_posix())
-    names = [name for name in sorted(names) if os.path.isfile(root / name)]
-    if not names:
-        raise ClipgenError(f"{top} holds no images ({', '.join(EXTENSIONS)}): give another folder")
-    if chosen is None:
+    listing = list_folder(root)
+    if not listing.names:
+        raise ClipgenError(f"{root} holds no images ({listing.describe()}): give another folder")
+    groups = listing.splits()
+    chosen, is_divided = choose_split(groups, split, root, named.get("year", ""))
+    tell(f"{root}: {listing.describe()}")
+    names = groups[chosen] if chosen else listing.names
+    if is_divided:
         names = [names[row] for row in _split_by_hash(names, split, root)]
-    depth = 0 if chosen is None else 1
-    describe = partial(_describe_folder, root, names, metadata, named, depth)
-    return ImageSet(root.resolve().name, chosen or split, root, names, size, describe)
+    describe = partial(_describe_folder, root, names, listing, named)
+    return ImageSet(root.resolve().name, split if is_divided else chosen, root, names, size, describe)
 
 
-def _describe_folder(root: Path, names: list[str], metadata: list[Path], named: dict[str, str], depth: int) -> Texts:
-    """What metadata files say of the images; else captions by name.txt beside name.jpg, classes by the folder at `depth`."""
+def _describe_folder(root: Path, names: list[str], listing: Listing, named: dict[str, str]) -> Texts:
+    """What metadata files say of the images; else captions by name.txt beside name.jpg, classes by folders."""
     entries: dict[str, dict] = {}
-    for path in sorted(metadata):
-        place = path.parent.relative_to(root)
+    folders = {above for name in names for above in PurePosixPath(name).parents} if listing.metadata else ()
+    for path in map(PurePosixPath, listing.metadata):
         # a name by which images are known, never one to open
-        entries |= {os.path.normpath(place / str(entry.get("file_name"))): entry for entry in _metadata(path)}
+        found = _metadata(root / path) if path.parent in folders else ()
+        entries |= {os.path.normpath(path.parent / str(entry.get("file_name"))): entry for entry in found}
     rows = [entries.get(os.path.normpath(name), {}) for name in names]
     known = dict.fromkeys(key for row in rows for key in row if key != "file_name")
     columns = {key: [row.get(key) for row in rows] for key in known}
     captions, classes = _read_texts(columns, columns.get, named, root)
     if captions is None:
-        paths = [(root / name).with_suffix(".txt") for name in names]
-        lines = [path.read_text("utf-8", "replace") if path.is_file() else None for path in paths]
-        captions = [_captions(found) for found in lines] if any(lines) else None
-    parts = [name.split("/") for name in names]
-    if classes is None and all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) > 1:
-        classes = [_words(p[depth]) for p in parts]
-    return captions, classes
+        stems = [name.rpartition(".")[0] for name in names]
+        captions = [_captions(read_text(root / f"{stem}.txt")) if stem in listing.texts else () for stem in stems]
+    if classes is None and (found := folder_classes(names, bool(listing.splits()))):
+        classes = class_names(found, root)
+    return captions if any(captions) else None, classes
 
 
 def _metadata(path: Path) -> list[dict]:
     """The entries of metadata.jsonl or metadata.csv. Raises ClipgenError where it cannot be read."""
     try:
-        lines = io.StringIO(path.read_text("utf-8"))
+        lines = io.StringIO(read_text(path))
         entries = list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(x) for x in lines if x.strip()]
         if not all(isinstance(entry, dict) for entry in entries):
             raise ValueError("a line is not an object")
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ClipgenError(f"{path} cannot be read ({reason(error)}): restore it") from None
     return entries
 
 
 def _archives(path: Path) -> list[Path]:
     """The parquet and tar files at a path: itself, or those in a folder, in its `data`, and in folders named as splits."""
-    folders = [path / top / name for top in ("", "data") for name in ("", "train", *VAL_NAMES)]
+    folders = [path / top / name for top in ("", "data") for name in ("", *TRAIN_NAMES, *VAL_NAMES)]
     files = [path] if path.is_file() else [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
     files = [f for f in files if f.suffix.lower() in (".parquet", ".tar") and f.is_file() and f.name[0] != "."]
     return sorted(file for file in files if file.name != "metadata.parquet")
@@ -315,10 +313,36 @@ def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
             if file.suffix.lower() == ".tar" and stream.read().strip(b"\0"):  # tarfile would say nothing
                 raise ClipgenError(f"{file} is cut short or no tar: restore it")
         parts = re.split(r"[-_./\d]+", os.path.relpath(file, root).lower())
-        found = next((part for part in parts if part in ("train", *VAL_NAMES)), "images")
+        found = next((part for part in parts if SPLIT.fullmatch(part)), "images")
         groups.setdefault(found, []).append(str(file.absolute()))
-    is_split = "train" in groups and groups.keys() & set(VAL_NAMES)
-    return groups if is_split else {"train": sum(groups.values(), [])}
+    return groups
+
+
+def _check_sizes(file: Path) -> None:
+    """Raises ClipgenError where the headers of an archive promise far more than it holds, or more than an image needs."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    size = file.stat().st_size
+    if file.suffix.lower() == ".tar":
+        with tarfile.open(file, "r:") as tar:
+            sizes = [member.size for member in tar]
+        total, most = sum(sizes), size * (max(sizes, default=0) <= MAX_BYTES)
+    else:
+        with ParquetFile(file) as table:
+            columns = map(table.schema.column, range(len(table.schema)))
+            texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+            total = sum(table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups))
+        most = max(MAX_BYTES, UNPACKED * size)
+        with ParquetFile(file, read_dictionary=texts) as table:  # a value that is repeated is stored once: look at some
+            for some in islice(table.iter_batches(16), int(total <= most)):
+                parts = [column.chunk(0) for column in pa.Table.from_batches([some]).flatten().columns]
+                parts = [part.dictionary_decode() if isinstance(part, pa.DictionaryArray) else part for part in parts]
+                total = max(total, sum(part.nbytes for part in parts) / len(some) * table.metadata.num_rows)
+    if total > most:
+        raise ClipgenError(
+            f"{file} of {size / 1e9:.3g} GB unpacks to {total / 1e9:.3g} GB, or members of 1 GB: make it again"
+        )
 
 
 def _open_table(
@@ -332,15 +356,22 @@ def _open_table(
     hf.logging.set_verbosity(hf.logging.CRITICAL)  # what it would log is in our sentence
     cache = os.environ.get("HF_DATASETS_CACHE", str(DATA / "cache"))
     try:
-        splits = hf.load_dataset(source, data_files=files, cache_dir=cache)
+        builder = hf.load_dataset_builder(source, data_files=files, cache_dir=cache)
+        for file in sum((files or {}).values(), []) if not os.path.isdir(builder.cache_dir) else ():
+            _check_sizes(Path(file))
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    except ClipgenError:
+        raise
     except Exception as error:  # of any file and any address: the library raises whatever its readers raise
         where = root if files else f"{source} is no folder here, and as a data set of the Hugging Face hub it"
         why = reason(error.__cause__ or error)
         raise ClipgenError(f"{where} cannot be read ({why}): check its name, or restore its files") from None
-    chosen = _split_among(list(splits), split, root)
-    table = splits[chosen or ("train" if "train" in splits else next(iter(splits)))]
-    images, texts = _columns(table, named, root)
-    if chosen is None:
+    chosen, is_divided = choose_split(splits, split, root, named.get("year", ""))
+    images, texts = _columns(splits[chosen or next(iter(splits))], named, root)
+    counts = ", ".join(f"{name} {len(table):,}" for name, table in splits.items())
+    tell(f"{root}: {counts} images; other columns: {shortened(', '.join(texts.column_names)) or 'none'}")
+    if is_divided:
         rows = _split_by_hash(_member_names(images), split, root)
         images, texts = images.select(rows), texts.select(rows)
     name = root.resolve().stem if root.is_file() else root.resolve().name
@@ -355,6 +386,7 @@ def _columns(table: hf.Dataset, named: dict[str, str], root: Path) -> tuple[hf.D
         return isinstance(feature, hf.Image) or isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
 
     found = [name for name, feature in table.features.items() if is_image(feature)]
+    found = found or [name for name, feature in table.features.items() if getattr(feature, "dtype", "") == "binary"]
     image = named.get("image") or ("image" if "image" in found else next(iter(found), "image"))
     if image not in found:
         there = shortened(", ".join(table.column_names))
@@ -378,7 +410,8 @@ def _describe_table(texts: hf.Dataset, named: dict[str, str], root: Path) -> Tex
         found, names = texts[column][:], getattr(texts.features[column], "names", None)
         if names is None:  # else it is a ClassLabel: numbers of names
             return found
-        return [_words(names[v]) if v is not None and 0 <= v < len(names) else None for v in found]
+        names = class_names(names, root)
+        return [names[v] if v is not None and 0 <= v < len(names) else None for v in found]
 
     return _read_texts(texts[:100], values, named, root)
 
@@ -414,7 +447,3 @@ def _captions(value: object) -> tuple[str, ...]:
     """Captions without their outer blanks, from the lines of a text, a list of texts or anything else."""
     texts = value.splitlines() if isinstance(value, str) else value if isinstance(value, list) else []
     return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace("-", " ")

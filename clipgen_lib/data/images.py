@@ -5,60 +5,128 @@ It knows nothing of CLIP's mean and standard deviation: that is `ClipEmbedder`'s
 """
 
 import io
+import os
+import time
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from ..runtime.runs import ClipgenError, reason
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-# whatever the name says; Pillow hands EPS to another program
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+with suppress(ImportError):  # photos of phones, for whoever has installed it
+    __import__("pillow_heif").register_heif_opener()
+
+_ENDINGS = Image.registered_extensions()
+# whatever the name says; Pillow hands EPS to another program, and takes any bytes for a TGA, so that its name must say it
+_READ = Image.OPEN.keys() & {"JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF"}
+_PARTS = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # a build of Pillow may be without
+_READ -= {kind for kind in _READ & _PARTS.keys() if not features.check(_PARTS[kind])}
+_ENDINGS = {end: kind for end, kind in _ENDINGS.items() if kind in _READ | {"MPO", "TGA"}}
+FORMATS, EXTENSIONS = sorted(_READ), tuple(_ENDINGS)
+MAX_BYTES = 1 << 30  # of a file or of a member of an archive
 MAX_PIXELS = 100_000_000  # a larger header is a decompression bomb or not meant for training
+MAX_SCANS = 20  # passes of a progressive JPEG over MAX_PIXELS, of a smaller one as many more
 MAX_ASPECT = 100  # long to short side: with the short side as asked, a line of 1 x 60,000 pixels would fill the memory
+PAUSES = (0.2, 0.8, 3.0)  # seconds before a read that failed is tried again: a file server that comes back
+
+
+class BadImage(ClipgenError):
+    """An image whose bytes are no picture to train on: it is left out and counted, where every other error stops."""
+
+
+def patiently(read: Callable, path: object) -> Any:
+    """What `read` returns; where the disk or the memory fails it is called again, after each of PAUSES.
+
+    Raises:
+        ClipgenError: it failed each time.
+    """
+    for pause in (*PAUSES, 0):
+        try:
+            return read()
+        except (OSError, MemoryError) as error:
+            why = getattr(error, "strerror", None) or reason(error)
+        time.sleep(pause)
+    cure = "see that it is there, may be read and fits into memory, then run the same command again to resume"
+    raise ClipgenError(f"{path} cannot be read ({why}): {cure}")
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ClipgenError: it cannot be read, is larger than 1 GB, or is in another encoding.
+    """
+    content = patiently(lambda: _content(path), path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        why = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else reason(error)
+        raise ClipgenError(f"{path} cannot be read as UTF-8 ({why}): save it as UTF-8") from None
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file. Raises BadImage where there are more than MAX_BYTES."""
+    with open(path, "rb") as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > MAX_BYTES:
+            raise BadImage(f"{path} has {size / 1e9:.3g} GB: give a file of less than {MAX_BYTES / 1e9:.3g}")
+        return stream.read()
 
 
 def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
     """Read an image, a file or its bytes, upright and in RGB, its short side resized to `size` pixels.
 
-    Grey, palette, CMYK, 16-bit and alpha images become 8-bit RGB (alpha over white); EXIF rotation is applied. Errors call
-    it `name`, or by its path.
+    Grey, palette, CMYK, 16-bit, float and alpha images become 8-bit RGB (alpha over white); EXIF rotation is applied.
+    Errors call it `name`, or by its path.
 
     Returns:
         (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`.
 
     Raises:
-        ClipgenError: the file is not an image of these formats, is cut short, is larger than 100 megapixels, or is a line.
+        BadImage: the file is not an image of these formats, is cut short, is larger than 100 megapixels or 1 GB, or is a line.
+        ClipgenError: the file cannot be read, now or some seconds later, or there is no memory for it.
     """
-    path = name or source
+    return patiently(lambda: _load(source, size, str(name or source)), name or source)
+
+
+def _load(source: Path | bytes, size: int, path: str) -> torch.Tensor:
+    content = source if isinstance(source, bytes) else _content(source)
+    formats = [*FORMATS, "TGA"] if _ENDINGS.get(os.path.splitext(path)[1].lower()) == "TGA" else FORMATS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is in _decoded
-            array = _decoded(io.BytesIO(source) if isinstance(source, bytes) else source, size)
+            array = _decoded(content, size, formats)
     except Image.DecompressionBombError:  # Pillow's own limit, of twice as many
-        raise ClipgenError(f"{path} has more than 100 megapixels: shrink it") from None
+        raise BadImage(f"{path} has more than 100 megapixels: shrink it") from None
     except UnidentifiedImageError:
-        raise ClipgenError(f"{path} is not an image that Pillow can read: remove it or save it again") from None
-    except ClipgenError as error:
-        raise ClipgenError(f"{path} {error}") from None
+        raise BadImage(f"{path} is not an image that Pillow can read: remove it or save it again") from None
+    except MemoryError:
+        raise
+    except BadImage as error:
+        raise BadImage(f"{path} {error}") from None
     except Exception as error:  # of a file of any bytes: Pillow's plugins raise whatever they stumble over
-        raise ClipgenError(f"{path} is damaged ({reason(error)}): remove it or restore it from its source") from None
+        raise BadImage(f"{path} is damaged ({reason(error)}): remove it or restore it from its source") from None
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def _decoded(file: Path | io.BytesIO, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 with a short side of `size` pixels; raises ClipgenError where it is too large or a line."""
-    with Image.open(file, formats=FORMATS) as image:
+def _decoded(content: bytes, size: int, formats: list[str]) -> np.ndarray:
+    """(H, W, 3) uint8 with a short side of `size` pixels; raises BadImage where it is too large or a line."""
+    with Image.open(io.BytesIO(content), formats=formats) as image:
         pixels = f"has {image.width}x{image.height} pixels"
         if image.width * image.height > MAX_PIXELS:
-            raise ClipgenError(f"{pixels}: shrink it below 100 megapixels")
+            raise BadImage(f"{pixels}: shrink it below 100 megapixels")
         if max(image.size) > MAX_ASPECT * min(image.size):
-            raise ClipgenError(f"{pixels}, more than {MAX_ASPECT} times as long as wide: crop it")
-        if image.format == "JPEG":
+            raise BadImage(f"{pixels}, more than {MAX_ASPECT} times as long as wide: crop it")
+        if image.format in ("JPEG", "MPO"):
+            scans = content.count(b"\xff\xda")  # inside of a scan no such bytes stand
+            if scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:
+                raise BadImage(f"{pixels} in {scans} scans, which take minutes: save it again")
             image.draft("RGB", (2 * size, 2 * size))  # decodes at a coarser scale where that is enough
         ImageOps.exif_transpose(image, in_place=True)  # a copy only where it has to be turned
         image = _to_rgb(image)
@@ -70,14 +138,19 @@ def _decoded(file: Path | io.BytesIO, size: int) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode."""
     if image.mode.startswith(("I;16", "I", "F")):  # Pillow clips these to 8 bits; scale the range instead
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
+        values = np.asarray(image)
+        least, most = values.min(), values.max()
+        if not np.isfinite((least, most)).all():
             raise ValueError("it has pixels that are not finite")
-        top = 65535.0 if values.max() > 255 else 255.0
-        return Image.fromarray(np.clip(values * 255 / top, 0, 255).astype(np.uint8)).convert("RGB")
+        top = 65535.0 if most > 255 else 1.0 if image.mode == "F" and most <= 1 else 255.0
+        scaled = np.empty(values.shape, np.uint8)
+        for row, line in zip(scaled, values, strict=True):  # one by one: float64 of all takes eight times the memory
+            row[:] = np.clip(line.astype(np.float64) * 255 / top, 0, 255)
+        return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        rgba, flat = image if image.mode == "RGBA" else image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        flat.paste(rgba, mask=rgba)
+        return flat
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -10,6 +10,7 @@ Coordinates are pixels of a 64x64 canvas, x to the right and y down.
 import itertools
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -17,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..runtime.runs import fresh_folder, progress, read_json
+from ..runtime.distributed import world_size
+from ..runtime.runs import fresh_folder, held, progress
+from .images import patiently
 
 CANVAS = 64
 SUPERSAMPLE = 4
@@ -308,26 +311,47 @@ def make_world(root: Path, n_train: int, n_val: int, seed: int = 0) -> Path:
     """Write a Shapes world in MS-COCO's layout and return its root.
 
     Splits `train` and `val` hold no held-out pair; `heldout` (as large as `val`) shows one in every image.
-    An existing world of the same sizes and seed is left as it is. Written beside its place and renamed, so that
-    an interrupted call leaves no half a world.
+    A whole world of the same sizes and seed is left as it is, a damaged one is made again. Written beside its place and
+    renamed, so that an interrupted call leaves no half a world.
+
+    Raises:
+        ClipgenError: another process is making it.
     """
     root = Path(root)
     recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 2}
-    mark = root / "shapes.json"
-    if mark.exists() and read_json(mark) == recipe:
-        return root
     splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "heldout": (n_val, 20_000_000)}
-    with fresh_folder(root) as folder, progress(n_train + 2 * n_val, "making the Shapes world") as bar:
+    if patiently(lambda: _is_whole(root, recipe, splits), root):
+        return root
+    with held(root, "the Shapes world", wait=world_size() > 1):  # all of a launch come here at once
+        if not patiently(lambda: _is_whole(root, recipe, splits), root):  # made by another process just now
+            _write_world(root, recipe, splits)
+    return root
+
+
+def _is_whole(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -> bool:
+    """Whether a world lies there as this recipe makes it: no file is missing, none of those that name the others cut."""
+    try:
+        if json.loads((root / "shapes.json").read_bytes()) != recipe:
+            return False
+        ends = {(root / "annotations" / f"captions_{split}.json").read_bytes()[-2:] for split in splits}
+        return ends == {b"]}"} and all(len(os.listdir(root / split)) == n for split, (n, _) in splits.items())
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _write_world(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -> None:
+    total = sum(count for count, _ in splits.values())
+    with fresh_folder(root) as folder, progress(total, "making the Shapes world") as bar:
         (folder / "annotations").mkdir()
         for split, (count, first) in splits.items():
             (folder / split).mkdir()
             content = {"info": {"description": "Shapes world", **recipe}, "images": [], "annotations": []}
             for index in range(count):
-                _add_scene(scene_at(seed, first + index, held_out=split == "heldout"), folder / split, index, content)
+                scene = scene_at(recipe["seed"], first + index, held_out=split == "heldout")
+                _add_scene(scene, folder / split, index, content)
                 bar.update()
             (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
-        (folder / mark.name).write_text(json.dumps(recipe))
-    return root
+        (folder / "shapes.json").write_text(json.dumps(recipe))
 
 
 def _add_scene(scene: Scene, folder: Path, index: int, content: dict) -> None:

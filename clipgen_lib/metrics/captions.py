@@ -14,7 +14,8 @@ import torch
 from ..clip_embed import ClipEmbedder
 from ..data.batches import ordered_batches
 from ..data.datasets import ImageSet
-from ..data.images import to_float
+from ..data.images import read_text, to_float
+from ..runtime.distributed import tell
 from ..runtime.runs import ClipgenError, read_json, reason, shortened
 
 PAIRS = 10_000  # of image and caption, on which R-precision and shuffled captions are measured
@@ -140,19 +141,21 @@ def _json_pairs(path: Path) -> list[tuple[str, str]]:
     content = read_json(path)
     try:
         if "annotations" not in content:
-            return [(name, str.strip(text)) for name, text in content.items()]
-        names = {int(image["id"]): str.strip(image["file_name"]) for image in content["images"]}
-        return [(names[int(a["image_id"])], str.strip(a["caption"])) for a in content["annotations"]]
+            found = [(name, text or "") for name, text in content.items()]
+        else:
+            names = {int(image["id"]): str.strip(image["file_name"]) for image in content["images"]}
+            found = [(names[int(a["image_id"])], a["caption"] or "") for a in content["annotations"]]
+        kept = [(name, text) for name, text in found if str.strip(text)]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        found = f"{type(error).__name__}: {reason(error)}"
-        raise ClipgenError(f"{path} is neither COCO's captions nor {{name: caption}} ({found}): restore it") from None
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise ClipgenError(f"{path} is neither COCO's captions nor {{name: caption}} ({why}): restore it") from None
+    if len(kept) < len(found):
+        tell(f"{len(found) - len(kept)} of {len(found)} captions in {path} are null or empty and were left out")
+    return kept
 
 
 def _text_pairs(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClipgenError(f"captions {path} cannot be read ({reason(error)}): give a UTF-8 text or a json") from None
+    lines = read_text(path).splitlines()
     parts = [(number, *line.partition("\t")) for number, line in enumerate(lines, 1) if line.strip()]
     for number, name, _, text in parts:
         if not (name.strip() and text.strip()):

@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.datasets import ImageSet, open_images
-from ..data.images import EXTENSIONS
+from ..data.folders import list_folder
+from ..runtime.distributed import tell
 from ..runtime.runs import ClipgenError
 from .statistics import Moments, read_statistics
 
@@ -24,29 +25,31 @@ def open_folder(root: Path, size: int = 0) -> ImageSet:
     root = Path(root).expanduser()
     if not root.is_dir():
         raise ClipgenError(f"{root} is not a folder of images: check the path, or unpack the archive")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    if len(paths) < 2:
-        raise ClipgenError(f"{root} holds {len(paths)} images, too few to compare: give a folder of at least 2")
-    sizes = set()
-    for path in paths if not size else ():
-        with suppress(OSError, Image.DecompressionBombError), Image.open(path) as image:  # reading it will say why
+    listing = list_folder(root)
+    tell(f"{root}: every one of {listing.describe()}")
+    names, sizes = listing.names, set()
+    if len(names) < 2:
+        raise ClipgenError(f"{root} holds {len(names)} images, too few to compare: give a folder of at least 2")
+    for name in names if not size else ():
+        with suppress(OSError, Image.DecompressionBombError), Image.open(root / name) as image:  # reading will say why
             sizes.add(image.size)
     if not size and len(sizes) != 1:
         some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
         raise ClipgenError(
             f"the images in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which side they are brought to"
         )
-    return ImageSet(root.resolve().name, "all", root, paths, size or min(*sizes.pop()))
+    return ImageSet(root.resolve().name, "all", root, names, size or min(*sizes.pop()))
 
 
 def open_reference(reference: str | Path, size: int, split: str = "val") -> ImageSet | Moments:
-    """What images are scored against: pytorch-fid's statistics (.npz), a data set's split, or every image below a folder."""
+    """What images are scored against: pytorch-fid's statistics (.npz), a data set's split, or every image below a folder without splits."""
     path = Path(reference)
     if path.suffix == ".npz":
         return read_statistics(path)
-    is_folder = any(file.suffix.lower() in EXTENSIONS for file in path.rglob("*"))
-    if is_folder and not (path / "annotations").is_dir():
-        return open_folder(path, size)
+    if path.is_dir() and not any(path.glob("annotations/captions_*.json")):
+        listing = list_folder(path)
+        if listing.names and not listing.splits():
+            return open_folder(path, size)
     return open_images(reference, split, size)
 
 

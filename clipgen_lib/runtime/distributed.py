@@ -6,9 +6,11 @@ there is one, and everything here is then free. Accelerate owns devices and back
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -43,6 +45,13 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+@cache
+def tell(sentence: str) -> None:
+    """A sentence for the user on stderr: once, and by the first process alone."""
+    if is_main():
+        print("".join(c if c.isprintable() else "?" for c in sentence), file=sys.stderr)
 
 
 def barrier() -> None:

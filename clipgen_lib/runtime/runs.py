@@ -124,16 +124,16 @@ def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iter
 
 
 @contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
+def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Keep `path` to this process while the block writes it; the lock of a process that died is free.
 
     Raises:
-        ClipgenError: another process holds it: who, and since when.
+        ClipgenError: without `wait`, another process holds it: who, and since when.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = (path.with_name(f".{path.name}.{kind}") for kind in ("lock", "holder"))
     try:
-        with FileLock(lock, timeout=0):
+        with FileLock(lock, timeout=-1 if wait else 0):
             holder.write_text(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             try:
                 yield
@@ -187,7 +187,9 @@ def read_json(path: Path) -> dict:
     """Read a JSON object; a missing or broken file is one sentence."""
     cures = ("run the step that writes it first", "restore it, or run its step again")
     with reading(Path(path), *cures, wrong="is not valid JSON"):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if Path(path).stat().st_size > 2**30:
+            raise ValueError("it has more than 1 GB")
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict):
         raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: restore the original file")
     return content
