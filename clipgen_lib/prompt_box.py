@@ -19,8 +19,8 @@ from .runtime.runs import ClipgenError
 from .text_to_image import TextToImage
 
 WIDTH = 256  # pixels that an image is enlarged to, about; the page scales it
-SETTINGS = ("guidance", "guidance_schedule", "temperature", "top_k", "top_p", "candidates")
-LABELS = {"n": "images", "candidates": "rerank", "guidance_schedule": "schedule", "top_k": "top-k", "top_p": "top-p"}
+LABELS = {"seed": "seed", "n": "images", "guidance": "guidance", "guidance_schedule": "schedule"}
+LABELS |= {"temperature": "temperature", "top_k": "top-k", "top_p": "top-p", "candidates": "rerank"}
 LIMITS = {"seed": (0, 2**31 - 1), "n": (1, 64), "candidates": (1, 64)}  # the generator checks the others
 WORDS = re.compile(r"\w+|[^\x00-\x7f\s]")  # in lower case; an emoji is one
 
@@ -35,21 +35,22 @@ class PromptBox(widgets.VBox):
     def __init__(self, generator: TextToImage, prompt: str = "", n: int = 8, seed: int = 0):
         self.generator, self.worker, self._stopped = generator, Thread(), Event()
         self.images: torch.Tensor | None = None  # (N, 3, H, W) in [-1, 1], the last finished ones
-        values = {"seed": seed, "n": n} | {name: getattr(generator.settings, name) for name in SETTINGS}
-        self.fields = {name: _field(LABELS.get(name, name), value) for name, value in values.items()}
+        values = vars(generator.settings) | {"seed": seed, "n": n}
+        self.fields = {name: _field(label, values[name]) for name, label in LABELS.items()}
         self.prompt = widgets.Text(prompt, placeholder="what to generate", layout=widgets.Layout(flex="1 1 auto"))
         self.button = widgets.Button(description="Generate", button_style="primary")
         self.stop = widgets.Button(description="Stop", disabled=True)
         self.bar = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=widgets.Layout(width="100%"))
         self.message = widgets.HTML()
         columns = "repeat(auto-fill, minmax(240px, 1fr))"  # as many as the page has room for
-        self.tiles = widgets.GridBox(layout=widgets.Layout(grid_template_columns=columns))
+        self.tiles = widgets.GridBox(layout=widgets.Layout(grid_template_columns=columns, grid_gap="8px"))
         self.button.on_click(self._start)
         self.stop.on_click(lambda _: self._stopped.set())
         self.prompt.on_msg(lambda _, content, __: content.get("event") == "submit" and self._start())  # Enter
         line = widgets.HBox(list(self.fields.values()), layout=widgets.Layout(flex_flow="row wrap"))
-        top = widgets.HBox([self.prompt, self.button, self.stop])
-        super().__init__([top, line, self.bar, self.message, self.tiles])
+        super().__init__(
+            [widgets.HBox([self.prompt, self.button, self.stop]), line, self.bar, self.message, self.tiles]
+        )
 
     def _start(self, *_: object) -> None:
         if not self.button.disabled:
@@ -67,7 +68,7 @@ class PromptBox(widgets.VBox):
         except BaseException as error:  # ipywidgets hides the errors of a handler, an interrupted kernel among them
             self._fill(before)
             kind = "" if isinstance(error, ClipgenError) else f"{type(error).__name__}: "
-            self._say(f"{kind}{error}", "firebrick")
+            self.message.value, self.bar.bar_style = html.escape(f"{kind}{error}"), "danger"
             if kind:
                 raise
         finally:
@@ -79,8 +80,8 @@ class PromptBox(widgets.VBox):
             raise ClipgenError("there is no prompt: write what to generate")
         for name, (low, high) in LIMITS.items():
             if not low <= values[name] <= high:
-                raise ClipgenError(f"{LABELS.get(name, name)} is {values[name]}: give {low} to {high}")
-        self._say(self._notice(prompt))
+                raise ClipgenError(f"{LABELS[name]} is {values[name]}: give {low} to {high}")
+        self.message.value = html.escape(self._notice(prompt))
         start, scale = time.monotonic(), max(1, WIDTH // self.generator.vqgan.config.image_size)
         for preview in self.generator.generate_progressively(prompt, **values):
             if self._stopped.is_set():
@@ -108,9 +109,6 @@ class PromptBox(widgets.VBox):
         for tile, values in zip(self.tiles.children, tiles, strict=True):
             tile.children[0].value, tile.children[1].value = values
 
-    def _say(self, text: str, colour: str = "inherit") -> None:
-        self.message.value = f'<span style="color: {colour}">{html.escape(text)}</span>'
-
 
 @cache
 def _words_of_shapes() -> set[str]:
@@ -122,5 +120,5 @@ def _words_of_shapes() -> set[str]:
 def _field(label: str, value: float | str) -> widgets.Widget:
     kind = {int: widgets.IntText, float: widgets.FloatText, str: widgets.Dropdown}[type(value)]
     options = {"options": ["constant", "linear", "cosine"]} if kind is widgets.Dropdown else {}
-    layout, style = widgets.Layout(width="150px"), {"description_width": "auto"}
+    layout, style = widgets.Layout(flex="1 1 100px", width="auto"), {"description_width": "auto"}
     return kind(value=value, description=label, layout=layout, style=style, **options)
