@@ -10,7 +10,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager
 from matplotlib.ft2font import FT2Font
@@ -21,6 +20,8 @@ from .data.images import grid, to_arrays
 from .runtime.runs import ROOT
 
 plt.rcParams.update({"figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9})
+BELOW = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (0, -0.24), "ncols": 2, "frameon": False}  # a legend
+BARE = {"frame_on": False, "xticks": [], "yticks": []}  # axes of an image
 
 
 class TextFigure(Figure):
@@ -49,9 +50,7 @@ def _families(characters: frozenset[str]) -> list[str]:
     boxes = "".join(sorted(c for c in lacking if unicodedata.category(c) not in ("Cc", "Cf", "Mn")))  # joiners, marks
     if boxes:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib's own, one for each
-        warnings.warn(
-            f"no font here has {boxes}, boxes stand for it: install Noto Sans CJK or Noto Emoji", stacklevel=3
-        )
+        warnings.warn(f"boxes stand for {boxes}: install a font that has it, such as Noto Sans CJK", stacklevel=3)
     return families
 
 
@@ -68,16 +67,12 @@ def saved(name: str, run: str = "reference", results: Path = ROOT / "results") -
 
 def image(array: np.ndarray, title: str, scale: float = 1.6) -> Figure:
     """One uint8 image (H, W, 3), `scale` times its pixels, under a title."""
-    figure, axis = _subplots(figsize=(array.shape[1] * scale / 100, array.shape[0] * scale / 100 + 0.3))
+    figure, axis = _subplots(
+        figsize=(array.shape[1] * scale / 100, array.shape[0] * scale / 100 + 0.3), subplot_kw=BARE
+    )
     axis.imshow(array, interpolation="nearest")
     axis.set_title(title)
-    axis.axis("off")
     return figure
-
-
-def legend(axis: Axes) -> None:
-    """A legend below the axis, where it hides no data."""
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.24), ncols=2, frameon=False)
 
 
 def curves(metrics: list[dict], panels: dict[str, tuple[str, ...]], title: str) -> Figure:
@@ -94,7 +89,7 @@ def curves(metrics: list[dict], panels: dict[str, tuple[str, ...]], title: str) 
         axis.locator_params(axis="x", nbins=4, integer=True)
         axis.grid(alpha=0.3)
         if len(keys) > 1:
-            legend(axis)
+            axis.legend(**BELOW)
     figure.suptitle(title)
     return figure
 
@@ -106,13 +101,13 @@ def frequencies(tokens: torch.Tensor, codebook_size: int, title: str) -> Figure:
     axis.bar(np.arange(codebook_size), counts, width=1.0)
     axis.axhline(1 / codebook_size, color="black", linewidth=0.8, label="every code alike")
     axis.set(xlabel="codes, most frequent first", ylabel="share of tokens", yscale="log", title=title)
-    legend(axis)
+    axis.legend(**BELOW)
     return figure
 
 
 def token_grid(image: torch.Tensor, tokens: torch.Tensor, title: str) -> Figure:
     """An image (3, H, W) in [-1, 1] beside its tokens (h, w), each number on its patch, black on light, white on dark."""
-    figure, axes = _subplots(1, 2, figsize=(9, 4.6))
+    figure, axes = _subplots(1, 2, figsize=(9, 4.6), subplot_kw=BARE)
     colours = plt.get_cmap("twilight")(plt.Normalize()(tokens.numpy()))  # (h, w, 4), RGBA in [0, 1]
     luminance = colours[..., :3] @ (0.299, 0.587, 0.114)
     axes[0].imshow(to_arrays(image[None])[0], interpolation="nearest")
@@ -120,8 +115,6 @@ def token_grid(image: torch.Tensor, tokens: torch.Tensor, title: str) -> Figure:
     for (y, x), token in np.ndenumerate(tokens.numpy()):
         colour = "black" if luminance[y, x] > 0.5 else "white"
         axes[1].text(x, y, token, ha="center", va="center", fontsize=min(9, 72 / len(tokens)), color=colour)
-    for axis in axes:
-        axis.axis("off")
     figure.suptitle(title)
     return figure
 
@@ -152,9 +145,8 @@ def contact_sheet(images: torch.Tensor, prompts: list[str], title: str, columns:
     """Images (N, 3, H, W) in [-1, 1], each under its prompt."""
     columns = min(columns, len(prompts))
     rows = -(-len(prompts) // columns)
-    figure, axes = _subplots(rows, columns, figsize=(1.4 * columns, 1.8 * rows + 0.4), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
+    size = 1.4 * columns, 1.8 * rows + 0.4
+    figure, axes = _subplots(rows, columns, figsize=size, squeeze=False, subplot_kw=BARE)
     for axis, array, prompt in zip(axes.flat, to_arrays(images), prompts, strict=False):
         axis.imshow(array, interpolation="nearest")
         axis.set_title(wrapped(prompt, 22), fontsize=7)
@@ -177,7 +169,7 @@ def distances(evaluation: dict, title: str) -> Figure:
     axes[0].set_xticks(range(len(radii)), radii)
     axes[0].set(xlabel="blur radius k (pixels)", ylabel="Frechet distance", yscale="log")
     axes[0].set_title(f"{evaluation['protocol']}, N = {evaluation['n']}")
-    legend(axes[0])
+    axes[0].legend(**BELOW)
     if "caps" in evaluation:
         bars = {"others'\ncaptions": "caps_floor", "generated": "caps", "own\ncaptions": "caps_ceiling"}
         axes[1].bar(list(bars), [evaluation[key] for key in bars.values()], color=["grey", "tab:blue", "grey"])
@@ -223,8 +215,7 @@ def tradeoff(curves: dict[str, dict[str, dict]], x: str, y: str, title: str) -> 
         places = [(row[x]["mean"], row[y]["mean"]) for row in points.values()]
         (line,) = axis.plot(*zip(*places, strict=True), marker="o", markersize=4, linewidth=0.8, label=label)
         for name, place in zip(points, places, strict=True):  # above one line, below the next
-            at = {"xytext": (0, 5 - 15 * (i % 2)), "textcoords": "offset points", "ha": "center"}
-            axis.annotate(name, place, color=line.get_color(), **at)
+            axis.annotate(name, place, (-4, 5 - 15 * (i % 2)), textcoords="offset points", color=line.get_color())
     axis.set(xlabel=x, ylabel=y, title=title, xscale="log")
     axis.grid(alpha=0.3, which="both")
     figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
@@ -249,7 +240,7 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
         axes[1].scatter(part[:, 0], part[:, 1], s=4, alpha=0.5, label=label)
     axes[1].set(xticks=[], yticks=[], xlabel="first two principal axes", title="embeddings")
     for axis in axes:
-        legend(axis)
+        axis.legend(**BELOW)
     figure.suptitle(title)
     return figure
 
@@ -279,16 +270,12 @@ def speed_ratios(rows: list[dict], title: str) -> Figure:
     return figure
 
 
-def fid_over_n(curves: dict[str, dict[str, float]], title: str) -> Figure:
-    """FID against the number of images it was computed from: label -> {N: FID}; a curve that still falls is bias, not quality."""
+def fid_over_n(curve: dict[str, float], title: str) -> Figure:
+    """FID against the number of images it was computed from, {N: FID}; a curve that still falls is bias, not quality."""
     figure, axis = _subplots(figsize=(5, 3))
-    for label, curve in curves.items():
-        axis.plot([int(n) for n in curve], list(curve.values()), marker="o", label=label)
-    axis.set(xlabel="N, images scored", ylabel="FID-0", xscale="log", title=title)
-    axis.set_xticks(*[sorted({int(n) for curve in curves.values() for n in curve})] * 2)
-    axis.minorticks_off()
+    axis.plot(list(curve), list(curve.values()), marker="o")
+    axis.set(xlabel="N, images scored, each about twice the one before", ylabel="FID-0", title=title)
     axis.grid(alpha=0.3)
-    legend(axis)
     return figure
 
 
@@ -304,8 +291,7 @@ def corruptions(scores: dict[str, dict[str, float]], title: str) -> Figure:
         if metric in ("fid", "kid"):  # they span decades, and an unbiased KID may be below 0
             axis.set_yscale("symlog", linthresh=max(map(abs, values)) / 1_000)
         axis.margins(y=0.2)
-        axis.set_yticks([])  # the numbers are on the bars
-        axis.minorticks_off()
+        axis.tick_params(axis="y", which="both", left=False, labelleft=False)  # the numbers are on the bars
     for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
     figure.suptitle(title)

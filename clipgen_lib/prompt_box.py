@@ -48,9 +48,8 @@ class PromptBox(widgets.VBox):
         self.stop.on_click(lambda _: self._stopped.set())
         self.prompt.on_msg(lambda _, content, __: content.get("event") == "submit" and self._start())  # Enter
         line = widgets.HBox(list(self.fields.values()), layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__(
-            [widgets.HBox([self.prompt, self.button, self.stop]), line, self.bar, self.message, self.tiles]
-        )
+        top = widgets.HBox([self.prompt, self.button, self.stop])
+        super().__init__([top, line, self.bar, self.message, self.tiles])
 
     def _start(self, *_: object) -> None:
         if not self.button.disabled:
@@ -87,8 +86,8 @@ class PromptBox(widgets.VBox):
             if self._stopped.is_set():
                 raise ClipgenError("stopped: the images before are back")
             self._fill([[png(image, scale), ""] for image in preview.images])
-            left = (time.monotonic() - start) * (1 / preview.share - 1)
-            self.bar.value, self.bar.description = preview.share, f"{left:.0f} s left"
+            self.bar.description = f"{(time.monotonic() - start) * (1 / preview.share - 1):.0f} s left"
+            self.bar.value = preview.share
         self.images, self.bar.bar_style = preview.images, "success"
         for tile, score in zip(self.tiles.children, self.generator.similarity(self.images, prompt), strict=True):
             tile.children[1].value = f"CLIP {score:.2f}"

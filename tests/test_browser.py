@@ -49,7 +49,7 @@ def page():
 def lab(tmp_path_factory):
     """`lab(name)`: the address of a notebook in a JupyterLab that README's command has started, with no settings of the user's.
 
-    The project is a copy of its notebooks; `empty.ipynb` is the quickstart without its outputs.
+    The project is a copy of its notebooks; `quickstart.ipynb` is the quickstart without its outputs.
     """
     base = tmp_path_factory.mktemp("lab")
     project, settings, notebook = base / "project", base / "settings/@jupyterlab", nbformat.read(NOTEBOOKS[0], 4)
@@ -57,7 +57,7 @@ def lab(tmp_path_factory):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, project / "notebooks" / "empty.ipynb")
+    nbformat.write(notebook, project / "notebooks" / "quickstart.ipynb")
     write_json(settings / "notebook-extension/tracker.jupyterlab-settings", {"windowingMode": "none"})
     news = {"fetchNews": "false", "checkForUpdates": False}
     write_json(settings / "apputils-extension/notification.jupyterlab-settings", news)
@@ -123,7 +123,7 @@ def test_every_image_of_a_saved_notebook_is_there(page, lab, path):
 def test_a_prompt_typed_in_a_browser_gives_a_new_image(page, lab):
     if not (PRETRAINED["shapes"] / "model.safetensors").is_file():
         pytest.skip("the quickstart was not tried in a browser: data/shapes_generator holds no weights")
-    page.goto(lab("empty.ipynb"))
+    page.goto(lab("quickstart.ipynb"))
     page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=5 * MINUTE)  # without a kernel JupyterLab runs nothing
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()

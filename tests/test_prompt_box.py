@@ -40,15 +40,10 @@ def press(box, **values):
 
 def test_the_button_generates_what_the_fields_say(generator):
     box = PromptBox(generator, "a red circle", n=2, seed=5)
-    settings = {
-        "guidance": 2,
-        "guidance_schedule": "constant",
-        "temperature": 1,
-        "top_k": 20,
-        "top_p": 0.9,
-        "candidates": 1,
-    }
-    assert {name: field.value for name, field in box.fields.items()} == settings | {"seed": 5, "n": 2}
+    settings = vars(generator.settings) | {"seed": 5, "n": 2}
+    assert (
+        len(box.fields) == 8 and {name: field.value for name, field in box.fields.items()}.items() <= settings.items()
+    )
     assert box.tiles.children == () and box.images is None
     press(box)
     plain = generator("a red circle", n=2, seed=5)[0]
@@ -57,26 +52,10 @@ def test_the_button_generates_what_the_fields_say(generator):
     scores = generator.similarity(plain, "a red circle")
     assert [tile.children[1].value for tile in box.tiles.children] == [f"CLIP {score:.2f}" for score in scores]
 
-    chosen = {
-        "guidance": 1.5,
-        "guidance_schedule": "linear",
-        "temperature": 0.8,
-        "top_k": 7,
-        "top_p": 0.8,
-        "candidates": 2,
-    }
+    chosen = {"guidance": 1.5, "guidance_schedule": "linear", "temperature": 0.8, "top_k": 7, "top_p": 0.8}
+    chosen["candidates"] = 2
     press(box, prompt=" a blue star ", seed=8, n=3, **chosen)
     assert torch.equal(box.images, generator("a blue star", n=3, seed=8, **chosen)[0]) and len(shown(box)) == 3
-
-
-def test_a_second_click_waits_for_the_first(generator):
-    box = PromptBox(generator, "a red circle", n=1)
-    box.button.click()
-    first = box.worker
-    box.button.click()
-    assert box.worker is first
-    first.join()
-    assert box.bar.value == 1
 
 
 def test_images_appear_while_they_are_generated(generator):
@@ -94,7 +73,8 @@ def test_images_appear_while_they_are_generated(generator):
 
 def test_stop_brings_back_the_images_before(generator):
     box = PromptBox(generator, "a red circle", n=1)
-    press(box)
+    box.button.click(), box.button.click()  # the second is too early, and does nothing
+    box.worker.join()
     before, images = shown(box), box.images
     box.bar.observe(lambda change: 0.4 < change.new < 0.6 and box.stop.click(), "value")
     press(box, prompt="a blue star", n=2)
