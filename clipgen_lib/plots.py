@@ -29,25 +29,24 @@ class TextFigure(Figure):
 
     def draw(self, renderer: object) -> None:
         texts = {text: text.get_text() for text in self.findobj(Text)}
-        families = _families(frozenset("".join(texts.values())) - _glyphs(findfont("DejaVu Sans")))
+        lacking = set(map(ord, "".join(texts.values()))) - FT2Font(findfont("DejaVu Sans")).get_charmap().keys()
+        families = _families(frozenset(lacking))
         for text, shown in texts.items():  # the mathematics is matplotlib's own numbers on a log axis
             text.set(parse_math="$" not in shown or "\\mathdefault" in shown, fontfamily=families)
         super().draw(renderer)
 
 
-def _glyphs(path: str) -> set[str]:
-    return set(map(chr, FT2Font(path).get_charmap()))
-
-
 @cache
-def _families(characters: frozenset[str]) -> list[str]:
-    """The default font, and those of this machine that have characters which it lacks; says which of them no font has."""
-    families, lacking = list(plt.rcParams["font.family"]), set(characters)
-    for font in fontManager.ttflist if characters else []:
+def _families(lacking: frozenset[int]) -> list[str]:
+    """The default font, and those of this machine that have code points which it lacks; says which of them no font has."""
+    families = list(plt.rcParams["font.family"])
+    for font in fontManager.ttflist if lacking else []:
         is_real = os.path.isfile(font.fname) and "lastresort" not in font.name.lower().replace(" ", "")
-        if is_real and (found := lacking & _glyphs(font.fname)):
+        if is_real and (found := lacking & FT2Font(font.fname).get_charmap().keys()):
             lacking, families = lacking - found, [*families, font.name]
-    boxes = "".join(sorted(c for c in lacking if unicodedata.category(c) not in ("Cc", "Cf", "Mn")))  # joiners, marks
+    boxes = "".join(
+        c for c in map(chr, sorted(lacking)) if unicodedata.category(c) not in ("Cc", "Cf", "Mn")
+    )  # joiners, marks
     if boxes:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib's own, one for each
         warnings.warn(f"boxes stand for {boxes}: install a font that has it, such as Noto Sans CJK", stacklevel=3)
