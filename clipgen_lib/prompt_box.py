@@ -1,96 +1,123 @@
-"""The prompt box: fields and a button in a notebook, and images that appear while they are generated.
+"""The prompt box: fields and buttons in a notebook, and images that appear while they are generated.
 
 In: a `TextToImage`. Out: a widget; its `generate` is what the button does, with or without a browser that shows it.
 This is the only module that needs ipywidgets.
 """
 
 import html
+import re
+import time
+from functools import cache
+from threading import Event, Thread
 
 import ipywidgets as widgets
 import torch
 
+from .data import shapes
 from .data.images import png
 from .runtime.runs import ClipgenError
-from .text_to_image import Preview, TextToImage
+from .text_to_image import TextToImage
 
-WIDTH = 128  # pixels that an image is enlarged to on the page, about
+WIDTH = 256  # pixels that an image is enlarged to, about; the page scales it
+LABELS = {"seed": "seed", "n": "images", "guidance": "guidance", "guidance_schedule": "schedule"}
+LABELS |= {"temperature": "temperature", "top_k": "top-k", "top_p": "top-p", "candidates": "rerank"}
+LIMITS = {"seed": (0, 2**31 - 1), "n": (1, 64), "candidates": (1, 64)}  # the generator checks the others
+WORDS = re.compile(r"\w+|[^\x00-\x7f\s]")  # in lower case; an emoji is one
 
 
 class PromptBox(widgets.VBox):
-    """Prompt, seed and settings of a generator, a button, and the images with their CLIP scores.
+    """Prompt, seed and settings of a generator, buttons, and the images with their CLIP scores.
 
-    Every field starts at the generator's setting. An error appears as its sentence in the box.
+    Every field starts at the generator's setting. The button, or Enter, generates in `worker`, a thread, so that the
+    stop button is heard. What is wrong appears as a sentence in the box, and the images before stay.
     """
 
     def __init__(self, generator: TextToImage, prompt: str = "", n: int = 8, seed: int = 0):
-        self.generator = generator
+        self.generator, self.worker, self._stopped = generator, Thread(), Event()
         self.images: torch.Tensor | None = None  # (N, 3, H, W) in [-1, 1], the last finished ones
-        settings, codes = generator.settings, generator.transformer.codebook_size
+        values = vars(generator.settings) | {"seed": seed, "n": n}
+        self.fields = {name: _field(label, values[name]) for name, label in LABELS.items()}
         self.prompt = widgets.Text(prompt, placeholder="what to generate", layout=widgets.Layout(flex="1 1 auto"))
         self.button = widgets.Button(description="Generate", button_style="primary")
-        self.seed = _field(widgets.BoundedIntText, "seed", seed, max=2**31 - 1)
-        self.guidance = _field(widgets.BoundedFloatText, "guidance", settings.guidance, max=20, step=0.25)
-        self.temperature = _field(widgets.BoundedFloatText, "temperature", settings.temperature, max=10, step=0.05)
-        self.top_k = _field(widgets.BoundedIntText, "top-k", settings.top_k, max=codes, tooltip="0 keeps all tokens")
-        self.n = _field(widgets.BoundedIntText, "images", n, min=1, max=64)
-        self.candidates = _field(
-            widgets.BoundedIntText, "rerank", settings.candidates, min=1, max=64, tooltip="candidates for each image"
-        )
-        self.bar = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=widgets.Layout(width="100%", height="14px"))
+        self.stop = widgets.Button(description="Stop", disabled=True)
+        self.bar = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=widgets.Layout(width="100%"))
         self.message = widgets.HTML()
-        self.tiles = widgets.GridBox(layout=widgets.Layout(grid_template_columns="repeat(4, max-content)"))
-        self.button.on_click(self.generate)
-        fields = [self.seed, self.guidance, self.temperature, self.top_k, self.n, self.candidates]
-        line = widgets.HBox(fields, layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([widgets.HBox([self.prompt, self.button]), line, self.bar, self.message, self.tiles])
+        columns = "repeat(auto-fill, minmax(240px, 1fr))"  # as many as the page has room for
+        self.tiles = widgets.GridBox(layout=widgets.Layout(grid_template_columns=columns, grid_gap="8px"))
+        self.button.on_click(self._start)
+        self.stop.on_click(lambda _: self._stopped.set())
+        self.prompt.on_msg(lambda _, content, __: content.get("event") == "submit" and self._start())  # Enter
+        line = widgets.HBox(list(self.fields.values()), layout=widgets.Layout(flex_flow="row wrap"))
+        top = widgets.HBox([self.prompt, self.button, self.stop])
+        super().__init__([top, line, self.bar, self.message, self.tiles])
 
-    def generate(self, _button: widgets.Button | None = None) -> None:
-        """Generate what the fields say; the button's handler."""
-        self.button.disabled, self.bar.value, self.bar.bar_style = True, 0.0, ""
-        self._say("")
+    def _start(self, *_: object) -> None:
+        if not self.button.disabled:
+            self.button.disabled, self.worker = True, Thread(target=self.generate, daemon=True)
+            self.worker.start()
+
+    def generate(self) -> None:
+        """Generate what the fields say, in this thread."""
+        before = [[part.value for part in tile.children] for tile in self.tiles.children]
+        self._stopped.clear()
+        self.button.disabled, self.stop.disabled = True, False
+        self.bar.value, self.bar.bar_style, self.message.value = 0.0, "", ""
         try:
             self._generate()
-        except ClipgenError as error:
-            self._say(str(error), is_error=True)
         except BaseException as error:  # ipywidgets hides the errors of a handler, an interrupted kernel among them
-            self._say(f"{type(error).__name__}: {error}", is_error=True)
-            raise
+            self._fill(before)
+            kind = "" if isinstance(error, ClipgenError) else f"{type(error).__name__}: "
+            self.message.value, self.bar.bar_style = html.escape(f"{kind}{error}"), "danger"
+            if kind:
+                raise
         finally:
-            self.button.disabled = False
+            self.bar.description, self.button.disabled, self.stop.disabled = "", False, True
 
     def _generate(self) -> None:
-        prompt, n = self.prompt.value.strip(), self.n.value
+        prompt, values = self.prompt.value.strip(), {name: field.value for name, field in self.fields.items()}
         if not prompt:
             raise ClipgenError("there is no prompt: write what to generate")
-        if self.generator.clip.is_truncated(prompt):
-            self._say("CLIP reads only the beginning of so long a prompt")
-        settings = {name: getattr(self, name).value for name in ("guidance", "temperature", "top_k", "candidates")}
-        for preview in self.generator.generate_progressively(prompt, n, self.seed.value, **settings):
-            self._show(preview)
-        self.images = preview.images
-        self.bar.bar_style = "success"
+        for name, (low, high) in LIMITS.items():
+            if not low <= values[name] <= high:
+                raise ClipgenError(f"{LABELS[name]} is {values[name]}: give {low} to {high}")
+        self.message.value = html.escape(self._notice(prompt))
+        start, scale = time.monotonic(), max(1, WIDTH // self.generator.vqgan.config.image_size)
+        for preview in self.generator.generate_progressively(prompt, **values):
+            if self._stopped.is_set():
+                raise ClipgenError("stopped: the images before are back")
+            self._fill([[png(image, scale), ""] for image in preview.images])
+            self.bar.description = f"{(time.monotonic() - start) * (1 / preview.share - 1):.0f} s left"
+            self.bar.value = preview.share
+        self.images, self.bar.bar_style = preview.images, "success"
         for tile, score in zip(self.tiles.children, self.generator.similarity(self.images, prompt), strict=True):
             tile.children[1].value = f"CLIP {score:.2f}"
 
-    def _show(self, preview: Preview) -> None:
-        if len(self.tiles.children) != len(preview.images):
-            self.tiles.children = [_tile() for _ in preview.images]
-        scale = max(1, WIDTH // preview.images.shape[-1])
-        for tile, image in zip(self.tiles.children, preview.images, strict=True):
-            tile.children[0].value, tile.children[1].value = png(image, scale), ""
-        self.bar.value = preview.share
+    def _notice(self, prompt: str) -> str:
+        """What of a prompt CLIP does not read, or does not know where its words are known; empty where all is well."""
+        known = _words_of_shapes() if self.generator.clip_source["name"] == "shapes" else None
+        unknown = [word for word in dict.fromkeys(WORDS.findall(prompt.lower())) if known and word not in known]
+        notices = ["CLIP reads only the beginning of so long a prompt."] * self.generator.clip.is_truncated(prompt)
+        return " ".join(notices + [f"This CLIP knows shapes and has never read: {', '.join(unknown)}."] * bool(unknown))
 
-    def _say(self, text: str, is_error: bool = False) -> None:
-        colour = "firebrick" if is_error else "inherit"
-        self.message.value = f'<span style="color: {colour}">{html.escape(text)}</span>'
+    def _fill(self, tiles: list[list]) -> None:
+        """Show images, as PNG files, over their labels."""
+        if len(self.tiles.children) != len(tiles):
+            wide = widgets.Layout(width="100%")
+            empty = ([widgets.Image(format="png", layout=wide), widgets.Label()] for _ in tiles)
+            self.tiles.children = [widgets.VBox(parts, layout=widgets.Layout(align_items="center")) for parts in empty]
+        for tile, values in zip(self.tiles.children, tiles, strict=True):
+            tile.children[0].value, tile.children[1].value = values
 
 
-def _field(kind: type, label: str, value: float, **options: object) -> widgets.Widget:
-    style, layout = {"description_width": "auto"}, widgets.Layout(width="150px")
-    return kind(value=value, description=label, style=style, layout=layout, **options)
+@cache
+def _words_of_shapes() -> set[str]:
+    """The words of the Shapes world's captions."""
+    texts = (text for i in range(50) for text in shapes.captions(shapes.scene_at(0, i, wild=True), 20))
+    return {word for text in texts for word in WORDS.findall(text)}
 
 
-def _tile() -> widgets.VBox:
-    """An image over its score."""
-    layout = widgets.Layout(align_items="center", margin="4px")
-    return widgets.VBox([widgets.Image(format="png"), widgets.Label()], layout=layout)
+def _field(label: str, value: float | str) -> widgets.Widget:
+    kind = {int: widgets.IntText, float: widgets.FloatText, str: widgets.Dropdown}[type(value)]
+    options = {"options": ["constant", "linear", "cosine"]} if kind is widgets.Dropdown else {}
+    layout, style = widgets.Layout(flex="1 1 100px", width="auto"), {"description_width": "auto"}
+    return kind(value=value, description=label, layout=layout, style=style, **options)

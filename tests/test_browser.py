@@ -1,4 +1,4 @@
-"""The quickstart in a real browser: JupyterLab and a headless Chromium, from an opened notebook to a new image.
+"""The notebooks in a real browser: JupyterLab as README starts it and a headless Chromium, to images that are there.
 
 Needs playwright (extra `test`) and a Chromium that the system has; it is skipped, and says so, where either is not.
 CLIPGEN_BROWSER names the browser's file; CLIPGEN_SCREENSHOT a PNG file to write the page to.
@@ -24,7 +24,7 @@ from PIL import Image
 from clipgen_lib.runtime.runs import write_json
 from clipgen_lib.text_to_image import PRETRAINED
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "00_quickstart.ipynb"
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MINUTE = 60_000  # milliseconds
 PROMPT = "a large green heart"
@@ -41,60 +41,50 @@ def page():
     )
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])  # as root there is none
-        yield opened.new_page(viewport={"width": 1280, "height": 640})
+        yield opened.new_page(viewport={"width": 1280, "height": 800})
         opened.close()
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """Address of a JupyterLab with nothing but the notebook in it, its outputs taken away, and none of the user's settings."""
-    if not (PRETRAINED["shapes"] / "model.safetensors").is_file():
-        pytest.skip("the quickstart was not tried in a browser: data/shapes_generator holds no weights")
-    root, notebook = tmp_path / "lab", nbformat.read(NOTEBOOK, as_version=4)
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """`lab(name)`: the address of a notebook in a JupyterLab that README's command has started, with no settings of the user's.
+
+    The project is a copy of its notebooks; `quickstart.ipynb` is the quickstart without its outputs.
+    """
+    base = tmp_path_factory.mktemp("lab")
+    project, settings, notebook = base / "project", base / "settings/@jupyterlab", nbformat.read(NOTEBOOKS[0], 4)
+    shutil.copytree(NOTEBOOKS[0].parent, project / "notebooks")
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    (root / "notebooks").mkdir(parents=True)
-    nbformat.write(notebook, root / "notebooks" / NOTEBOOK.name)
-    write_json(
-        tmp_path / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings", {"windowingMode": "none"}
-    )
+    nbformat.write(notebook, project / "notebooks" / "quickstart.ipynb")
+    write_json(settings / "notebook-extension/tracker.jupyterlab-settings", {"windowingMode": "none"})
     news = {"fetchNews": "false", "checkForUpdates": False}
-    write_json(tmp_path / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings", news)
+    write_json(settings / "apputils-extension/notification.jupyterlab-settings", news)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        "--ServerApp.ip=127.0.0.1",
-        f"--ServerApp.port={port}",
-        "--ServerApp.port_retries=0",
-        "--IdentityProvider.token=quickstart",
-        f"--ServerApp.root_dir={root}",
-    ]
+    options = f"--no-browser --allow-root --port={port} --ServerApp.port_retries=0 --IdentityProvider.token=quickstart"
+    command = [Path(sys.executable).with_name("jupyter"), "lab", "notebooks", "--ip=127.0.0.1", *options.split()]
     folders = {
         "JUPYTER_CONFIG_DIR": "config",
         "JUPYTER_RUNTIME_DIR": "runtime",
         "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
         "JUPYTERLAB_SETTINGS_DIR": "settings",
-        "CLIPGEN_RESULTS": "lab/results",
+        "CLIPGEN_RESULTS": "results",
     }
-    environment = os.environ | {key: str(tmp_path / folder) for key, folder in folders.items()}
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
+    environment = os.environ | {key: str(base / folder) for key, folder in folders.items()}
+    with open(base / "server.log", "w") as log:
+        server = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(f"http://127.0.0.1:{port}/api", server, tmp_path / "server.log")
-        yield f"http://127.0.0.1:{port}/lab/tree/notebooks/{NOTEBOOK.name}?token=quickstart"
+        wait_for(f"http://127.0.0.1:{port}/api", server, base / "server.log")
+        yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?reset&token=quickstart"
     finally:
         server.terminate()  # and with it its kernels
         server.wait(timeout=30)
 
 
-def wait_for(address, server, log, seconds=60):
+def wait_for(address, server, log, seconds=300):
     for _ in range(2 * seconds):
         assert server.poll() is None, log.read_text()
         try:
@@ -113,13 +103,32 @@ def first_image(page):
     return np.asarray(Image.open(io.BytesIO(bytes(page.locator(FIRST_IMAGE).first.evaluate(BYTES)))).convert("RGB"))
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_image_of_a_saved_notebook_is_there(page, lab, path):
+    cells = nbformat.read(path, as_version=4).cells
+    saved = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+    page.goto(lab(path.name))
+    page.wait_for_function(
+        "([cells, texts]) => document.querySelectorAll('.jp-Notebook .jp-Cell').length === cells"
+        " && document.querySelectorAll('.jp-MarkdownOutput').length === texts",
+        arg=[len(cells), sum(cell.cell_type == "markdown" for cell in cells)],
+        timeout=5 * MINUTE,
+    )
+    images = "[...document.querySelectorAll('.jp-Notebook img')]"
+    page.wait_for_function(f"{images}.length >= {saved} && {images}.every(image => image.complete)", timeout=5 * MINUTE)
+    widths = page.evaluate(f"{images}.map(image => [image.naturalWidth, image.getAttribute('src').slice(0, 60)])")
+    assert len(widths) == saved and all(width > 0 for width, _ in widths), widths
+
+
 def test_a_prompt_typed_in_a_browser_gives_a_new_image(page, lab):
-    page.goto(lab)
-    page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=MINUTE)  # without a kernel JupyterLab runs nothing
+    if not (PRETRAINED["shapes"] / "model.safetensors").is_file():
+        pytest.skip("the quickstart was not tried in a browser: data/shapes_generator holds no weights")
+    page.goto(lab("quickstart.ipynb"))
+    page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=5 * MINUTE)  # without a kernel JupyterLab runs nothing
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent)"
-    page.wait_for_function(f"{prompts}.every(text => /\\d/.test(text))", timeout=3 * MINUTE)
+    page.wait_for_function(f"{prompts}.every(text => /\\d/.test(text))", timeout=10 * MINUTE)
     assert page.locator("[data-mime-type$='stderr'], [data-mime-type$='error']").count() == 0
 
     page.keyboard.press("Control+b")  # the notebook alone, without the list of files
@@ -133,21 +142,30 @@ def test_a_prompt_typed_in_a_browser_gives_a_new_image(page, lab):
         FIRST_IMAGE,
     )
     field.fill(PROMPT)
-    button.click()
+    field.press("Enter")
     page.wait_for_function(
-        "([s, old]) => document.querySelector(s).src !== old", arg=[FIRST_IMAGE, source], timeout=MINUTE
+        "([s, old]) => document.querySelector(s).src !== old", arg=[FIRST_IMAGE, source], timeout=5 * MINUTE
     )
-    page.locator("button:not([disabled])", has_text="Generate").wait_for(timeout=MINUTE)
-    page.get_by_text(re.compile(r"^CLIP -?0\.\d\d$")).nth(7).wait_for(timeout=MINUTE)
+    page.locator("button:not([disabled])", has_text="Generate").wait_for(timeout=5 * MINUTE)
+    page.get_by_text(re.compile(r"^CLIP -?0\.\d\d$")).nth(7).wait_for(timeout=5 * MINUTE)
     after = first_image(page)
     assert after.shape == before.shape and np.abs(after.astype(int) - before).mean() > 1 and after.std() > 5
     assert page.evaluate("new Set(window.seen).size") > 3, "images appear while they are generated"
     if target := os.environ.get("CLIPGEN_SCREENSHOT"):
         page.screenshot(path=target)
 
-    temperature = page.get_by_label("temperature")
-    temperature.fill("0")
-    temperature.press("Enter")
+    def fill(label, value):
+        page.get_by_label(label, exact=True).fill(value)
+        page.get_by_label(label, exact=True).press("Enter")
+
+    fill("temperature", "0")
     button.click()
-    page.get_by_text("temperature is 0.0: use a value above 0").wait_for(timeout=MINUTE)
+    page.get_by_text("temperature is 0.0: use a value above 0").wait_for(timeout=5 * MINUTE)
     assert np.array_equal(first_image(page), after)
+
+    fill("temperature", "1"), fill("images", "64"), fill("rerank", "64")
+    button.click()
+    page.locator(FIRST_IMAGE).nth(63).wait_for(timeout=5 * MINUTE)
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_text("stopped: the images before are back").wait_for(timeout=5 * MINUTE)
+    assert page.locator(FIRST_IMAGE).count() == 8 and np.array_equal(first_image(page), after)

@@ -267,7 +267,7 @@ def test_any_folder_with_its_captions(folders, clip):
         assert word in text
     zero = score(folders, clip, reference="a")
     assert abs(zero["fid"]["0"]) < 1e-3 * found["fid"]["0"] and zero["manifold"]["precision"] == 1.0
-    assert plots.fid_over_n({"a": found["fid_over_n"]}, "bias").axes[0].lines and list(found["fid_over_n"]) == ["20"]
+    assert plots.fid_over_n(found["fid_over_n"], "bias").axes[0].lines and list(found["fid_over_n"]) == ["20"]
 
 
 def test_statistics_as_reference(folders, clip):

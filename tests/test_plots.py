@@ -1,5 +1,7 @@
 """Figures hold the data they are given; how they look is seen in the notebooks."""
 
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 matplotlib.use("agg")
 
 from clipgen_lib import plots
+from clipgen_lib.data.images import to_arrays
 
 IMAGES = torch.rand(6, 3, 16, 16) * 2 - 1
 
@@ -57,24 +60,60 @@ def test_a_table_is_drawn_row_by_row():
     assert line.get_xydata().tolist() == [[10.0, 0.5]]
 
 
+def shown(figure):
+    """The pixels of a figure, (H, W, 4)."""
+    figure.canvas.draw()
+    return np.array(figure.canvas.buffer_rgba())
+
+
+def test_texts_of_users_are_drawn_as_they_are_and_log_axes_as_numbers():
+    figures = [plots.image(np.zeros((9, 99, 3), np.uint8), text) for text in ("x_1", "$x_1$", "$\\frac$ to $6")]
+    narrow, wide, _ = (shown(x).any() and x.axes[0].title.get_window_extent().width for x in figures)
+    assert wide > narrow + 5, "two dollars more"
+    axis = plots.frequencies(torch.tensor([[0] * 999 + [2]]), 4, "codes").axes[0]
+    shown(axis.figure), shown(axis.figure)
+    label = next(tick.label1 for tick in axis.yaxis.get_major_ticks() if "10^" in tick.label1.get_text())
+    assert label.get_window_extent().width < 45, label.get_text()
+
+
+def test_a_character_takes_a_font_that_has_it_or_a_box_that_is_told(recwarn):
+    """STIX comes with matplotlib and has a bold script A, which the default font has not; nobody has U+2FFFD."""
+    with_glyph, box = (shown(plots.rows({text: IMAGES[:1]}, "")) for text in ("\U0001d4d0", "\U0002fffd"))
+    assert not np.array_equal(with_glyph, box)
+    for text in ("\U0002fffd b", "c\U0002fffd\u200d"):
+        shown(plots.contact_sheet(IMAGES[:1], [text], text))
+    (told,) = (str(warning.message) for warning in recwarn)
+    assert "boxes stand for \U0002fffd: install a font that has it" in told
+
+
+def test_columns_stand_under_their_labels():
+    figure = plots.rows({"a": IMAGES[:3], "b": IMAGES[3:]}, "rows", ["1", "2", "3"])
+    sheet, places = figure.axes[0].images[0].get_array(), figure.axes[0].get_xticks()
+    assert np.array_equal(places, [8, 26, 44]) and figure.axes[0].get_yticks().tolist() == [8, 26]
+    assert np.array_equal(sheet[18:34, 18:34], to_arrays(IMAGES[4:5])[0])
+
+
+def test_a_saved_figure_is_shown_whatever_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = Image.open(Path(__file__).parents[1] / "results" / "reference" / "figures" / "images.png").convert("RGB")
+    assert np.abs(np.asarray(plots.saved("images").convert("RGB"), int) - kept).mean() < 2
+    assert "none/figures/images.png is not in results/" in plots.saved("images", "none")
+
+
 def test_every_other_figure_is_a_figure(tmp_path):
-    for step in (10, 20):
-        Image.new("RGB", (40, 10)).save(tmp_path / f"{step:06d}.png")
+    Image.new("RGB", (40, 10)).save(tmp_path / "strip.png")
     evaluation = {"fid": {"0": 2.0}, "rfid": {"0": 1.0}, "floor": {"0": 0.5}, "protocol": "clip", "n": 9}
     caps = {"caps": 0.5, "caps_floor": 0.1, "caps_ceiling": 0.9}
     embeds = torch.nn.functional.normalize(torch.randn(3, 20, 8), dim=-1)
     figures = [
         plots.image(np.zeros((8, 8, 3), np.uint8), "one"),
-        plots.reconstructions(IMAGES[:3], IMAGES[3:], "run"),
-        plots.neighbours([IMAGES[:3], IMAGES[3:]], "run"),
-        plots.previews(tmp_path, "previews"),
         plots.contact_sheet(IMAGES, ["a long prompt " * 9] * 6, "samples", columns=4),
-        plots.rows({"a": IMAGES[:3], "b": IMAGES[3:]}, "rows", ["1", "2", "3"]),
+        plots.strips({"a": tmp_path / "strip.png"}, "strips"),
         plots.distances(evaluation, "without captions"),
         plots.distances(evaluation | caps, "with captions"),
         plots.oracle({"text": {"one": {"n": 4, "colour": 0.5}}}, "oracle"),
         plots.gap(*embeds, "gap"),
-        plots.fid_over_n({"run": {"10": 5.0, "20": 4.0}}, "bias"),
+        plots.fid_over_n({"10": 5.0, "20": 4.0}, "bias"),
         plots.corruptions(
             {"none": {"fid": 0.0, "inf": 1.0}, "noise": {"fid": 9.0, "inf": float("inf")}}, "corruptions"
         ),

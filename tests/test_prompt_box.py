@@ -1,4 +1,5 @@
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,55 +29,98 @@ def shown(box):
     return np.stack(tiles)
 
 
+def press(box, **values):
+    """Fill fields, press the button and wait for what it has started."""
+    for name, value in values.items():
+        (box.prompt if name == "prompt" else box.fields[name]).value = value
+    box.button.click()
+    box.worker.join()
+    assert not box.button.disabled and box.stop.disabled
+
+
 def test_the_button_generates_what_the_fields_say(generator):
     box = PromptBox(generator, "a red circle", n=2, seed=5)
-    assert (box.guidance.value, box.temperature.value, box.top_k.value, box.candidates.value) == (2.0, 1.0, 20, 1)
+    settings = vars(generator.settings) | {"seed": 5, "n": 2}
+    assert (
+        len(box.fields) == 8 and {name: field.value for name, field in box.fields.items()}.items() <= settings.items()
+    )
     assert box.tiles.children == () and box.images is None
-    box.button.click()
+    press(box)
     plain = generator("a red circle", n=2, seed=5)[0]
-    assert torch.equal(box.images, plain) and box.bar.value == 1 and not box.button.disabled
-    assert np.array_equal(shown(box)[:, ::2, ::2], to_arrays(plain)), "each pixel a square of two"
+    assert torch.equal(box.images, plain) and box.bar.value == 1 and not box.bar.description
+    assert np.array_equal(shown(box)[:, ::4, ::4], to_arrays(plain)), "each pixel a square of four"
     scores = generator.similarity(plain, "a red circle")
     assert [tile.children[1].value for tile in box.tiles.children] == [f"CLIP {score:.2f}" for score in scores]
 
-    box.prompt.value, box.seed.value, box.n.value = " a blue star ", 8, 3
-    box.guidance.value, box.temperature.value, box.top_k.value, box.candidates.value = 1.5, 0.8, 7, 2
-    box.button.click()
-    chosen = {"guidance": 1.5, "temperature": 0.8, "top_k": 7, "candidates": 2}
+    chosen = {"guidance": 1.5, "guidance_schedule": "linear", "temperature": 0.8, "top_k": 7, "top_p": 0.8}
+    chosen["candidates"] = 2
+    press(box, prompt=" a blue star ", seed=8, n=3, **chosen)
     assert torch.equal(box.images, generator("a blue star", n=3, seed=8, **chosen)[0]) and len(shown(box)) == 3
 
 
 def test_images_appear_while_they_are_generated(generator):
     box, seen = PromptBox(generator, "a red circle", n=1), []
-    box.bar.observe(lambda change: seen.append((change.new, shown(box)[0, ::2, ::2], box.button.disabled)), "value")
+    box.bar.observe(lambda change: seen.append((change.new, shown(box)[0, ::4, ::4], box.button.disabled)), "value")
+    box.bar.observe(lambda change: seen.append(change.new), "description")
     box.generate()
+    left, seen = [x for x in seen if isinstance(x, str)], [x for x in seen if not isinstance(x, str)]
+    assert left[-1] == "" and all(re.fullmatch(r"\d+ s left", x) for x in left[:-1])
     assert [round(8 * share) for share, _, _ in seen] == list(range(1, 9)) and all(disabled for _, _, disabled in seen)
     for row, (_, image, _) in enumerate(seen, start=1):
         grey = (image == 128).all(axis=(1, 2))
         assert grey[8 * row :].all() and not grey[: 8 * row].any()
 
 
+def test_stop_brings_back_the_images_before(generator):
+    box = PromptBox(generator, "a red circle", n=1)
+    box.button.click(), box.button.click()  # the second is too early, and does nothing
+    box.worker.join()
+    before, images = shown(box), box.images
+    box.bar.observe(lambda change: 0.4 < change.new < 0.6 and box.stop.click(), "value")
+    press(box, prompt="a blue star", n=2)
+    assert "stopped" in box.message.value and box.bar.value < 0.7
+    assert np.array_equal(shown(box), before) and torch.equal(box.images, images)
+    box.bar.unobserve_all()
+    press(box)
+    assert box.bar.value == 1 and len(shown(box)) == 2 and not torch.equal(box.images[:1], images)
+
+
 def test_what_is_wrong_appears_as_a_sentence(generator):
     box = PromptBox(generator, "a red circle", n=1)
-    box.generate()
+    press(box)
     before = shown(box)
-    box.temperature.value = 0
-    box.generate()
-    assert "temperature is 0.0: use a value above 0" in box.message.value
-    assert np.array_equal(shown(box), before) and not box.button.disabled
-    box.temperature.value, box.prompt.value = 1, "  "
-    box.generate()
-    assert "there is no prompt: write what to generate" in box.message.value
-    box.prompt.value = "a red circle " * 40
-    box.generate()
-    assert "only the beginning" in box.message.value and box.bar.value == 1
-    box.prompt.value = "a red circle"
-    box.generate()
-    assert "beginning" not in box.message.value
+    wrong = {
+        "temperature is 0.0: use a value above 0": {"temperature": 0},
+        "images is 65: give 1 to 64": {"n": 65},
+        "seed is -1: give 0 to": {"seed": -1},
+        "there is no prompt: write what to generate": {"prompt": "  "},
+    }
+    for sentence, values in wrong.items():
+        good = {name: box.fields[name].value for name in values if name != "prompt"}
+        press(box, **values)
+        assert sentence in box.message.value and np.array_equal(shown(box), before)
+        press(box, prompt="a red circle", **good)
+        assert box.message.value == ""
     generator.vqgan.decode = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         box.generate()
     assert "ZeroDivisionError: division by zero" in box.message.value and not box.button.disabled
+    assert np.array_equal(shown(box), before)
+
+
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        ("there is a Tiny red plus sign, above a rhombus", ""),
+        ("three teddy bears", "has never read: three, teddy, bears."),
+        ("a red 🧸 emoji", "has never read: 🧸, emoji."),
+        ("a red circle " * 40, "only the beginning"),
+    ],
+)
+def test_what_clip_does_not_know_is_said(generator, prompt, said):
+    box = PromptBox(generator, prompt, n=1)
+    box.generate()
+    assert (said in box.message.value if said else not box.message.value) and box.bar.value == 1
 
 
 def test_a_saved_notebook_has_neither_widgets_nor_animations():
