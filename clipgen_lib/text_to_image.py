@@ -147,7 +147,6 @@ class TextToImage(
         with fresh_folder(folder) as fresh:
             copy.deepcopy(self).half().save_pretrained(fresh)
             (fresh / "README.md").unlink()  # the mixin's model card says nothing about this model
-            (fresh / "model.safetensors").chmod(0o644)
 
     @property
     def device(self) -> torch.device:

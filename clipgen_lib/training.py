@@ -130,8 +130,6 @@ class TrainingState:
         """Write the state after `step` steps, by the first process; a lower `score` is better, None is no score."""
         if not distributed.is_main():
             return
-        for cut in self.folder.glob(f".{self.stage}-*"):  # left by a process that was killed while it wrote
-            cut.unlink()
         path = self.folder / f"{self.stage}-{step:08d}.safetensors"
         if score is not None or not path.exists():
             score = score if score is not None and math.isfinite(score) else None

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from . import evaluate, train_transformer, train_vqgan
 from .clip_embed import ClipEmbedder, photo_notice
-from .config import Config, Preset, SampleConfig, checked_dataclass, from_dict, load_preset
+from .config import PRESETS, Config, Preset, SampleConfig, checked_dataclass, from_dict, load_preset, with_clip
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_images
 from .data.images import grid, to_float
@@ -30,7 +30,7 @@ from .metrics import oracle
 from .metrics.captions import choose_captions, split_prompts
 from .metrics.classifier import Classifier, accuracy, train_classifier
 from .runtime import distributed, runs
-from .runtime.runs import RESULTS, ROOT, ClipgenError, Run, shortened
+from .runtime.runs import ROOT, ClipgenError, Run, reason, shortened
 from .store import TokenStore, extract
 from .text_to_image import TextToImage, load_run
 from .vqgan import VQGAN
@@ -73,20 +73,66 @@ def pick_device(device: str = "auto") -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        problem = str(error).splitlines()[0]
-        raise ClipgenError(f"device {device!r} cannot be used here ({problem}): use 'auto' or 'cpu'") from None
+        chosen, problem = torch.device(device), ""
+        if chosen.type == "cuda":  # nothing is put there, which would take memory from the process that trains
+            problem = "" if (chosen.index or 0) < torch.cuda.device_count() else "torch sees no such GPU"
+        elif chosen.type == "meta" or torch.ones(1, device=chosen).item() != 1:
+            problem = "it computes nothing"
+    except Exception as error:  # each kind of device has its own
+        problem = reason(error)
+    if problem:
+        raise ClipgenError(f"device {device!r} cannot be used here ({problem}): use 'auto' or 'cpu'")
     return device
 
 
+STEPS = {  # the steps that follow one another, and what each of them puts into summary.json under names of its own
+    "vqgan": {"data", "vqgan", "skipped"},
+    "extract": set(),
+    "transformer": {"transformer"},
+    "evaluate": {"evaluation", "sample", "oracle", "prompts", "export", "per_image", "total"},
+}
+
+
+def _alone(step: str) -> Callable:
+    """A method that writes the run: one process at a time, and a launch counts as one.
+
+    A training that begins anew drops what it and the later steps have put into summary.json.
+
+    Raises:
+        ClipgenError: another process holds the run, or it is published.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        @wraps(method)
+        def alone(self: Workbench, *args: object, **kwargs: object) -> object:
+            with ExitStack() as stack:
+                refused = ""
+                try:
+                    if distributed.is_main():
+                        stack.enter_context(runs.held(self.run.path, f"{step} of run {self.run.name!r}"))
+                except ClipgenError as error:
+                    refused = str(error)
+                if refused := distributed.broadcast(refused):
+                    raise ClipgenError(refused)
+                if step in ("vqgan", "transformer") and not any(self.run.path.glob(f"checkpoints/{step}-*")):
+                    self._drop_from(step)
+                return method(self, *args, **kwargs)
+
+        return alone
+
+    return decorate
+
+
 @checked_dataclass
-class Begun(Config):
+class RunConfig(Config):
     """The config.json of a run."""
 
     preset: Preset
-    data: str
+    data: str  # a label: what the images are called
     seed: int
+    data_hash: str | None = (
+        None  # `ImageSet.hash` of the train split, by which data are known; None of the Shapes world
+    )
 
 
 @dataclass(frozen=True)
@@ -101,41 +147,63 @@ class Workbench:
     def open(
         cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
     ) -> Workbench:
-        """Open or begin a run.
+        """Open or begin a run; a run begins when all of `checked` is well.
 
         Args:
-            data: `shapes` or what `open_images` reads.
+            data: `shapes` or what `open_images` reads; "" takes the run's own, unseen.
             clip: the conditioning CLIP in place of the preset's: a folder in open_clip's layout, or an open_clip
                 model and its weights, such as `ViT-B-32-quickgelu/openai`.
 
         Raises:
-            ClipgenError: the run was begun with another preset, data, seed or CLIP.
+            ClipgenError: as `checked`.
         """
-        chosen = load_preset(preset, **({"clip": clip_fields(clip)} if clip else {}))
-        device = pick_device(device)
-        opened = replace(runs.open_run(run), seed=seed, device=device)
-        begun, path = asdict(Begun(chosen, _portable(data), seed)), opened.file("config.json")
-        if path.exists():
-            if differing := runs.differences(asdict(_begun_with(path)), begun):
-                raise ClipgenError(
-                    f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}"
-                )
-        elif distributed.is_main():
-            runs.write_json(path, begun)
-        wb = cls(opened, chosen, data)
-        if not opened.summary().get("versions"):
+        wb, config = cls.checked(preset, run, data, seed, device, clip)
+        if distributed.is_main() and not (wb.run.path / "config.json").exists():
+            runs.write_json(wb.run.file("config.json"), asdict(config))
+        if not wb.run.summary().get("versions"):
             wb._record(run=run, preset=preset, seed=seed, versions=runs.versions())
         return wb
 
     @classmethod
+    def checked(
+        cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
+    ) -> tuple[Workbench, RunConfig]:
+        """What `open` opens, and its config.json, with nothing written.
+
+        Data are the same where their content is, whatever they are called and wherever they lie now.
+
+        Raises:
+            ClipgenError: a wrong value, no such data or device, or a run begun with another preset, data, seed or CLIP.
+        """
+        chosen = load_preset(preset)
+        chosen = with_clip(chosen, clip_fields(clip)) if clip else chosen
+        opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
+        path = opened.path / "config.json"
+        begun = _begun_with(path) if path.exists() else None
+        wb = cls(opened, chosen, data or begun.data)
+        config = RunConfig(chosen, _portable(wb.data), seed)
+        if begun and not data:
+            config = replace(config, data_hash=begun.data_hash)
+        elif data != "shapes" and not (begun and begun.data_hash is None):
+            config = replace(config, data_hash=wb.images().hash)
+        if begun and begun.data_hash and begun.data_hash == config.data_hash:
+            config = replace(config, data=begun.data)
+        if begun and (differing := runs.differences(asdict(begun), asdict(config))):
+            named = ", ".join(dict.fromkeys(name.removesuffix("_hash") for name in differing[:3]))
+            raise ClipgenError(
+                f"run {run!r} was begun with another {named}: choose another run name or delete {path.parent}"
+            )
+        return wb, config
+
+    @classmethod
     def reopen(cls, run: str, device: str = "auto", data: str = "") -> Workbench:
         """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its images lie now."""
-        path = RESULTS / run / "config.json"
+        path = runs.open_run(run).path / "config.json"
         if not path.is_file():
             raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}'")
         begun = _begun_with(path)
         clip = "/".join(part for part in (begun.preset.clip.name, begun.preset.clip.pretrained) if part)
-        return cls.open(begun.preset.name, run, data or begun.data, begun.seed, device, clip)
+        return cls.open(begun.preset.name, run, data, begun.seed, device, clip)
 
     @property
     def seed(self) -> int:
@@ -158,8 +226,14 @@ class Workbench:
 
     @property
     def notice(self) -> str:
-        """A warning where this run's CLIP does not know such images, else empty."""
-        return photo_notice(self.preset.clip.name, self.data)
+        """A warning where this run's CLIP does not know such images, or changes more than itself; else empty."""
+        noise_cos, of_preset = self.preset.transformer_train.noise_cos, PRESETS.get(self.preset.name, self.preset)
+        if noise_cos == of_preset.transformer_train.noise_cos:
+            return photo_notice(self.preset.clip.name, self.data)
+        return (
+            f"With this CLIP noise_cos is {noise_cos}, not the preset's {of_preset.transformer_train.noise_cos}: 0.32 is "
+            f"published for ViT-B/32, 0.85 was found for the embedded CLIP. The perceptual loss is {self.preset.vqgan_train.perceptual}."
+        )
 
     @cached_property
     def clip(self) -> ClipEmbedder:
@@ -224,6 +298,7 @@ class Workbench:
         image_embeds, text_embeds = zip(*pairs, strict=True)
         return torch.cat(image_embeds), torch.cat(text_embeds)
 
+    @_alone("vqgan")
     def train_vqgan(self, steps: int = 0) -> VQGAN:
         """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's."""
         config = replace(self.preset.vqgan_train, **({"steps": steps} if steps else {}))
@@ -239,6 +314,7 @@ class Workbench:
         self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
         return vqgan
 
+    @_alone("extract")
     def extract(self) -> TokenStore:
         """Both splits through the frozen encoders; returns the train store."""
         vqgan, train = self.vqgan(), self.preset.transformer_train
@@ -250,6 +326,7 @@ class Workbench:
                     self._record(skipped=images.skipped)
         return store
 
+    @_alone("transformer")
     def train_transformer(self, steps: int = 0) -> None:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint; `steps` as in `train_vqgan`."""
         config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
@@ -270,6 +347,7 @@ class Workbench:
         clip_size = sum(p.numel() for p in self.clip.parameters())
         self._record(transformer=scores, parameters={"clip": clip_size})
 
+    @_alone("classifier")
     def train_classifier(self) -> dict[str, float]:
         """The classifier of classes, on real images of the train split; returns its accuracy on the val split."""
         images, val_images = self.images(), self.images("val")
@@ -355,6 +433,7 @@ class Workbench:
             shown[name] = torch.cat([to_float(batch), images_of_text.cpu()])
         return shown
 
+    @_alone("evaluate")
     def evaluate(self, guidance: float = 0.0, generator: TextToImage | None = None) -> dict:
         """All metrics into summary.json, of the run's generator or another. Returns the first prompts and images.
 
@@ -382,6 +461,7 @@ class Workbench:
             runs.write_atomic(self.run.file("captions.txt"), shown["captions"])
         return shown
 
+    @_alone("export")
     def export(self, folder: Path, n: int, candidates: int) -> dict:
         """Write the generator to a folder in float16, and on shapes ask the oracle of what was written.
 
@@ -407,6 +487,17 @@ class Workbench:
         if distributed.is_main():
             self.run.add_to_summary(**entries)
 
+    def _drop_from(self, step: str) -> None:
+        """Take what a step and the later ones have recorded out of summary.json."""
+        later = list(STEPS)[list(STEPS).index(step) :]
+        gone, path = set(later).union(*(STEPS[name] for name in later)), self.run.path / "summary.json"
+        kept = {key: value for key, value in self.run.summary().items() if key not in gone}
+        for key in runs.MERGED:
+            if key in kept:
+                kept[key] = {name: value for name, value in kept[key].items() if name not in gone}
+        if distributed.is_main():
+            runs.write_json(path, kept)
+
     @contextmanager
     def _timed(self, step: str, resumable: bool = True) -> Iterator[None]:
         """Wall seconds of a step into summary.json; the parts of an interrupted and resumed step add up."""
@@ -418,11 +509,12 @@ class Workbench:
             self._record(seconds={step: before + time.perf_counter() - start})
 
 
-def _begun_with(path: Path) -> Begun:
+def _begun_with(path: Path) -> RunConfig:
     """What a run was begun with. A field that its config.json lacks has the default."""
     found = runs.read_json(path)
     try:
-        return Begun(from_dict(Preset, found.get("preset"), whole=False), found.get("data"), found.get("seed"))
+        preset, others = from_dict(Preset, found.get("preset"), whole=False), ("data", "seed", "data_hash")
+        return RunConfig(preset, *map(found.get, others))
     except ClipgenError as error:
         raise ClipgenError(
             f"{path} does not say what the run was begun with ({error}): restore it, or delete {path.parent}"
@@ -444,7 +536,8 @@ def _portable(data: str) -> str:
 def clip_fields(clip: str) -> dict[str, str | None]:
     """Name and weights of a CLIP from one text: `shapes`, a folder, or MODEL/WEIGHTS.
 
-    A folder inside the project is named by its place there. WEIGHTS is a tag of open_clip's or a checkpoint file.
+    A folder inside the project is named by its place there. WEIGHTS is a tag of open_clip's or a checkpoint file. Both are looked
+    for in the project first, then here.
     """
     folder = ROOT / os.path.expanduser(clip)
     if os.path.isdir(clip) and not os.path.isdir(folder):
@@ -452,8 +545,9 @@ def clip_fields(clip: str) -> dict[str, str | None]:
     if os.path.isdir(folder):
         return {"name": str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder), "pretrained": None}
     name, _, weights = clip.partition("/")
-    if weights and os.path.isfile(ROOT / weights):
-        return {"name": name, "pretrained": str(ROOT / weights)}
+    for file in (ROOT / os.path.expanduser(weights), Path(weights)):
+        if weights and os.path.isfile(file):
+            return {"name": name, "pretrained": str(file.resolve())}
     if "/" in weights:
         raise ClipgenError(
             f"CLIP {shortened(clip)!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai"

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..config import ShapesConfig
-from ..runtime.runs import DATA, ClipgenError, read_json, reason, shortened
+from ..runtime.runs import MADE_DATA, ClipgenError, read_json, reason, shortened
 from . import shapes
 from .images import EXTENSIONS, load_image
 
@@ -151,7 +151,7 @@ def open_images(
         ClipgenError: nothing there, no images, unknown split, metadata or an archive that cannot be read.
     """
     if str(path) == "shapes":
-        root = DATA / f"shapes-{world.n_train}-{world.n_val}-{seed}"
+        root = MADE_DATA / f"shapes-{world.n_train}-{world.n_val}-{seed}"
         return _open_coco(shapes.make_world(root, world.n_train, world.n_val, seed), split, size, "shapes")
     text, _, query = (str(path), "", "") if os.path.exists(path) else str(path).partition("?")
     root, named = Path(text).expanduser(), dict(parse_qsl(query))
@@ -330,7 +330,7 @@ def _open_table(
     if os.environ.get("CLIPGEN_PROGRESS") == "0":
         hf.disable_progress_bars()
     hf.logging.set_verbosity(hf.logging.CRITICAL)  # what it would log is in our sentence
-    cache = os.environ.get("HF_DATASETS_CACHE", str(DATA / "cache"))
+    cache = os.environ.get("HF_DATASETS_CACHE", str(MADE_DATA / "cache"))
     try:
         splits = hf.load_dataset(source, data_files=files, cache_dir=cache)
     except Exception as error:  # of any file and any address: the library raises whatever its readers raise
