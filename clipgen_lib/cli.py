@@ -17,19 +17,8 @@ import click
 from click.core import ParameterSource
 
 from .config import PRESETS
-from .runtime.runs import (
-    MOST_SEED,
-    RESULTS,
-    ROOT,
-    ClipgenError,
-    Run,
-    Unbroken,
-    explained,
-    held,
-    open_run,
-    progress,
-    shortened,
-)
+from .runtime import runs
+from .runtime.runs import MOST_SEED, RESULTS, ROOT, ClipgenError, held, open_run, progress, shortened
 
 PATHS = ("DATA", "CLIP", "IMAGE", "WEIGHTS")  # parameters of notebooks that may be paths
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
@@ -57,17 +46,12 @@ class _Commands(click.Group):
         from .runtime.distributed import together
 
         try:
-            with together():
+            with together(), runs.room_on_disk():
                 return super().invoke(context)
         except ClipgenError as error:
             failed = click.ClickException(str(error))
             failed.exit_code = error.exit_code
             raise failed from None
-        except Exception as error:
-            kind = "OSError" if isinstance(error, OSError) else type(error).__name__
-            if isinstance(error, BrokenPipeError) or not (sentence := explained(kind, str(error))):
-                raise
-            raise click.ClickException(sentence) from None
 
 
 @click.group(cls=_Commands, context_settings={"show_default": True})
@@ -367,7 +351,7 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
     _tell(opened, "04_evaluate" in chosen, notice)
 
 
-def _checked(values: dict[str, object], opens_workbench: bool) -> tuple[Run, str]:
+def _checked(values: dict[str, object], opens_workbench: bool) -> tuple[runs.Run, str]:
     """The run that notebooks are to write, and its notice, after all that can be told before hours of training.
 
     Paths among the values are made absolute: notebooks run in their own folder.
@@ -444,34 +428,41 @@ def _execute(name: str, values: dict, output: Path) -> None:
     """Run one notebook, its bars on this terminal; an error inside that a user can mend becomes the command's own."""
     import nbformat
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    given = [Path(values.get(key, "")) for key in PATHS]
     source = ROOT / "notebooks" / f"{name}.ipynb"
-    options = {"progress_bar": False, "stderr_file": Unbroken(sys.stderr), "kernel_name": "python3"}
+    options = {"progress_bar": False, "stderr_file": runs.Unbroken(sys.stderr), "kernel_name": "python3"}
     options["extra_arguments"] = ["--IPKernelApp.log_level=40"]
     here = str(Path(__file__).parents[1])  # the kernel imports the library that this command is of
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal stops the kernel as SIGTERM does
-        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = ""
     try:
-        papermill.execute_notebook(str(source), str(output), values, cwd=str(source.parent), **options)
-    except papermill.PapermillExecutionError as error:
-        ours = {"ClipgenError", *(kind.__name__ for kind in ClipgenError.__subclasses__())}
-        sentence = error.evalue if error.ename in ours else explained(error.ename, error.evalue)
-        if not sentence:
+        with runs.stoppable(_interrupt_kernel) as stop:
+            papermill.execute_notebook(str(source), str(output), values, cwd=str(source.parent), **options)
+    except (papermill.PapermillExecutionError, RuntimeError) as error:  # a kernel that dies is a RuntimeError
+        kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+        ours = kind in {"ClipgenError", *(kind.__name__ for kind in ClipgenError.__subclasses__())}
+        stopped = text if ours else runs.explained("MemoryError" if "ernel died" in text else kind, text)
+        if not stopped and not stop.number:
             raise
-        raise ClipgenError(f"{name}: {sentence}") from None
-    except DeadKernelError:
-        cure = "free some, or take a smaller batch or preset, then run the same command to resume"
-        raise ClipgenError(f"{name}: its kernel was killed, as happens when memory runs out: {cure}") from None
     finally:
         if output.exists():
             text = output.read_text(encoding="utf-8")
-            for path in filter(Path.is_absolute, given):  # a copy names the data, not where they lie on this machine
-                text = text.replace(str(path), path.name)
+            for path in filter(Path.is_absolute, (Path(values.get(key, "")) for key in PATHS)):
+                text = text.replace(str(path), path.name)  # a copy names the data, not where they lie on this machine
             nbformat.write(tidied(nbformat.reads(text, as_version=4)), output)
+    if stop.number:
+        raise runs.Stopped(stop.number, f"in {name}")
+    if stopped:
+        raise ClipgenError(f"{name}: {stopped}")
+
+
+def _interrupt_kernel() -> None:
+    """A kernel has a session of its own, where no Ctrl-C, closed terminal or SIGTERM of this command comes; it saves first."""
+    import psutil
+
+    for kernel in psutil.Process().children():
+        kernel.send_signal(signal.SIGINT)
 
 
 def _tell(run, is_evaluated: bool, notice: str) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, wraps
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,54 +73,19 @@ def pick_device(device: str = "auto") -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen, problem = torch.device(device), ""
-        if chosen.type == "cuda":  # nothing is put there, which would take memory from the process that trains
-            problem = "" if (chosen.index or 0) < torch.cuda.device_count() else "torch sees no such GPU"
-        elif chosen.type == "meta" or torch.ones(1, device=chosen).item() != 1:
-            problem = "it computes nothing"
+        chosen = torch.device(device)
+        if chosen.type != "cuda":
+            torch.ones(1, device=chosen).item()
+        elif (chosen.index or 0) >= torch.cuda.device_count():  # nothing is put there: that is for who trains
+            raise RuntimeError("torch sees no such GPU")
     except Exception as error:  # each kind of device has its own
-        problem = reason(error)
-    if problem:
-        raise ClipgenError(f"device {device!r} cannot be used here ({problem}): use 'auto' or 'cpu'")
+        raise ClipgenError(f"device {device!r} cannot be used here ({reason(error)}): use 'auto' or 'cpu'") from None
     return device
 
 
-STEPS = {  # the steps that follow one another, and what each of them puts into summary.json under names of its own
-    "vqgan": {"data", "vqgan", "skipped"},
-    "extract": set(),
-    "transformer": {"transformer"},
-    "evaluate": {"evaluation", "sample", "oracle", "prompts", "export", "per_image", "total"},
-}
-
-
-def _alone(step: str) -> Callable:
-    """A method that writes the run: one process at a time, and a launch counts as one.
-
-    A training that begins anew drops what it and the later steps have put into summary.json.
-
-    Raises:
-        ClipgenError: another process holds the run, or it is published.
-    """
-
-    def decorate(method: Callable) -> Callable:
-        @wraps(method)
-        def alone(self: Workbench, *args: object, **kwargs: object) -> object:
-            with ExitStack() as stack:
-                refused = ""
-                try:
-                    if distributed.is_main():
-                        stack.enter_context(runs.held(self.run.path, f"{step} of run {self.run.name!r}"))
-                except ClipgenError as error:
-                    refused = str(error)
-                if refused := distributed.broadcast(refused):
-                    raise ClipgenError(refused)
-                if step in ("vqgan", "transformer") and not any(self.run.path.glob(f"checkpoints/{step}-*")):
-                    self._drop_from(step)
-                return method(self, *args, **kwargs)
-
-        return alone
-
-    return decorate
+# entries of summary.json that a training which begins anew leaves there: others are of weights that it replaces
+OF_EARLIER = {"vqgan": {"run", "preset", "seed", "versions", "classifier"}}
+OF_EARLIER["transformer"] = OF_EARLIER["vqgan"] | {"data", "vqgan", *runs.MERGED}
 
 
 @checked_dataclass
@@ -168,9 +133,7 @@ class Workbench:
     def checked(
         cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
     ) -> tuple[Workbench, RunConfig]:
-        """What `open` opens, and its config.json, with nothing written.
-
-        Data are the same where their content is, whatever they are called and wherever they lie now.
+        """What `open` opens, and its config.json, with nothing written. Data are the same where their content is.
 
         Raises:
             ClipgenError: a wrong value, no such data or device, or a run begun with another preset, data, seed or CLIP.
@@ -189,6 +152,7 @@ class Workbench:
         if begun and begun.data_hash and begun.data_hash == config.data_hash:
             config = replace(config, data=begun.data)
         if begun and (differing := runs.differences(asdict(begun), asdict(config))):
+            runs.refuse_published(path.parent)
             named = ", ".join(dict.fromkeys(name.removesuffix("_hash") for name in differing[:3]))
             raise ClipgenError(
                 f"run {run!r} was begun with another {named}: choose another run name or delete {path.parent}"
@@ -298,7 +262,6 @@ class Workbench:
         image_embeds, text_embeds = zip(*pairs, strict=True)
         return torch.cat(image_embeds), torch.cat(text_embeds)
 
-    @_alone("vqgan")
     def train_vqgan(self, steps: int = 0) -> VQGAN:
         """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's."""
         config = replace(self.preset.vqgan_train, **({"steps": steps} if steps else {}))
@@ -310,11 +273,10 @@ class Workbench:
         with self._timed("vqgan"):
             preset = replace(self.preset, vqgan_train=config)
             vqgan = train_vqgan.train_vqgan(self.run, images, val_images, preset, self.clip)
-        data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
-        self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
+            data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
+            self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
         return vqgan
 
-    @_alone("extract")
     def extract(self) -> TokenStore:
         """Both splits through the frozen encoders; returns the train store."""
         vqgan, train = self.vqgan(), self.preset.transformer_train
@@ -326,7 +288,6 @@ class Workbench:
                     self._record(skipped=images.skipped)
         return store
 
-    @_alone("transformer")
     def train_transformer(self, steps: int = 0) -> None:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint; `steps` as in `train_vqgan`."""
         config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
@@ -343,11 +304,10 @@ class Workbench:
             preset = replace(self.preset, transformer_train=config)
             frozen = train_transformer.Frozen(vqgan, self.clip, self.text_mean() if config.centre else None)
             transformer = train_transformer.train_transformer(self.run, store, val_store, preset, frozen, preview)
-        scores = train_transformer.validation_losses(transformer.to(self.device), val_store, frozen)
-        clip_size = sum(p.numel() for p in self.clip.parameters())
-        self._record(transformer=scores, parameters={"clip": clip_size})
+            scores = train_transformer.validation_losses(transformer.to(self.device), val_store, frozen)
+            clip_size = sum(p.numel() for p in self.clip.parameters())
+            self._record(transformer=scores, parameters={"clip": clip_size})
 
-    @_alone("classifier")
     def train_classifier(self) -> dict[str, float]:
         """The classifier of classes, on real images of the train split; returns its accuracy on the val split."""
         images, val_images = self.images(), self.images("val")
@@ -357,7 +317,7 @@ class Workbench:
             )
         with self._timed("classifier"):
             classifier = train_classifier(self.run, images, self.preset.classifier)
-        self._record(classifier=accuracy(classifier, val_images))
+            self._record(classifier=accuracy(classifier, val_images))
         return self.run.summary()["classifier"]
 
     def preview_prompts(self, n: int = 6) -> list[str]:
@@ -433,7 +393,6 @@ class Workbench:
             shown[name] = torch.cat([to_float(batch), images_of_text.cpu()])
         return shown
 
-    @_alone("evaluate")
     def evaluate(self, guidance: float = 0.0, generator: TextToImage | None = None) -> dict:
         """All metrics into summary.json, of the run's generator or another. Returns the first prompts and images.
 
@@ -461,7 +420,6 @@ class Workbench:
             runs.write_atomic(self.run.file("captions.txt"), shown["captions"])
         return shown
 
-    @_alone("export")
     def export(self, folder: Path, n: int, candidates: int) -> dict:
         """Write the generator to a folder in float16, and on shapes ask the oracle of what was written.
 
@@ -471,15 +429,16 @@ class Workbench:
         Returns:
             What summary.json says under `export`: `bytes` of weights, and `oracle` by the number of candidates.
         """
-        self.generator().export(folder)
-        written = TextToImage.from_pretrained(folder).to(self.device)
-        entry, oracle = {"bytes": (folder / "model.safetensors").stat().st_size}, {}
-        for count in sorted({1, candidates}) if self.has_oracle else []:
-            place = self.run.path / "generated" / f"export-{count}"
-            scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
-            oracle[str(count)] = scores["text"]
-        entry |= {"oracle": oracle} if oracle else {}
-        self._record(export=entry)
+        with self._timed("export", resumable=False):
+            self.generator().export(folder)
+            written = TextToImage.from_pretrained(folder).to(self.device)
+            entry, oracle = {"bytes": (folder / "model.safetensors").stat().st_size}, {}
+            for count in sorted({1, candidates}) if self.has_oracle else []:
+                place = self.run.path / "generated" / f"export-{count}"
+                scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
+                oracle[str(count)] = scores["text"]
+            entry |= {"oracle": oracle} if oracle else {}
+            self._record(export=entry)
         return entry
 
     def _record(self, **entries: object) -> None:
@@ -487,26 +446,30 @@ class Workbench:
         if distributed.is_main():
             self.run.add_to_summary(**entries)
 
-    def _drop_from(self, step: str) -> None:
-        """Take what a step and the later ones have recorded out of summary.json."""
-        later = list(STEPS)[list(STEPS).index(step) :]
-        gone, path = set(later).union(*(STEPS[name] for name in later)), self.run.path / "summary.json"
-        kept = {key: value for key, value in self.run.summary().items() if key not in gone}
-        for key in runs.MERGED:
-            if key in kept:
-                kept[key] = {name: value for name, value in kept[key].items() if name not in gone}
-        if distributed.is_main():
-            runs.write_json(path, kept)
-
     @contextmanager
     def _timed(self, step: str, resumable: bool = True) -> Iterator[None]:
-        """Wall seconds of a step into summary.json; the parts of an interrupted and resumed step add up."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            before = self.run.summary().get("seconds", {}).get(step, 0.0) if resumable else 0.0
-            self._record(seconds={step: before + time.perf_counter() - start})
+        """The run kept to this process, or launch, for a step, and the step's wall seconds put into summary.json.
+
+        The parts of an interrupted and resumed step add up.
+        """
+        start, refused = time.perf_counter(), ""
+        resumable = resumable and (step not in OF_EARLIER or any(self.run.path.glob(f"checkpoints/{step}-*")))
+        with ExitStack() as stack:
+            try:
+                if distributed.is_main():
+                    stack.enter_context(runs.held(self.run.path, f"{step} of run {self.run.name!r}"))
+            except ClipgenError as error:
+                refused = str(error)
+            if refused := distributed.broadcast(refused):
+                raise ClipgenError(refused)
+            if step in OF_EARLIER and not resumable and distributed.is_main():
+                kept = {key: value for key, value in self.run.summary().items() if key in OF_EARLIER[step]}
+                runs.write_json(self.run.file("summary.json"), kept)
+            try:
+                yield
+            finally:
+                before = self.run.summary().get("seconds", {}).get(step, 0.0) if resumable else 0.0
+                self._record(seconds={step: before + time.perf_counter() - start})
 
 
 def _begun_with(path: Path) -> RunConfig:

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,23 +77,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems sync no folders
-            raise
     finally:
         os.close(descriptor)
-
-
-def _finish(folder: Path) -> None:
-    """Put all below a new folder on the disk, readable as the umask says: safetensors writes for its owner alone."""
-    paths, mode = [folder, *folder.rglob("*")], folder.stat().st_mode & 0o666
-    if len(paths) > 100:  # one by one, 20,000 images take minutes
-        os.sync()
-        return
-    for path in paths:
-        if path.is_file():
-            path.chmod(mode)
-        _sync(path)
 
 
 def _beside(target: Path, kind: str) -> Path:
@@ -109,103 +94,89 @@ def _settle(target: Path) -> None:
 
 
 @contextmanager
-def fresh_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error.
+def fresh_folder(target: Path, file: str = "") -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends without an error, or one `file` in it.
 
-    The old one is moved aside first and deleted last; after a kill in between, `held` and `open_run` put it back.
+    All is on the disk before it gets its name, so that even a loss of power leaves the old or the new, and readable as the
+    umask says. An old folder is moved aside first and deleted last; after a kill in between, `open_run` puts it back.
 
     Raises:
-        ClipgenError: the disk is full; the old folder stays.
+        ClipgenError: the disk is full, or cannot be written; the old one stays.
     """
     folder = _beside(target, f"{os.getpid()}.new")
-    _settle(target)
     try:
         with room_on_disk(target):
-            folder.mkdir(parents=True)
-            yield folder
-            _finish(folder)
-            if target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder / file
+            paths = [folder, *folder.rglob("*")]
+            if len(paths) > 100:  # one by one, 20,000 images take minutes
+                os.sync()
+            for path in paths if len(paths) <= 100 else []:
+                if path.is_file():  # safetensors lets its owner alone read one
+                    path.chmod(folder.stat().st_mode & 0o666)
+                _sync(path)
+            _settle(target)
+            if not file and target.exists():
                 target.rename(_beside(target, "old"))
-            folder.rename(target)
+            (folder / file).rename(target)
             _sync(target.parent)
     finally:
         _settle(target)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def fresh_file(target: Path) -> Iterator[Path]:
-    """A temporary name in a folder beside `target`: what is written there takes its place when the block ends without an error.
-
-    The content is on the disk before it gets its name, so that even a loss of power leaves the old file or the new one.
-
-    Raises:
-        ClipgenError: the disk is full; the old file stays.
-    """
-    folder = _beside(target, f"{os.getpid()}.new")
-    try:
-        with room_on_disk(target):
-            folder.mkdir(parents=True, exist_ok=True)
-            yield folder / target.name
-            _finish(folder)
-            (folder / target.name).replace(target)
-            _sync(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def fresh_file(target: Path) -> AbstractContextManager[Path]:
+    """As `fresh_folder`, for one file: a temporary name, in a folder beside `target`."""
+    return fresh_folder(target, target.name)
 
 
-@contextmanager
-def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iterator[None]:
-    """Turns the error of a full disk or quota within the block into a `ClipgenError`; any other names `target` at least.
-
-    Args:
-        lacking: the bytes that are missing, where that can be told.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if not _numbers(str(error)) & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            if isinstance(error, OSError) and error.errno and error.filename is None:
-                error.filename = str(target)
-            raise
-        missing = f" ({lacking() / 1e9:.3g} GB are missing)" if lacking() > 0 else ""
-        raise ClipgenError(f"no room for {target}{missing}: free some, then run the same command to resume") from None
-
-
-def _numbers(text: str) -> set[int]:
-    """The errno values in an error's text, by which alone safetensors and a notebook's kernel tell them."""
-    return {int(number) for number in re.findall(r"(?:Errno |os error |code: )(\d+)", text)}
-
-
-OF_THE_MACHINE = {
-    kind.__name__ for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, OSError)
+NO_ROOM = "free some, then run the same command to resume"
+CURES = {
+    NO_ROOM: {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+    "get the right to it from its owner, or choose another place": {errno.EACCES, errno.EPERM},
+    "choose another place; CLIPGEN_RESULTS and CLIPGEN_DATA move what is made": {errno.EROFS},
+    "close other programs, or raise the limit by 'ulimit -n'": {errno.EMFILE, errno.ENFILE},
+    "restore it, or run the step that makes it": {errno.ENOENT, errno.ENOTDIR, errno.EISDIR},
 }
-CURES = (
-    ({errno.EACCES, errno.EPERM}, "ask its owner for the right to it, or choose another place"),
-    ({errno.EROFS}, "choose a place that can be written; CLIPGEN_RESULTS and CLIPGEN_DATA move what is made"),
-    ({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "free some room, then run the same command to resume"),
-    ({errno.EMFILE, errno.ENFILE}, "close other programs or raise the limit by 'ulimit -n', then run the same command"),
-    ({errno.ENOENT, errno.ENOTDIR, errno.EISDIR}, "restore it, or run the step that makes it"),
-)
 
 
 def explained(kind: str, text: str) -> str:
-    """An error of the machine (disk, rights, memory) as one sentence with its cure, from its class's name and its text.
+    """An error of the disk or the memory as one sentence with its cure, from its class's name and its text; "" for any other.
 
-    Empty for any other error. It serves the errors of a notebook's kernel too, of which there is no more than that.
+    Of an error in a notebook's kernel, or in safetensors, there is no more than that.
     """
-    if "MemoryError" in kind or re.search(r"annot allocate memory|can't allocate memory|killed by signal", text):
-        cure = "close other programs, or take a smaller batch or preset, then run the same command to resume"
-        return f"the memory is used up ({shortened(text) or kind}): {cure}"
-    if kind not in OF_THE_MACHINE and kind != "SafetensorError":
+    numbers = {int(number) for number in re.findall(r"(?:Errno |os error |code: )(\d+)", text)}
+    text = shortened(re.sub(r"\[Errno \d+\] ", "", text)) or kind
+    if "MemoryError" in kind or re.search(r"n't allocate memory|annot allocate memory|killed by signal", text):
+        return f"the memory is used up ({text}): close other programs or take a smaller preset, then run the same command to resume"
+    known = getattr(builtins, kind, None)
+    if kind != "SafetensorError" and not (isinstance(known, type) and issubclass(known, OSError)):
         return ""
-    numbers = _numbers(text)
-    if errno.ENOMEM in numbers:
-        return explained("MemoryError", text)
-    cures = [cure for known, cure in CURES if known & numbers]
-    return f"{shortened(text) or kind}: {cures[0] if cures else 'see that the disk is there, then run the same command again'}"
+    cures = [cure for cure, known in CURES.items() if known & numbers]
+    return (
+        f"{text}: {cures[0] if cures else 'see that its disk is there and well, then run the same command to resume'}"
+    )
+
+
+@contextmanager
+def room_on_disk(target: Path | str = "", lacking: Callable[[], float] = lambda: 0) -> Iterator[None]:
+    """Turns an error of the disk or the memory within the block into a `ClipgenError`.
+
+    Args:
+        target: what is written there.
+        lacking: the bytes that are missing on a full disk, where that can be told.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind = "OSError" if isinstance(error, OSError) else type(error).__name__
+        sentence = "" if isinstance(error, BrokenPipeError) else explained(kind, str(error))
+        if not sentence:
+            raise
+        missing = f" ({lacking() / 1e9:.3g} GB are missing)" if lacking() > 0 else ""
+        if target and sentence.endswith(NO_ROOM):
+            sentence = f"no room for {target}{missing}: {NO_ROOM}"
+        raise ClipgenError(sentence if str(target) in sentence else f"{target}: {sentence}") from None
 
 
 @contextmanager
@@ -228,12 +199,11 @@ def held(path: Path, what: str) -> Iterator[None]:
     try:
         who = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         holder.write_text(f"{what} is being made in {path} by {who}")
-        left = [*path.parent.glob(f".{glob.escape(path.name)}.*"), *path.rglob(".*.new"), *path.rglob(".*.old")]
-        for found in left:
-            if found.suffix == ".new":
-                shutil.rmtree(found, ignore_errors=True)
-            elif found.suffix == ".old":
-                _settle(found.with_name(found.stem[1:]))
+        for left in [*path.parent.glob(f".{glob.escape(path.name)}.*"), *path.rglob(".*.new"), *path.rglob(".*.old")]:
+            if left.suffix == ".new":
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.suffix == ".old":
+                _settle(left.with_name(left.stem[1:]))
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -241,10 +211,10 @@ def held(path: Path, what: str) -> Iterator[None]:
 
 
 def refuse_published(folder: Path) -> None:
-    """Raises `ClipgenError` where a folder is published: a file of that name in it says so, and CLIPGEN_PUBLISH=1 allows it."""
+    """Raises `ClipgenError` where a file `published` in a folder says that it is; CLIPGEN_PUBLISH=1 allows to make it anew."""
     if (folder / "published").exists() and os.environ.get("CLIPGEN_PUBLISH") != "1":
         raise ClipgenError(
-            f"{folder} is a published result: choose another name by --run, or set CLIPGEN_PUBLISH=1 to make it anew"
+            f"{folder} is a published result: write elsewhere by --run or CLIPGEN_RESULTS, or set CLIPGEN_PUBLISH=1 to make it anew"
         )
 
 
@@ -321,13 +291,12 @@ class Unbroken:
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> None:
+    def write(self, text: str = "") -> None:
         with suppress(OSError, ValueError):
             self.stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
             self.stream.flush()
+
+    flush = write
 
 
 class Stop:
@@ -344,16 +313,18 @@ class Stop:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Within the block the first SIGTERM, SIGINT or SIGHUP is only noted, for a loop that checks between two steps and saves.
+def stoppable(also: Callable[[], None] = lambda: None) -> Iterator[Stop]:
+    """Within the block the first SIGTERM, SIGINT or SIGHUP is only noted, for a loop that checks between two steps and saves first.
 
-    SIGHUP, of a terminal that is closed, is ignored as before under nohup. A second signal is obeyed at once. Outside of the main thread, where Python handles no signals, nothing changes.
+    It calls `also`. A second signal is obeyed at once. SIGHUP, of a closed terminal, stays ignored under nohup. Outside of the
+    main thread, where Python handles no signals, nothing changes.
     """
     stop, before = Stop(), {}
 
     def note(number: int, frame: object) -> None:
         stop.number = number
         restore()
+        also()
 
     def restore() -> None:
         while before:
