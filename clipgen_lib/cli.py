@@ -302,6 +302,7 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
     config = load_preset(preset, **({"clip_train": {"steps": steps}} if steps else {})).clip_train
     device, size = pick_device(device), study.MODEL["vision_cfg"]["image_size"]
     opened = replace(open_run(run), seed=seed, device=device)
+    runs.refuse_published(opened.path)
     if data == "shapes":
         pairs = study.ScenePairs(config, seed)
     else:

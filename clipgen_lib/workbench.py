@@ -95,9 +95,7 @@ class RunConfig(Config):
     preset: Preset
     data: str  # a label: what the images are called
     seed: int
-    data_hash: str | None = (
-        None  # `ImageSet.hash` of the train split, by which data are known; None of the Shapes world
-    )
+    data_hash: str | None = None  # of its train split, by which data are known; None of the Shapes world
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class Workbench:
         opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
         path = opened.path / "config.json"
         begun = _begun_with(path) if path.exists() else None
-        wb = cls(opened, chosen, data or begun.data)
+        wb = cls(opened, chosen, data or getattr(begun, "data", ""))
         config = RunConfig(chosen, _portable(wb.data), seed)
         if begun and not data:
             config = replace(config, data_hash=begun.data_hash)
@@ -190,14 +188,11 @@ class Workbench:
 
     @property
     def notice(self) -> str:
-        """A warning where this run's CLIP does not know such images, or changes more than itself; else empty."""
+        """What to know of this run's CLIP: that it does not know such images, or changes the noise; else empty."""
         noise_cos, of_preset = self.preset.transformer_train.noise_cos, PRESETS.get(self.preset.name, self.preset)
-        if noise_cos == of_preset.transformer_train.noise_cos:
-            return photo_notice(self.preset.clip.name, self.data)
-        return (
-            f"With this CLIP noise_cos is {noise_cos}, not the preset's {of_preset.transformer_train.noise_cos}: 0.32 is "
-            f"published for ViT-B/32, 0.85 was found for the embedded CLIP. The perceptual loss is {self.preset.vqgan_train.perceptual}."
-        )
+        photos, own = photo_notice(self.preset.clip.name, self.data), of_preset.transformer_train.noise_cos
+        why = f"Noise goes down to cosine {noise_cos}, not the preset's {own}: 0.32 is published for ViT-B/32, 0.85 found for CLIPs trained here."
+        return photos if noise_cos == own else f"{photos} {why}".strip()
 
     @cached_property
     def clip(self) -> ClipEmbedder:
@@ -491,7 +486,7 @@ def _portable(data: str) -> str:
         ClipgenError: no folder can have that name.
     """
     try:
-        return data if data == "shapes" else Path(os.path.expanduser(data)).resolve().name
+        return data if data == "shapes" else Path(os.path.expanduser(data or "\0")).resolve().name
     except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
         raise ClipgenError(f"data {shortened(data)!r} is no path: give the folder of your images") from None
 
