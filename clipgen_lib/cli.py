@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,12 +141,7 @@ def train_transformer(steps: int, **run_options) -> None:
 @click.option("--captions", type=PATH, help="name<TAB>caption lines, COCO's captions json, or {name: caption}")
 @click.option("--split", default="val", help="of a COCO root as reference, such as val2014")
 @click.option("--protocol", "protocols", multiple=True, help="inception, clean, torchmetrics, dmgan or clip")
-@click.option(
-    "--size",
-    type=click.IntRange(0, 65_536),
-    default=0,
-    help="side in pixels of both sets; 0 takes that of the scored images",
-)
+@click.option("--size", type=click.IntRange(0, 65_536), default=0, help="side in pixels; 0 takes the scored images'")
 @click.option("-o", "--output", type=PATH, help="json file for the numbers; the caption list goes beside it")
 def evaluate(guidance: float, generator: str | None, images: Path | None, **options) -> None:
     """Score a run, or with --images any folder of images.
@@ -366,11 +362,11 @@ def _checked(values: dict[str, object], opens_workbench: bool) -> tuple[runs.Run
     if values.get("CLIP"):
         values["CLIP"] = "/".join(filter(None, clip_fields(values["CLIP"]).values()))
     split_prompts(values.get("PROMPTS", ""))
-    given = {key.lower(): values[key] for key in ("RUN", "SEED", "DEVICE") if key in values}
     if not opens_workbench:
-        return replace(open_run(given.pop("run")), **given | {"device": pick_device(given.get("device", "auto"))}), ""
-    given |= {key.lower(): values[key] for key in ("PRESET", "DATA", "CLIP") if key in values}
-    wb, _ = Workbench.checked(**given)
+        device = pick_device(values.get("DEVICE", "auto"))
+        return replace(open_run(values["RUN"]), seed=values.get("SEED", 0), device=device), ""
+    given = ("PRESET", "RUN", "DATA", "SEED", "DEVICE", "CLIP")
+    wb, _ = Workbench.checked(**{key.lower(): values[key] for key in given if key in values})
     return wb.run, wb.notice
 
 
@@ -391,14 +387,12 @@ def parse_parameter(text: str, known: dict[str, object]) -> tuple[str, object]:
         raise ClipgenError(f"parameter {text!r} is not KEY=VALUE: write for example -p SEED=1")
     if key not in known:
         raise ClipgenError(f"no notebook has a parameter {key!r}: choose from {', '.join(sorted(known))}")
-    if isinstance(known[key], str):
+    kind, parsed = type(known[key]), None
+    if kind is str:
         return key, value
-    kind = type(known[key])
-    try:
+    with suppress(ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
         parsed = ast.literal_eval(value.strip())
         parsed = float(parsed) if kind is float and type(parsed) in (int, float) else parsed
-    except (ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
-        parsed = None
     if type(parsed) is not kind or not 0 <= parsed <= MOST_SEED:
         wanted = "a number from 0" if kind is float else "a whole number from 0 to 2^63 - 1"
         raise ClipgenError(f"parameter {key} is {shortened(repr(value), 80)}: give {wanted}")

@@ -380,20 +380,16 @@ def load_preset(name: str, **overrides: dict) -> Preset:
     return replace(_changed(PRESETS[name], **overrides), name=name)
 
 
-NOISE_COS = {True: 0.32, False: 0.85}  # published (LAFITE, for ViT-B/32) or as found for the embedded CLIP
-
-
 def with_clip(preset: Preset, clip: dict[str, str | None]) -> Preset:
-    """A preset with another CLIP, and with the noise that goes with it: published weights, or trained here in a folder.
-
-    The perceptual loss by CLIP goes with the small CLIP: by a ViT-B/32 a step takes 20 seconds on a CPU.
-    """
+    """A preset with another CLIP; where that is of published weights, or no longer is, noise and perceptual loss go with it."""
     published = clip["pretrained"] is not None
     if published == (preset.clip.pretrained is not None):
         return _changed(preset, clip=clip)
-    perceptual = preset.vqgan_train.perceptual
-    train = {"perceptual": "none" if published and perceptual == "clip" else perceptual}
-    return _changed(preset, clip=clip, transformer_train={"noise_cos": NOISE_COS[published]}, vqgan_train=train)
+    noise = {
+        "noise_cos": 0.32 if published else 0.85
+    }  # of ViT-B/32 in LAFITE, of the embedded CLIP in results/ablation
+    loss = {"perceptual": "none"} if published else {}  # by a ViT-B/32 a step takes 20 seconds on a CPU
+    return _changed(preset, clip=clip, transformer_train=noise, vqgan_train=loss)
 
 
 def from_dict(kind: type, values: dict, whole: bool = True) -> Config:

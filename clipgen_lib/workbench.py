@@ -143,11 +143,11 @@ class Workbench:
         begun = _begun_with(path) if path.exists() else None
         wb = cls(opened, chosen, data or getattr(begun, "data", ""))
         config = RunConfig(chosen, _portable(wb.data), seed)
-        if begun and not data:
+        if begun and not data:  # unseen
             config = replace(config, data_hash=begun.data_hash)
-        elif data != "shapes" and not (begun and begun.data_hash is None):
+        elif data != "shapes" and (begun is None or begun.data_hash):
             config = replace(config, data_hash=wb.images().hash)
-        if begun and begun.data_hash and begun.data_hash == config.data_hash:
+        if begun and begun.data_hash and begun.data_hash == config.data_hash:  # whatever it is called now
             config = replace(config, data=begun.data)
         if begun and (differing := runs.differences(asdict(begun), asdict(config))):
             runs.refuse_published(path.parent)

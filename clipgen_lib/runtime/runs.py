@@ -72,12 +72,17 @@ def shortened(text: str, most: int = 200) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
-def _sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk itself, so that a loss of power leaves it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+def _sync(folder: Path, below: bool = True) -> None:
+    """Put a folder on the disk itself, and all `below` it, readable as the umask says: safetensors writes for one user."""
+    paths = [folder, *(folder.rglob("*") if below else ())]
+    if len(paths) > 100:  # one by one, 20,000 images take minutes
+        os.sync()
+        return
+    for path in paths:
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
+        descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
-    finally:
         os.close(descriptor)
 
 
@@ -108,18 +113,12 @@ def fresh_folder(target: Path, file: str = "") -> Iterator[Path]:
         with room_on_disk(target):
             folder.mkdir(parents=True, exist_ok=True)
             yield folder / file
-            paths = [folder, *folder.rglob("*")]
-            if len(paths) > 100:  # one by one, 20,000 images take minutes
-                os.sync()
-            for path in paths if len(paths) <= 100 else []:
-                if path.is_file():  # safetensors lets its owner alone read one
-                    path.chmod(folder.stat().st_mode & 0o666)
-                _sync(path)
+            _sync(folder)
             _settle(target)
             if not file and target.exists():
                 target.rename(_beside(target, "old"))
             (folder / file).rename(target)
-            _sync(target.parent)
+            _sync(target.parent, below=False)
     finally:
         _settle(target)
         shutil.rmtree(folder, ignore_errors=True)
