@@ -7,8 +7,10 @@ import ast
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +18,15 @@ import click
 from click.core import ParameterSource
 
 from .config import PRESETS
-from .runtime.runs import RESULTS, ROOT, ClipgenError, open_run, progress
+from .runtime import runs
+from .runtime.runs import MOST_SEED, RESULTS, ROOT, ClipgenError, held, open_run, progress, shortened
 
+PATHS = ("DATA", "CLIP", "IMAGE", "WEIGHTS")  # parameters of notebooks that may be paths
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 PATH = click.Path(path_type=Path)
 PRESET = click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop")
 DATA = click.option("--data", default="shapes", help="'shapes', a COCO root, a folder, or a data set of Hugging Face")
-SEED = click.option("--seed", default=0)
+SEED = click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, help="image j uses seed + j")
 DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 STEPS = click.option("--steps", type=click.IntRange(0), default=0, help="training steps; 0 takes the preset's")
 RUN = click.option("--run", default="demo", help="name of the folder under results/")
@@ -37,13 +41,13 @@ def _run_options(command):
 
 
 class _Commands(click.Group):
-    """Our own errors end a command with their sentence and exit status 1; anything else is a bug and shows."""
+    """Our own errors, and those of disk, rights and memory, end a command with a sentence and exit status 1; a bug shows."""
 
     def invoke(self, context: click.Context):
         from .runtime.distributed import together
 
         try:
-            with together():
+            with together(), runs.room_on_disk():
                 return super().invoke(context)
         except ClipgenError as error:
             failed = click.ClickException(str(error))
@@ -64,7 +68,7 @@ def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
     _join(device)
     source = click.get_current_context().get_parameter_source
     given = {name for name in ("preset", "data", "seed", "clip") if source(name) != ParameterSource.DEFAULT}
-    if given <= {"data"} and (RESULTS / run / "config.json").is_file():  # the run knows what it was begun with
+    if given <= {"data"} and (open_run(run).path / "config.json").is_file():  # the run knows what it was begun with
         wb = Workbench.reopen(run, device, data if given else "")
     else:
         wb = Workbench.open(preset, run, data, seed, device, clip)
@@ -137,7 +141,7 @@ def train_transformer(steps: int, **run_options) -> None:
 @click.option("--captions", type=PATH, help="name<TAB>caption lines, COCO's captions json, or {name: caption}")
 @click.option("--split", default="val", help="of a COCO root or of a folder with splits as reference")
 @click.option("--protocol", "protocols", multiple=True, help="inception, clean, torchmetrics, dmgan or clip")
-@click.option("--size", default=0, help="side in pixels of both sets; 0 takes that of the scored images")
+@click.option("--size", type=click.IntRange(0, 65_536), default=0, help="side in pixels; 0 takes the scored images'")
 @click.option("-o", "--output", type=PATH, help="json file for the numbers; the caption list goes beside it")
 def evaluate(guidance: float, generator: str | None, images: Path | None, **options) -> None:
     """Score a run, or with --images any folder of images.
@@ -174,6 +178,8 @@ def _evaluate_folder(images: Path, run_options: dict, reference: Path | None, ou
 
     if reference is None:
         raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR or stats.npz")
+    if output and (output.suffix != ".json" or not output.parent.is_dir()):
+        raise ClipgenError(f"{output} cannot be written: give a name such as scores.json in a folder that exists")
     _join(run_options["device"])
     if not is_main():  # one process scores
         return
@@ -198,7 +204,7 @@ def _evaluate_folder(images: Path, run_options: dict, reference: Path | None, ou
 @click.argument("prompt")
 @click.option("--run", help="a trained run under results/  [default: the weights that come with the project]")
 @click.option("-n", default=8, type=click.IntRange(1), help="images")
-@click.option("--seed", default=0, help="image j uses seed + j")
+@SEED
 @click.option("-o", "--output", type=PATH, default=Path("out.png"))
 @click.option("--guidance", type=float, help="guidance scale  [default: the preset's]")
 @click.option("--temperature", type=float)
@@ -215,7 +221,7 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
     from .text_to_image import TextToImage
     from .workbench import Workbench, pick_device
 
-    if output.suffix.lower() not in Image.registered_extensions() or not output.parent.is_dir():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE or not output.parent.is_dir():
         raise ClipgenError(f"{output} cannot be written: give an image name such as out.png in a folder that exists")
     _join(device)
     if run:
@@ -232,7 +238,7 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
 
 
 @main.command("export")
-@click.option("--run", default="reference", help="a trained run under results/")
+@click.option("--run", default="demo", help="a trained run under results/")
 @click.option("--to", "folder", type=PATH, help="a new folder  [default: results/<run>/generator]")
 @click.option("-n", type=click.IntRange(1), default=1_000, help="oracle prompts of each kind")
 @click.option("--candidates", type=click.IntRange(1), default=16, help="in the oracle's second column")
@@ -242,7 +248,7 @@ def export(run: str, folder: Path | None, n: int, candidates: int, device: str) 
     from .workbench import Workbench
 
     wb = Workbench.reopen(run, device)
-    folder = folder or wb.run.path / "generator"
+    folder = (folder or wb.run.path / "generator").absolute()
     click.echo(wb.export(folder, n, candidates))
     click.echo(f"generator in {folder}: TextToImage.from_pretrained reads it")
 
@@ -257,7 +263,7 @@ def train_classifier(**run_options) -> None:
 
 @main.command("compare")
 @click.argument("table", type=click.Choice(["ablation", "systems", "curves", "photos"]))
-@click.option("--run", default="laptop", help="a run whose VQGAN and store all rows share")
+@click.option("--run", default="demo", help="a run whose VQGAN and store all rows share")
 @STEPS
 @click.option("--row", "only", multiple=True, help="make only these rows")
 @click.option("--data", default="", help="where the run's images lie  [default: as the run says]")
@@ -267,13 +273,15 @@ def compare(table: str, run: str, steps: int, only: tuple[str, ...], data: str, 
     from .study.compare import TABLES, run_table, table_text
     from .workbench import Workbench
 
-    entries = run_table(Workbench.reopen(run, device, data), TABLES[table], steps=steps, only=only)
+    wb = Workbench.reopen(run, device, data)
+    with held(RESULTS / table, f"table {table!r}"):
+        entries = run_table(wb, TABLES[table], steps=steps, only=only)
     click.echo(table_text(entries, TABLES[table].columns))
 
 
 @main.command("train-clip")
 @PRESET
-@click.option("--run", default="shapes-clip")
+@click.option("--run", default="my-clip", help="name of the folder under results/")
 @DATA
 @STEPS
 @SEED
@@ -290,11 +298,13 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
     config = load_preset(preset, **({"clip_train": {"steps": steps}} if steps else {})).clip_train
     device, size = pick_device(device), study.MODEL["vision_cfg"]["image_size"]
     opened = replace(open_run(run), seed=seed, device=device)
+    runs.refuse_published(opened.path)
     if data == "shapes":
         pairs = study.ScenePairs(config, seed)
     else:
         pairs = study.ImagePairs(open_images(data, "train", size), config, seed)
-    folder = study.train_clip(opened, pairs, config)
+    with held(opened.path, f"run {run!r}"):
+        folder = study.train_clip(opened, pairs, config)
     if data != "shapes":
         clip = ClipEmbedder.load(str(folder), device=device)
         accuracy = {s: study.caption_accuracy(clip, open_images(data, s, size)) for s in ("train", "val")}
@@ -316,77 +326,93 @@ def doctor() -> None:
 
 @main.command("run")
 @PRESET
-@click.option("--run", help="name of the folder under results/  [default: the preset's, with the data's name]")
+@click.option("--run", help="name of the folder under results/  [default: my-PRESET, with the data's name]")
 @click.option("--notebook", "only", multiple=True, help="run only these: a name or its beginning, such as 04")
 @click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a parameter, such as DATA=/my/photos")
 def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameters: tuple[str, ...]) -> None:
     """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
-    from .clip_embed import photo_notice
-    from .config import load_preset
-    from .metrics.captions import split_prompts
-    from .workbench import clip_fields
-
     chosen = [_notebook(wanted) for wanted in only or NOTEBOOKS]
     known = {name: parameters_of(name) for name in chosen}
-    everything = {key: is_text for names in known.values() for key, is_text in names.items()}
+    everything = {key: default for names in known.values() for key, default in names.items()}
     values = {"PRESET": preset} | dict(parse_parameter(text, everything) for text in parameters)
-    for key in ("DATA", "CLIP"):  # notebooks run in their own folder
-        if values.get(key, "shapes") != "shapes" and Path(values[key]).expanduser().exists():
-            values[key] = str(Path(values[key]).expanduser().resolve())
     of_preset = default_run(values["PRESET"], values.get("DATA", "shapes"))
     default = of_preset if "PRESET" in everything else chosen[0].partition("_")[2]
     values["RUN"] = run or values.get("RUN") or default
-    split_prompts(values.get("PROMPTS", ""))  # what can be told before hours of training
-    clip = clip_fields(values["CLIP"])["name"] if values.get("CLIP") else load_preset(values["PRESET"]).clip.name
-    notice = photo_notice(clip, values.get("DATA", "shapes"))
+    opened, notice = _checked(values, "DATA" in everything)
     click.echo(notice, err=True, nl=bool(notice))
-    opened = open_run(values["RUN"])
-    for index, name in enumerate(chosen):
-        click.echo(f"{name}.ipynb ({index + 1} of {len(chosen)})", err=True)
-        _execute(name, {k: v for k, v in values.items() if k in known[name]}, opened.file("notebooks", f"{name}.ipynb"))
+    copies = opened.file("notebooks", chosen[0]).parent
+    with held(copies, f"run {opened.name!r}"):
+        for index, name in enumerate(chosen):
+            click.echo(f"{name}.ipynb ({index + 1} of {len(chosen)})", err=True)
+            _execute(name, {k: v for k, v in values.items() if k in known[name]}, copies / f"{name}.ipynb")
     _tell(opened, "04_evaluate" in chosen, notice)
 
 
+def _checked(values: dict[str, object], opens_workbench: bool) -> tuple[runs.Run, str]:
+    """The run that notebooks are to write, and its notice, after all that can be told before hours of training.
+
+    Paths among the values are made absolute: notebooks run in their own folder.
+    """
+    from .metrics.captions import split_prompts
+    from .workbench import Workbench, clip_fields, pick_device
+
+    for key in PATHS:
+        if values.get(key, "shapes") != "shapes" and os.path.exists(os.path.expanduser(values[key])):
+            values[key] = str(Path(values[key]).expanduser().resolve())
+    if values.get("CLIP"):
+        values["CLIP"] = "/".join(filter(None, clip_fields(values["CLIP"]).values()))
+    split_prompts(values.get("PROMPTS", ""))
+    if not opens_workbench:
+        device = pick_device(values.get("DEVICE", "auto"))
+        return replace(open_run(values["RUN"]), seed=values.get("SEED", 0), device=device), ""
+    given = ("PRESET", "RUN", "DATA", "SEED", "DEVICE", "CLIP")
+    wb, _ = Workbench.checked(**{key.lower(): values[key] for key in given if key in values})
+    return wb.run, wb.notice
+
+
 def default_run(preset: str, data: str) -> str:
-    """The preset's name; with other data than the Shapes world also its folder's: committed runs have the plain names."""
-    folder = re.sub(r"[^\w-]+", "-", Path(data).name).strip("-")
-    return preset if data == "shapes" else f"{preset}-{folder or 'images'}"
+    """my-PRESET, with other data than the Shapes world also their folder's name; no published run is called so."""
+    folder = re.sub(r"[^\w-]+", "-", Path(data).name).strip("-")[:60]
+    return f"my-{preset}" if data == "shapes" else f"my-{preset}-{folder or 'images'}"
 
 
-def parse_parameter(text: str, known: dict[str, bool]) -> tuple[str, object]:
-    """KEY=VALUE for papermill: a number, or the text itself where `known` says that the parameter is a text.
+def parse_parameter(text: str, known: dict[str, object]) -> tuple[str, object]:
+    """KEY=VALUE for papermill: of the kind of its default in `known`, a text, a number, or a whole number from 0.
 
     Raises:
-        ClipgenError: not KEY=VALUE, an unknown key, or no number where one is needed.
+        ClipgenError: not KEY=VALUE, an unknown key, or no such number where one is needed.
     """
     key, sign, value = text.partition("=")
     if not sign or not key.isidentifier():
         raise ClipgenError(f"parameter {text!r} is not KEY=VALUE: write for example -p SEED=1")
     if key not in known:
         raise ClipgenError(f"no notebook has a parameter {key!r}: choose from {', '.join(sorted(known))}")
-    if known[key]:
+    kind, parsed = type(known[key]), None
+    if kind is str:
         return key, value
-    try:
+    with suppress(ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
         parsed = ast.literal_eval(value.strip())
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        parsed = None
-    if not isinstance(parsed, int | float):
-        raise ClipgenError(f"parameter {key} is {value!r}: give a number")
+        parsed = float(parsed) if kind is float and type(parsed) in (int, float) else parsed
+    if type(parsed) is not kind or not 0 <= parsed <= MOST_SEED:
+        wanted = "a number from 0" if kind is float else "a whole number from 0 to 2^63 - 1"
+        raise ClipgenError(f"parameter {key} is {shortened(repr(value), 80)}: give {wanted}")
     return key, parsed
 
 
-def parameters_of(name: str) -> dict[str, bool]:
-    """Names of a notebook's parameters, and of each whether it is a text."""
+def parameters_of(name: str) -> dict[str, object]:
+    """Names of a notebook's parameters and their defaults: texts, whole numbers and floats."""
     import papermill
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))
-    return {key: parameter["default"].startswith('"') for key, parameter in found.items()}
+    return {key: ast.literal_eval(parameter["default"]) for key, parameter in found.items()}
 
 
 def _notebook(wanted: str) -> str:
     available = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    if not available:
+        raise ClipgenError(f"{ROOT} has no notebooks: install a clone of the project by 'pip install --editable .'")
     matches = [name for name in available if name.startswith(wanted) or name.endswith(f"_{wanted}")]
     if len(matches) != 1:
         raise ClipgenError(f"{len(matches)} notebooks match {wanted!r}: name one of {', '.join(available)}")
@@ -394,27 +420,44 @@ def _notebook(wanted: str) -> str:
 
 
 def _execute(name: str, values: dict, output: Path) -> None:
-    """Run one notebook, its bars on this terminal; a ClipgenError inside becomes the command's own error."""
+    """Run one notebook, its bars on this terminal; an error inside that a user can mend becomes the command's own."""
     import nbformat
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    given = [Path(values.get(key, "")) for key in ("DATA", "CLIP")]
     source = ROOT / "notebooks" / f"{name}.ipynb"
-    options = {"progress_bar": False, "stderr_file": sys.stderr, "kernel_name": "python3"}
+    options = {"progress_bar": False, "stderr_file": runs.Unbroken(sys.stderr), "kernel_name": "python3"}
     options["extra_arguments"] = ["--IPKernelApp.log_level=40"]
+    here = str(Path(__file__).parents[1])  # the kernel imports the library that this command is of
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    stopped = ""
     try:
-        papermill.execute_notebook(str(source), str(output), values, cwd=str(source.parent), **options)
-    except papermill.PapermillExecutionError as error:
-        if error.ename == "ClipgenError":
-            raise ClipgenError(f"{name}: {error.evalue}") from None
-        raise
+        with runs.stoppable(_interrupt_kernel) as stop:
+            papermill.execute_notebook(str(source), str(output), values, cwd=str(source.parent), **options)
+    except (papermill.PapermillExecutionError, RuntimeError) as error:  # a kernel that dies is a RuntimeError
+        kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+        ours = kind in {"ClipgenError", *(kind.__name__ for kind in ClipgenError.__subclasses__())}
+        stopped = text if ours else runs.explained("MemoryError" if "ernel died" in text else kind, text)
+        if not stopped and not stop.number:
+            raise
     finally:
         if output.exists():
             text = output.read_text(encoding="utf-8")
-            for path in filter(Path.is_absolute, given):  # a copy names the data, not where they lie on this machine
-                text = text.replace(str(path), path.name)
+            for path in filter(Path.is_absolute, (Path(values.get(key, "")) for key in PATHS)):
+                text = text.replace(str(path), path.name)  # a copy names the data, not where they lie on this machine
             nbformat.write(tidied(nbformat.reads(text, as_version=4)), output)
+    if stop.number:
+        raise runs.Stopped(stop.number, f"in {name}")
+    if stopped:
+        raise ClipgenError(f"{name}: {stopped}")
+
+
+def _interrupt_kernel() -> None:
+    """A kernel has a session of its own, where no Ctrl-C, closed terminal or SIGTERM of this command comes; it saves first."""
+    import psutil
+
+    for kernel in psutil.Process().children():
+        kernel.send_signal(signal.SIGINT)
 
 
 def _tell(run, is_evaluated: bool, notice: str) -> None:

@@ -380,6 +380,18 @@ def load_preset(name: str, **overrides: dict) -> Preset:
     return replace(_changed(PRESETS[name], **overrides), name=name)
 
 
+def with_clip(preset: Preset, clip: dict[str, str | None]) -> Preset:
+    """A preset with another CLIP; where that is of published weights, or no longer is, noise and perceptual loss go with it."""
+    published = clip["pretrained"] is not None
+    if published == (preset.clip.pretrained is not None):
+        return _changed(preset, clip=clip)
+    noise = {
+        "noise_cos": 0.32 if published else 0.85
+    }  # of ViT-B/32 in LAFITE, of the embedded CLIP in results/ablation
+    loss = {"perceptual": "none"} if published else {}  # by a ViT-B/32 a step takes 20 seconds on a CPU
+    return _changed(preset, clip=clip, transformer_train=noise, vqgan_train=loss)
+
+
 def from_dict(kind: type, values: dict, whole: bool = True) -> Config:
     """Rebuild a config from its JSON form (lists for tuples); unless `whole`, a missing field has its default.
 

@@ -22,6 +22,7 @@ from torchvision.models import vgg16
 from .clip_embed import find_weights
 from .config import PRESETS, Preset
 from .runtime.checkpoints import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, hub_folder
+from .runtime.kernels import has_bf16
 from .runtime.runs import DATA, RESULTS, versions
 from .train_vqgan import PatchDiscriminator
 from .transformer import ImageTransformer
@@ -133,13 +134,14 @@ def report(machine: Machine | None = None) -> tuple[str, str]:
     """The page, and what keeps the laptop preset from running here: a sentence, or nothing."""
     machine, weights, problem = machine or this_machine(), missing_weights(), ""
     gpus = "".join(f"; cuda:{i} {name}, {size:.0f} GB" for i, (name, size) in enumerate(machine.gpus))
+    bfloat16 = "with" if has_bf16(torch.device("cpu")) else "without"
     lines = [
         f"machine    {machine.cores} cores, {machine.ram:.0f} GB of memory, {machine.disk:.0f} GB of disk free at {RESULTS}",
-        f"devices    cpu{gpus or ' (torch sees no GPU)'}",
+        f"devices    cpu {bfloat16} bfloat16{gpus or ' (torch sees no GPU)'}",
         "versions   " + ", ".join(f"{name} {found}" for name, found in versions().items()),
         "\nweights",
         *(f"{name:38}{'missing; ' + cure if cure else 'here'}" for name, cure in weights.items()),
-        f"\n{'preset':12}{'fits':6}by an estimate for its trainings; clipgen_lib/doctor.py says what it assumes",
+        f"\n{'preset':12}{'fits':6}by an estimate for its trainings, which are faster with bfloat16; clipgen_lib/doctor.py says what it assumes",
     ]
     for name, preset in PRESETS.items():
         fits, reason = fit(preset, machine)

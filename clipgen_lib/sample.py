@@ -41,8 +41,8 @@ def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0
     Raises:
         ClipgenError: temperature, top_k or top_p is out of range.
     """
-    if temperature <= 0:
-        raise ClipgenError(f"temperature is {temperature}: use a value above 0 (top_k=1 takes the likeliest token)")
+    if temperature < 1e-3:
+        raise ClipgenError(f"temperature is {temperature}: use a value above 0.001 (top_k=1 takes the likeliest token)")
     if not 0 < top_p <= 1 or top_k < 0:
         raise ClipgenError(f"top_p is {top_p} and top_k {top_k}: use 0 < top_p <= 1 and top_k >= 0")
     logits = logits / temperature

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image
 
 from . import evaluate, train_transformer, train_vqgan
 from .clip_embed import ClipEmbedder, photo_notice
-from .config import Config, Preset, SampleConfig, checked_dataclass, from_dict, load_preset
+from .config import PRESETS, Config, Preset, SampleConfig, checked_dataclass, from_dict, load_preset, with_clip
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_images
 from .data.images import grid, to_float
@@ -30,7 +30,7 @@ from .metrics import oracle
 from .metrics.captions import choose_captions, split_prompts
 from .metrics.classifier import Classifier, accuracy, train_classifier
 from .runtime import distributed, runs
-from .runtime.runs import RESULTS, ROOT, ClipgenError, Run, shortened
+from .runtime.runs import ROOT, ClipgenError, Run, reason, shortened
 from .store import TokenStore, extract
 from .text_to_image import TextToImage, load_run
 from .vqgan import VQGAN
@@ -73,20 +73,29 @@ def pick_device(device: str = "auto") -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        problem = str(error).splitlines()[0]
-        raise ClipgenError(f"device {device!r} cannot be used here ({problem}): use 'auto' or 'cpu'") from None
+        chosen = torch.device(device)
+        if chosen.type != "cuda":
+            torch.ones(1, device=chosen).item()
+        elif (chosen.index or 0) >= torch.cuda.device_count():  # nothing is put there: that is for who trains
+            raise RuntimeError("torch sees no such GPU")
+    except Exception as error:  # each kind of device has its own
+        raise ClipgenError(f"device {device!r} cannot be used here ({reason(error)}): use 'auto' or 'cpu'") from None
     return device
 
 
+# entries of summary.json that a training which begins anew leaves there: others are of weights that it replaces
+OF_EARLIER = {"vqgan": {"run", "preset", "seed", "versions", "classifier"}}
+OF_EARLIER["transformer"] = OF_EARLIER["vqgan"] | {"data", "vqgan", *runs.MERGED}
+
+
 @checked_dataclass
-class Begun(Config):
+class RunConfig(Config):
     """The config.json of a run."""
 
     preset: Preset
-    data: str
+    data: str  # a label: what the images are called
     seed: int
+    data_hash: str | None = None  # of its train split, by which data are known; None of the Shapes world
 
 
 @dataclass(frozen=True)
@@ -101,41 +110,62 @@ class Workbench:
     def open(
         cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
     ) -> Workbench:
-        """Open or begin a run.
+        """Open or begin a run; a run begins when all of `checked` is well.
 
         Args:
-            data: `shapes` or what `open_images` reads.
+            data: `shapes` or what `open_images` reads; "" takes the run's own, unseen.
             clip: the conditioning CLIP in place of the preset's: a folder in open_clip's layout, or an open_clip
                 model and its weights, such as `ViT-B-32-quickgelu/openai`.
 
         Raises:
-            ClipgenError: the run was begun with another preset, data, seed or CLIP.
+            ClipgenError: as `checked`.
         """
-        chosen = load_preset(preset, **({"clip": clip_fields(clip)} if clip else {}))
-        device = pick_device(device)
-        opened = replace(runs.open_run(run), seed=seed, device=device)
-        begun, path = asdict(Begun(chosen, _portable(data), seed)), opened.file("config.json")
-        if path.exists():
-            if differing := runs.differences(asdict(_begun_with(path)), begun):
-                raise ClipgenError(
-                    f"run {run!r} was begun with another {', '.join(differing[:3])}: choose another run name or delete {path.parent}"
-                )
-        elif distributed.is_main():
-            runs.write_json(path, begun)
-        wb = cls(opened, chosen, data)
-        if not opened.summary().get("versions"):
+        wb, config = cls.checked(preset, run, data, seed, device, clip)
+        if distributed.is_main() and not (wb.run.path / "config.json").exists():
+            runs.write_json(wb.run.file("config.json"), asdict(config))
+        if not wb.run.summary().get("versions"):
             wb._record(run=run, preset=preset, seed=seed, versions=runs.versions())
         return wb
 
     @classmethod
+    def checked(
+        cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
+    ) -> tuple[Workbench, RunConfig]:
+        """What `open` opens, and its config.json, with nothing written. Data are the same where their content is.
+
+        Raises:
+            ClipgenError: a wrong value, no such data or device, or a run begun with another preset, data, seed or CLIP.
+        """
+        chosen = load_preset(preset)
+        chosen = with_clip(chosen, clip_fields(clip)) if clip else chosen
+        opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
+        path = opened.path / "config.json"
+        begun = _begun_with(path) if path.exists() else None
+        wb = cls(opened, chosen, data or getattr(begun, "data", ""))
+        config = RunConfig(chosen, _portable(wb.data), seed)
+        if begun and not data:  # unseen
+            config = replace(config, data_hash=begun.data_hash)
+        elif data != "shapes" and (begun is None or begun.data_hash):
+            config = replace(config, data_hash=wb.images().hash)
+        if begun and begun.data_hash and begun.data_hash == config.data_hash:  # whatever it is called now
+            config = replace(config, data=begun.data)
+        if begun and (differing := runs.differences(asdict(begun), asdict(config))):
+            runs.refuse_published(path.parent)
+            named = ", ".join(dict.fromkeys(name.removesuffix("_hash") for name in differing[:3]))
+            raise ClipgenError(
+                f"run {run!r} was begun with another {named}: choose another run name or delete {path.parent}"
+            )
+        return wb, config
+
+    @classmethod
     def reopen(cls, run: str, device: str = "auto", data: str = "") -> Workbench:
         """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its images lie now."""
-        path = RESULTS / run / "config.json"
+        path = runs.open_run(run).path / "config.json"
         if not path.is_file():
             raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}'")
         begun = _begun_with(path)
         clip = "/".join(part for part in (begun.preset.clip.name, begun.preset.clip.pretrained) if part)
-        return cls.open(begun.preset.name, run, data or begun.data, begun.seed, device, clip)
+        return cls.open(begun.preset.name, run, data, begun.seed, device, clip)
 
     @property
     def seed(self) -> int:
@@ -158,8 +188,11 @@ class Workbench:
 
     @property
     def notice(self) -> str:
-        """A warning where this run's CLIP does not know such images, else empty."""
-        return photo_notice(self.preset.clip.name, self.data)
+        """What to know of this run's CLIP: that it does not know such images, or changes the noise; else empty."""
+        noise_cos, of_preset = self.preset.transformer_train.noise_cos, PRESETS.get(self.preset.name, self.preset)
+        photos, own = photo_notice(self.preset.clip.name, self.data), of_preset.transformer_train.noise_cos
+        why = f"Noise goes down to cosine {noise_cos}, not the preset's {own}: 0.32 is published for ViT-B/32, 0.85 found for CLIPs trained here."
+        return photos if noise_cos == own else f"{photos} {why}".strip()
 
     @cached_property
     def clip(self) -> ClipEmbedder:
@@ -235,8 +268,8 @@ class Workbench:
         with self._timed("vqgan"):
             preset = replace(self.preset, vqgan_train=config)
             vqgan = train_vqgan.train_vqgan(self.run, images, val_images, preset, self.clip)
-        data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
-        self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
+            data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
+            self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
         return vqgan
 
     def extract(self) -> TokenStore:
@@ -266,9 +299,9 @@ class Workbench:
             preset = replace(self.preset, transformer_train=config)
             frozen = train_transformer.Frozen(vqgan, self.clip, self.text_mean() if config.centre else None)
             transformer = train_transformer.train_transformer(self.run, store, val_store, preset, frozen, preview)
-        scores = train_transformer.validation_losses(transformer.to(self.device), val_store, frozen)
-        clip_size = sum(p.numel() for p in self.clip.parameters())
-        self._record(transformer=scores, parameters={"clip": clip_size})
+            scores = train_transformer.validation_losses(transformer.to(self.device), val_store, frozen)
+            clip_size = sum(p.numel() for p in self.clip.parameters())
+            self._record(transformer=scores, parameters={"clip": clip_size})
 
     def train_classifier(self) -> dict[str, float]:
         """The classifier of classes, on real images of the train split; returns its accuracy on the val split."""
@@ -279,7 +312,7 @@ class Workbench:
             )
         with self._timed("classifier"):
             classifier = train_classifier(self.run, images, self.preset.classifier)
-        self._record(classifier=accuracy(classifier, val_images))
+            self._record(classifier=accuracy(classifier, val_images))
         return self.run.summary()["classifier"]
 
     def preview_prompts(self, n: int = 6) -> list[str]:
@@ -391,15 +424,16 @@ class Workbench:
         Returns:
             What summary.json says under `export`: `bytes` of weights, and `oracle` by the number of candidates.
         """
-        self.generator().export(folder)
-        written = TextToImage.from_pretrained(folder).to(self.device)
-        entry, oracle = {"bytes": (folder / "model.safetensors").stat().st_size}, {}
-        for count in sorted({1, candidates}) if self.has_oracle else []:
-            place = self.run.path / "generated" / f"export-{count}"
-            scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
-            oracle[str(count)] = scores["text"]
-        entry |= {"oracle": oracle} if oracle else {}
-        self._record(export=entry)
+        with self._timed("export", resumable=False):
+            self.generator().export(folder)
+            written = TextToImage.from_pretrained(folder).to(self.device)
+            entry, oracle = {"bytes": (folder / "model.safetensors").stat().st_size}, {}
+            for count in sorted({1, candidates}) if self.has_oracle else []:
+                place = self.run.path / "generated" / f"export-{count}"
+                scores = evaluate.evaluate_oracle(written, place, n, self.seed, ("text",), candidates=count)
+                oracle[str(count)] = scores["text"]
+            entry |= {"oracle": oracle} if oracle else {}
+            self._record(export=entry)
         return entry
 
     def _record(self, **entries: object) -> None:
@@ -409,20 +443,36 @@ class Workbench:
 
     @contextmanager
     def _timed(self, step: str, resumable: bool = True) -> Iterator[None]:
-        """Wall seconds of a step into summary.json; the parts of an interrupted and resumed step add up."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            before = self.run.summary().get("seconds", {}).get(step, 0.0) if resumable else 0.0
-            self._record(seconds={step: before + time.perf_counter() - start})
+        """The run kept to this process, or launch, for a step, and the step's wall seconds put into summary.json.
+
+        The parts of an interrupted and resumed step add up.
+        """
+        start, refused = time.perf_counter(), ""
+        resumable = resumable and (step not in OF_EARLIER or any(self.run.path.glob(f"checkpoints/{step}-*")))
+        with ExitStack() as stack:
+            try:
+                if distributed.is_main():
+                    stack.enter_context(runs.held(self.run.path, f"{step} of run {self.run.name!r}"))
+            except ClipgenError as error:
+                refused = str(error)
+            if refused := distributed.broadcast(refused):
+                raise ClipgenError(refused)
+            if step in OF_EARLIER and not resumable and distributed.is_main():
+                kept = {key: value for key, value in self.run.summary().items() if key in OF_EARLIER[step]}
+                runs.write_json(self.run.file("summary.json"), kept)
+            try:
+                yield
+            finally:
+                before = self.run.summary().get("seconds", {}).get(step, 0.0) if resumable else 0.0
+                self._record(seconds={step: before + time.perf_counter() - start})
 
 
-def _begun_with(path: Path) -> Begun:
+def _begun_with(path: Path) -> RunConfig:
     """What a run was begun with. A field that its config.json lacks has the default."""
     found = runs.read_json(path)
     try:
-        return Begun(from_dict(Preset, found.get("preset"), whole=False), found.get("data"), found.get("seed"))
+        preset, others = from_dict(Preset, found.get("preset"), whole=False), ("data", "seed", "data_hash")
+        return RunConfig(preset, *map(found.get, others))
     except ClipgenError as error:
         raise ClipgenError(
             f"{path} does not say what the run was begun with ({error}): restore it, or delete {path.parent}"
@@ -436,7 +486,7 @@ def _portable(data: str) -> str:
         ClipgenError: no folder can have that name.
     """
     try:
-        return data if data == "shapes" else Path(os.path.expanduser(data)).resolve().name
+        return data if data == "shapes" else Path(os.path.expanduser(data or "\0")).resolve().name
     except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
         raise ClipgenError(f"data {shortened(data)!r} is no path: give the folder of your images") from None
 
@@ -444,7 +494,8 @@ def _portable(data: str) -> str:
 def clip_fields(clip: str) -> dict[str, str | None]:
     """Name and weights of a CLIP from one text: `shapes`, a folder, or MODEL/WEIGHTS.
 
-    A folder inside the project is named by its place there. WEIGHTS is a tag of open_clip's or a checkpoint file.
+    A folder inside the project is named by its place there. WEIGHTS is a tag of open_clip's or a checkpoint file. Both are looked
+    for in the project first, then here.
     """
     folder = ROOT / os.path.expanduser(clip)
     if os.path.isdir(clip) and not os.path.isdir(folder):
@@ -452,8 +503,9 @@ def clip_fields(clip: str) -> dict[str, str | None]:
     if os.path.isdir(folder):
         return {"name": str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder), "pretrained": None}
     name, _, weights = clip.partition("/")
-    if weights and os.path.isfile(ROOT / weights):
-        return {"name": name, "pretrained": str(ROOT / weights)}
+    for file in (ROOT / os.path.expanduser(weights), Path(weights)):
+        if weights and os.path.isfile(file):
+            return {"name": name, "pretrained": str(file.resolve())}
     if "/" in weights:
         raise ClipgenError(
             f"CLIP {shortened(clip)!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai"

@@ -1,7 +1,13 @@
 """The command line, run as a user runs it, in results of its own."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import numpy as np
@@ -11,6 +17,7 @@ from conftest import ROOT
 from PIL import Image
 
 from clipgen_lib.cli import default_run, main, parameters_of, parse_parameter
+from clipgen_lib.config import PRESETS
 from clipgen_lib.metrics.oracle import read_scene
 from clipgen_lib.runtime.runs import ClipgenError
 
@@ -59,20 +66,123 @@ def test_a_run_generates_and_is_evaluated_again(clipgen, smoke_run, tmp_path):
         (("run", "--preset", "smoke", "--notebook", "09"), "0 notebooks match '09'"),
         (("generate", "a prompt", "--run", "none"), "there is no run 'none'"),
         (("generate", "a red circle", "-o", "out.foo"), "cannot be written: give an image name"),
+        (("generate", "a red circle", "-o", "out.psd"), "cannot be written: give an image name"),
+        (("generate", "a red circle", "--temperature", "1e-300"), "use a value above"),
+        (("evaluate", "--images", "x", "--reference", "y", "-o", "z.txt"), "give a name such as scores.json"),
+        *(
+            (("run", "-p", f"SEED={seed}"), "give a whole number from 0")
+            for seed in ("abc", "1.5", "-1", 2**64, "True")
+        ),
+        (("run", "-p", "PROCESSES=two"), "give a whole number from 0"),
+        (("run", "--notebook", "04", "-p", "GUIDANCE=1e999"), "give a number from 0"),
+        (("run", "--preset", "smoke", "-p", "DATA=/nowhere"), "is not a folder of images"),
+        (("run", "--preset", "smoke", "-p", "DEVICE=meta"), "cannot be used here"),
+        (("run", "--run", "x" * 300), "at most 100 letters"),
+        (("train-vqgan", "--preset", "smoke", "--run", "y", "--data", "/nowhere"), "is not a folder of images"),
+        (("train-vqgan", "--run", "laptop", "--seed", "5"), "is a published result"),
+        (("run", "--preset", "smoke", "--run", "laptop"), "is a published result"),
+        (("train-clip", "--run", "shapes-clip"), "is a published result"),
         (("train-vqgan", "--preset", "smoke", "--run", "y", "--device", "cuda:7"), "cannot be used here"),
         (("evaluate", "--reference", "x"), "name it by --images"),
         (("evaluate", "--images", "x"), "give --reference"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, sentence):
+    before = sorted((ROOT / "results").iterdir())
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1 and sentence in done.output and "Traceback" not in done.output
+    assert sorted((ROOT / "results").iterdir()) == before
+
+
+def test_an_error_of_the_disk_is_one_sentence(tmp_path):
+    (tmp_path / "out.png").mkdir()
+    done = CliRunner().invoke(main, ["generate", "a red circle", "-n", "1", "-o", str(tmp_path / "out.png")])
+    assert done.exit_code == 1 and "Is a directory" in done.output and "out.png': restore it" in done.output
+
+
+NOTEBOOKS = {
+    "10_where": "from pathlib import Path\nimport clipgen_lib\nassert Path(IMAGE).read_text() == 'an image'\n"
+    "Path(IMAGE).write_text(clipgen_lib.__file__)",
+    "11_rights": "raise PermissionError(13, 'Permission denied', '/somewhere')",
+    "12_memory": "raise MemoryError('Unable to allocate 9 TiB')",
+    "13_killed": "import os\nos.kill(os.getpid(), 9)",
+    "14_waits": "from pathlib import Path\nfrom clipgen_lib.runtime.runs import stoppable\nimport time\n"
+    "with stoppable() as stop:\n    Path(IMAGE).write_text('begun')\n    while not stop.number: time.sleep(0.1)\n"
+    "    stop.raise_if_asked(lambda: Path(IMAGE).write_text('saved'), 'after step 3')",
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """Starts `clipgen run` of a small notebook in another clone than the installed one."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "clipgen_lib", folder / "clipgen_lib")
+    (folder / "notebooks").mkdir()
+    for name, source in NOTEBOOKS.items():
+        parameters = nbformat.v4.new_code_cell('RUN = "r"\nIMAGE = ""', metadata={"tags": ["parameters"]})
+        notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
+    (folder / "image").write_text("an image")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CLIPGEN_RESULTS")}
+
+    def start(name):
+        command = [sys.executable, "-m", "clipgen_lib", "run", "--notebook", name, "-p", "IMAGE=image"]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return folder, subprocess.Popen(command, cwd=folder, env=environment, **streams)
+
+    return start
+
+
+def test_a_notebook_runs_the_library_of_its_command_and_finds_relative_paths(clone):
+    folder, process = clone("10")
+    assert process.wait() == 0, process.stderr.read()[-3000:]
+    assert (folder / "image").read_text() == str(folder / "clipgen_lib" / "__init__.py")
+    assert (folder / "results" / "where" / "notebooks" / "10_where.ipynb").is_file()
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("11", "11_rights: Permission denied: '/somewhere': get the right to it"),
+        ("12", "12_memory: the memory is used up (Unable to allocate 9 TiB)"),
+        ("13", "13_killed: the memory is used up (Kernel died)"),
+    ],
+)
+def test_an_error_in_a_kernel_is_the_commands_own_sentence(clone, name, sentence):
+    _, process = clone(name)
+    _, told = process.communicate()
+    assert process.returncode == 1 and f"Error: {sentence}" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_to_the_command_lets_its_notebook_save(clone, name):
+    folder, process = clone("14")
+    while (folder / "image").read_text() != "begun" and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.Signals[name])
+    _, told = process.communicate()
+    assert (folder / "image").read_text() == "saved"
+    assert process.returncode == 128 + signal.Signals[name] and f"stopped by {name} in 14_waits" in told
+
+
+def test_without_notebooks_the_command_says_so(clipgen, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPGEN_HOME", str(tmp_path))  # as after `pip install .`, without --editable
+    done = clipgen("run", results=tmp_path / "results")
+    assert done.returncode == 1 and "has no notebooks: install a clone" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_committed_results_are_published_and_no_default_name_is_one_of_them():
+    kept = set(re.findall(r"^!/results/([\w-]+)/$", (ROOT / ".gitignore").read_text(), re.M))
+    assert {"laptop", "reference", "photos"} <= kept
+    assert kept == {path.parent.name for path in (ROOT / "results").glob("*/published")}
+    names = {default_run(preset, data) for preset in PRESETS for data in ("shapes", "/my/photos", "clip")}
+    assert not kept & (names | {option.default for command in main.commands.values() for option in command.params})
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (("run", "--preset", "smoke", "--run", "x", "-p", "DATA=/nowhere/at/all"), "is not a folder of images"),
         (("extract", "--preset", "smoke", "--run", "fresh"), "is missing"),
     ],
 )
@@ -82,20 +192,20 @@ def test_mistakes_in_a_run_are_one_sentence(clipgen, arguments, sentence, tmp_pa
 
 
 def test_a_run_of_other_data_has_a_name_of_its_own():
-    assert default_run("laptop", "shapes") == "laptop"
-    assert default_run("laptop", "/my/Holiday photos (2)") == "laptop-Holiday-photos-2"
-    assert default_run("laptop", "/") == "laptop-images"
+    assert default_run("laptop", "shapes") == "my-laptop"
+    assert default_run("laptop", "/my/Holiday photos (2)") == "my-laptop-Holiday-photos-2"
+    assert default_run("laptop", "/") == "my-laptop-images"
 
 
 def test_parameters_are_texts_or_numbers():
     known = parameters_of("04_evaluate")
-    assert known["DATA"] and known["PROMPTS"] and not known["SEED"] and not known["GUIDANCE"]
+    assert (known["DATA"], known["PROMPTS"], known["SEED"], known["GUIDANCE"]) == ("shapes", "", 0, 0.0)
     assert parse_parameter("DATA=2017", known) == ("DATA", "2017")
     assert parse_parameter("PROMPTS=a=b", known) == ("PROMPTS", "a=b")
     assert parse_parameter("SEED=2017", known) == ("SEED", 2017)
     assert parse_parameter("GUIDANCE=2e-1", known) == ("GUIDANCE", 0.2)
     for text in ("SEED=one", "SEED=", "SEED=[1]", "SEED=__import__('os')"):
-        with pytest.raises(ClipgenError, match="give a number"):
+        with pytest.raises(ClipgenError, match="give a whole number"):
             parse_parameter(text, known)
 
 

@@ -17,6 +17,7 @@ from clipgen_lib.config import (
     VQGANTrainConfig,
     from_dict,
     load_preset,
+    with_clip,
 )
 from clipgen_lib.runtime.runs import ClipgenError
 from clipgen_lib.transformer import ImageTransformer
@@ -123,3 +124,15 @@ def test_sizes_of_released_models():
     assert count(VQGAN(coco.vqgan)) == 71_948_939 - 65_536  # LlamaGen's file counts a usage buffer
     transformer = ImageTransformer(coco.transformer, 16_384, 256, 512)
     assert count(transformer) == 338_242_560 - 24 * 256 * 256  # the file counts its causal masks
+
+
+def test_noise_and_perceptual_loss_go_with_the_clip():
+    published, own = {"name": "ViT-B-32", "pretrained": "openai"}, {"name": "results/my/clip", "pretrained": None}
+    smoke, gpu64 = load_preset("smoke"), load_preset("gpu64")
+    changed = with_clip(smoke, published)
+    assert (changed.transformer_train.noise_cos, changed.vqgan_train.perceptual) == (0.32, "none")
+    assert changed.clip.name == "ViT-B-32" and changed.transformer == smoke.transformer
+    assert with_clip(smoke, own).transformer_train == smoke.transformer_train
+    assert with_clip(smoke, own).vqgan_train.perceptual == "clip"
+    assert with_clip(gpu64, own).transformer_train.noise_cos == 0.85
+    assert with_clip(gpu64, published).vqgan_train == gpu64.vqgan_train

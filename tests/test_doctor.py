@@ -10,6 +10,7 @@ import torch
 from clipgen_lib.clip_embed import find_weights
 from clipgen_lib.config import PRESETS, load_preset
 from clipgen_lib.doctor import Machine, need, report, this_machine
+from clipgen_lib.runtime.kernels import has_bf16
 
 LAPTOP = Machine(cores=2, ram=8, disk=20)
 GPU = Machine(cores=16, ram=128, disk=500, gpus=(("A100", 80.0),))
@@ -28,6 +29,7 @@ def test_without_a_gpu_the_small_presets_fit(pages):
     page, problem = pages[LAPTOP]
     assert fitting(page) == ["smoke", "laptop", "reference"] and problem == ""
     assert "2 cores, 8 GB of memory, 20 GB of disk free" in page and "torch sees no GPU" in page
+    assert f"cpu {'with' if has_bf16(torch.device('cpu')) else 'without'} bfloat16" in page
     assert f"torch {torch.__version__.split('+')[0]}" in page
 
 

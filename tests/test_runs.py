@@ -8,11 +8,13 @@ import textwrap
 import pytest
 import torch
 
-from clipgen_lib.runtime.checkpoints import load_checkpoint, save_checkpoint
+from clipgen_lib.runtime.checkpoints import load_checkpoint, save_checkpoint, save_weights
 from clipgen_lib.runtime.runs import (
     ClipgenError,
+    Run,
     Stopped,
     differences,
+    explained,
     fresh_folder,
     held,
     open_run,
@@ -64,21 +66,113 @@ def test_an_interrupted_write_leaves_the_old_version(tmp_path):
     assert (tmp_path / "folder" / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("umask, file, folder", [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)])
+def test_rights_are_those_of_the_umask(umask, file, folder, tmp_path, vqgan):
+    before = os.umask(umask)
+    try:
+        save_weights(tmp_path / "run" / "vqgan", vqgan)
+        save_checkpoint(tmp_path / "run" / "c.safetensors", {"x": torch.zeros(1)}, {})
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (folder if path.is_dir() else file), path
+
+
+KILLED = """
+    import os, pathlib, signal, sys
+    from clipgen_lib.runtime.runs import fresh_folder, write_atomic, fresh_file
+    place = pathlib.Path(sys.argv[1])
+    with fresh_folder(place / "vqgan") as folder, fresh_file(place / "checkpoints" / "a.safetensors") as file:
+        (folder / "x").write_text("new")
+        file.write_text("new")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_killed_writes_leave_is_swept_and_what_was_there_comes_back(tmp_path):
+    run = open_run("r", tmp_path)
+    write_atomic(run.path / "vqgan" / "x", "old")
+    before = {path for path in tmp_path.rglob("*")}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), run.path])
+    assert len([path for path in tmp_path.rglob("*.new")]) == 2
+    (run.path / "vqgan").rename(run.path / ".vqgan.old")  # as after a kill between the two renames
+    assert (open_run("r", tmp_path).path / "vqgan" / "x").read_text() == "old"
+    assert {path for path in tmp_path.rglob("*")} - before == {tmp_path / ".r.lock", run.path / "checkpoints"}
+    with fresh_folder(run.path / "vqgan") as folder:
+        (folder / "y").write_text("new")
+    assert [path.name for path in (run.path / "vqgan").iterdir()] == ["y"]
+
+
+ERRORS = [
+    (PermissionError(13, "Permission denied", "/x"), "Permission denied: '/x': get the right"),
+    (OSError(1, "Operation not permitted", "/x"), "get the right"),
+    (OSError(30, "Read-only file system", "/x"), "/x': choose another place"),
+    (OSError(24, "Too many open files", "/x"), "ulimit"),
+    (OSError(28, "No space left on device"), "no room for /target: free some"),
+    (OSError(5, "Input/output error"), "/target: Input/output error: see that its disk is there"),
+    (TimeoutError(110, "Connection timed out", "/x"), "see that its disk is there"),
+    (OSError(116, "Stale file handle", "/x"), "see that its disk is there"),
+    (OSError(12, "Cannot allocate memory"), "memory is used up"),
+    (MemoryError(), "memory is used up (MemoryError)"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "memory is used up (CUDA out of memory)"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory is used up"),
+]
+
+
+@pytest.mark.parametrize("error, sentence", ERRORS)
+def test_errors_of_the_machine_are_one_sentence_with_a_cure(error, sentence):
+    with pytest.raises(ClipgenError) as raised, room_on_disk("/target"):
+        raise error
+    assert sentence in str(raised.value) and "Errno" not in str(raised.value)
+
+
+def test_an_error_of_the_code_stays_what_it_is(tmp_path):
+    for kind, text in (("ValueError", "[Errno 13] x"), ("RuntimeError", "exit code: 1"), ("KeyError", "'a'")):
+        assert explained(kind, text) == ""
+    with pytest.raises(ZeroDivisionError), room_on_disk(tmp_path):
+        raise ZeroDivisionError
+
+
+def test_published_results_are_read_only(tmp_path, monkeypatch):
+    run = open_run("r", tmp_path)
+    run.add_to_summary(oracle=1)
+    (run.path / "published").touch()
+    for write in (lambda: run.add_to_summary(oracle=2), lambda: run.log("a", 1), lambda: run.file("x")):
+        with pytest.raises(ClipgenError, match="r is a published result: write elsewhere"):
+            write()
+    with pytest.raises(ClipgenError, match="published"), held(run.path, "the run"):
+        pass
+    assert open_run("r", tmp_path).summary()["oracle"] == 1
+    monkeypatch.setenv("CLIPGEN_PUBLISH", "1")
+    assert run.add_to_summary(oracle=2)["oracle"] == 2
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "abc", None])
+def test_a_seed_is_a_whole_number(seed, tmp_path):
+    with pytest.raises(ClipgenError, match="is not a whole number from 0 to"):
+        Run(tmp_path, seed)
+
+
 def test_a_full_disk_is_one_sentence(tmp_path):
     with pytest.raises(ClipgenError, match=r"no room for .* \(2 GB are missing\)"), room_on_disk(tmp_path, lambda: 2e9):
         raise OSError(28, "No space left on device")
-    with pytest.raises(PermissionError), room_on_disk(tmp_path):
-        raise PermissionError(13, "Permission denied")
 
 
-def test_a_signal_is_obeyed_between_two_steps():
-    saved = []
-    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3") as stopped, stoppable() as stop:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_is_obeyed_between_two_steps(name):
+    saved, number = [], signal.Signals[name]
+    before = signal.signal(number, signal.SIG_DFL)
+    with pytest.raises(Stopped, match=f"stopped by {name} after step 3") as stopped, stoppable() as stop:
         stop.raise_if_asked(lambda: saved.append(1), "after step 1")
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         stop.raise_if_asked(lambda: saved.append(3), "after step 3")
-    assert saved == [3] and stopped.value.exit_code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert saved == [3] and stopped.value.exit_code == 128 + number
+    assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
+    with stoppable() as stop:  # as under nohup
+        if name == "SIGHUP":
+            os.kill(os.getpid(), number)
+    assert stop.number == 0
+    signal.signal(number, before)
 
 
 def test_summary_merges_and_metrics_rewind(tmp_path):
@@ -101,22 +195,21 @@ def test_differences_name_the_fields():
     assert differences({"a": {"b": 1, "c": (1, 2)}}, {"a": {"b": 2, "c": [1, 2]}, "d": 0}) == ["a.b", "d"]
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "x" * 300, "a\nb", "a\0b", " a", None])
 def test_run_names_are_plain(name, tmp_path):
     with pytest.raises(ClipgenError, match="plain folder name"):
         open_run(name, tmp_path)
 
 
 def test_places_move_by_the_environment(tmp_path):
-    code = (
-        "import json; from clipgen_lib.runtime.runs import *; print(json.dumps([str(ROOT), str(DATA), str(RESULTS)]))"
-    )
+    code = "import json; from clipgen_lib.runtime.runs import *; print(json.dumps([str(ROOT), str(DATA), str(RESULTS), str(MADE_DATA)]))"
     environment = {**os.environ, "CLIPGEN_HOME": str(tmp_path)}
     environment.pop("CLIPGEN_RESULTS", None)
     found = json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment))
-    assert found == [str(tmp_path), str(tmp_path / "data"), str(tmp_path / "results")]
-    environment["CLIPGEN_RESULTS"] = str(tmp_path / "elsewhere")
-    assert json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment))[2].endswith("elsewhere")
+    assert found == [str(tmp_path), str(tmp_path / "data"), str(tmp_path / "results"), str(tmp_path / "data")]
+    environment |= {"CLIPGEN_RESULTS": str(tmp_path / "elsewhere"), "CLIPGEN_DATA": str(tmp_path / "made")}
+    found = json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment))
+    assert found[2:] == [str(tmp_path / "elsewhere"), str(tmp_path / "made")]
 
 
 def test_bars_are_off_where_the_environment_says_so(capsys):
@@ -124,6 +217,17 @@ def test_bars_are_off_where_the_environment_says_so(capsys):
     with progress(3, "label", initial=1) as bar:
         bar.update(2)
     assert bar.disable and capsys.readouterr().err == ""
+
+
+def test_a_bar_that_cannot_be_written_ends_nothing():
+    code = "from clipgen_lib.runtime.runs import progress; import time\nwith progress(9, 'x') as bar:\n"
+    code += "    for i in range(9): time.sleep(0.11); bar.update()\nprint('done')"
+    reader, writer = os.pipe()
+    environment = {key: value for key, value in os.environ.items() if key != "CLIPGEN_PROGRESS"}
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert done.stdout == b"done\n"
 
 
 def test_a_second_process_is_told_who_holds_what_it_would_write(tmp_path):

@@ -14,7 +14,7 @@ from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.images import to_float
 from clipgen_lib.metrics.captions import split_prompts
 from clipgen_lib.runtime.checkpoints import module_hash, save_weights
-from clipgen_lib.runtime.runs import DATA, ClipgenError, open_run
+from clipgen_lib.runtime.runs import DATA, ClipgenError, held, open_run
 from clipgen_lib.workbench import Workbench, clip_fields
 
 OUTCOMES = """
@@ -78,6 +78,54 @@ def test_a_run_is_opened_again_only_as_it_was_begun(tmp_path):
         assert all("does not say what the run was begun with" in text for text in texts), texts
     assert "begun with another seed" in found[-2][0] and "there is no run 'none'" in found[-2][1]
     assert "begun with another data" in found[-1][0]
+
+
+IDENTITY = r"""
+import json, shutil, sys
+from pathlib import Path
+from clipgen_lib.runtime.runs import RESULTS, ClipgenError
+from clipgen_lib.workbench import Workbench
+
+def outcome(data, **values):
+    try:
+        Workbench.open(**{"preset": "smoke", "run": "r", "data": str(data), **values})
+        return "opened"
+    except ClipgenError as error:
+        return str(error)
+
+root = Path(sys.argv[1])
+shutil.copytree(root / "images", root / "a" / "photos")
+shutil.copytree(root / "images", root / "b" / "photos")
+next((root / "b" / "photos").glob("*.png")).unlink()
+wrong = [dict(seed=seed) for seed in (-1, 2**64, 1.5, "abc")] + [dict(device="meta"), dict(preset="none")]
+wrong += [dict(data=""), dict(data="/nope"), dict(data="no\0where"), dict(clip="no/such/clip")]
+found = [outcome(**{"data": root / "a" / "photos", **values}) for values in wrong]
+found.append(str(RESULTS.exists()))
+found += [outcome(root / "a" / "photos"), outcome(root / "b" / "photos")]
+(root / "a" / "photos").rename(root / "renamed")
+found.append(outcome(root / "renamed"))
+found.append(str(Workbench.reopen("r").data))
+print(json.dumps(found))
+"""
+
+
+def test_data_are_known_by_their_content_and_a_wrong_value_begins_nothing(images_folder, tmp_path):
+    environment = {**os.environ, "CLIPGEN_RESULTS": str(tmp_path / "results")}
+    done = subprocess.run(
+        [sys.executable, "-c", IDENTITY, tmp_path], env=environment, capture_output=True, text=True, check=True
+    )
+    *wrong, begun, first, other, renamed, label = json.loads(done.stdout)
+    sentences = ["whole number"] * 4 + [
+        "cannot be used",
+        "unknown preset",
+        "no path",
+        "not a folder of images",
+        "no path",
+        "CLIP",
+    ]
+    assert all(sentence in found for sentence, found in zip(sentences, wrong, strict=True)), wrong
+    assert begun == "False" and first == renamed == "opened" and "begun with another data" in other
+    assert label == "photos"
 
 
 def test_a_clip_is_a_folder_or_a_model_and_its_weights(tmp_path):
@@ -168,6 +216,32 @@ def test_a_notice_only_for_the_shapes_clip_on_photos(open_folder, images_folder)
     assert "knows coloured shapes, not photos" in open_folder(images_folder).notice
     assert photo_notice("shapes", "shapes") == photo_notice("ViT-B-32", "/my/photos") == ""
     assert photo_notice("data/shapes_clip", "/my/photos") == photo_notice("shapes", "/my/photos")
+
+
+def test_a_training_that_begins_anew_drops_what_later_steps_recorded(open_folder, images_folder):
+    wb = open_folder(images_folder)
+    of_others = {"oracle": 1, "export": 2, "transformer": 3, "classifier": 4, "seed": 0, "seconds": {"vqgan": 1e9}}
+    wb.run.add_to_summary(**of_others)
+    wb.train_vqgan()
+    summary = wb.run.summary()
+    assert set(summary) == {"run", "seed", "classifier", "seconds", "parameters", "vqgan", "data"}
+    assert summary["seconds"]["vqgan"] < 1e9
+    wb.extract()
+    wb.run.add_to_summary(oracle=1)
+    wb.train_vqgan()  # it is done: nothing is trained
+    assert wb.run.summary()["oracle"] == 1
+    wb.train_transformer()
+    assert "oracle" not in wb.run.summary() and {"vqgan", "data", "transformer"} <= set(wb.run.summary())
+
+
+def test_one_process_at_a_time_writes_a_run(open_folder, images_folder):
+    wb = open_folder(images_folder)
+    with (
+        held(wb.run.path, "the transformer"),
+        pytest.raises(ClipgenError, match=f"the transformer is being made in .* by process {os.getpid()} on .* since"),
+    ):
+        wb.train_vqgan()
+    assert not (wb.run.path / "metrics.jsonl").exists()
 
 
 def test_too_few_images_are_told_before_training(open_folder, images_folder):

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from ..config import ShapesConfig
 from ..runtime.distributed import tell
-from ..runtime.runs import DATA, ClipgenError, read_json, reason, shortened
+from ..runtime.runs import MADE_DATA, ClipgenError, read_json, reason, shortened
 from . import shapes
 from .folders import SPLIT, TRAIN_NAMES, VAL_NAMES, Listing, choose_split, class_names, folder_classes, list_folder
 from .images import MAX_BYTES, BadImage, load_image, patiently, read_text
@@ -156,7 +156,7 @@ def open_images(
         ClipgenError: nothing there, no images, unknown split, metadata or an archive that cannot be read.
     """
     if str(path) == "shapes":
-        root = DATA / f"shapes-{world.n_train}-{world.n_val}-{seed}"
+        root = MADE_DATA / f"shapes-{world.n_train}-{world.n_val}-{seed}"
         return _open_coco(shapes.make_world(root, world.n_train, world.n_val, seed), split, size, "shapes")
     text, _, query = (str(path), "", "") if os.path.exists(path) else str(path).partition("?")
     root, named = Path(text).expanduser(), dict(parse_qsl(query))
@@ -354,7 +354,7 @@ def _open_table(
     if os.environ.get("CLIPGEN_PROGRESS") == "0":
         hf.disable_progress_bars()
     hf.logging.set_verbosity(hf.logging.CRITICAL)  # what it would log is in our sentence
-    cache = os.environ.get("HF_DATASETS_CACHE", str(DATA / "cache"))
+    cache = os.environ.get("HF_DATASETS_CACHE", str(MADE_DATA / "cache"))
     try:
         builder = hf.load_dataset_builder(source, data_files=files, cache_dir=cache)
         for file in sum((files or {}).values(), []) if not os.path.isdir(builder.cache_dir) else ():

@@ -2,12 +2,15 @@
 
 A run is a folder `results/<run>/` with config.json, metrics.jsonl, summary.json, figures/ and notebooks/. A file is written
 beside its place and renamed, so that an interruption leaves the previous version whole. Nothing here knows what a model is.
-The environment variables CLIPGEN_HOME and CLIPGEN_RESULTS move the project's folder and the runs.
+The environment variables CLIPGEN_HOME, CLIPGEN_RESULTS and CLIPGEN_DATA move the project's folder, the runs, and the data that
+are made: Shapes worlds, and what the library `datasets` converts.
 """
 
 from __future__ import annotations
 
+import builtins
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -17,15 +20,14 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(os.environ.get("CLIPGEN_HOME", Path(__file__).resolve().parents[2]))
 DATA = ROOT / "data"
+MADE_DATA = Path(os.environ.get("CLIPGEN_DATA", DATA))
 RESULTS = Path(os.environ.get("CLIPGEN_RESULTS", ROOT / "results"))
+MOST_SEED = 2**63 - 1  # image j uses seed + j, and torch takes seeds below 2^64
 
 
 class ClipgenError(Exception):
@@ -48,7 +52,7 @@ class ClipgenError(Exception):
 
 
 class Stopped(ClipgenError):
-    """SIGTERM or SIGINT, after what was done has been saved; ends a command as the signal would have."""
+    """SIGTERM, SIGINT or SIGHUP, after what was done has been saved; ends a command as the signal would have."""
 
     def __init__(self, number: int, where: str):
         super().__init__(
@@ -68,82 +72,149 @@ def shortened(text: str, most: int = 200) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
+def _sync(folder: Path, below: bool = True) -> None:
+    """Put a folder on the disk itself, and all `below` it, readable as the umask says: safetensors writes for one user."""
+    paths = [folder, *(folder.rglob("*") if below else ())]
+    if len(paths) > 100:  # one by one, 20,000 images take minutes
+        os.sync()
+        return
+    for path in paths:
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}")
+
+
+def _settle(target: Path) -> None:
+    """What was moved aside comes back where nothing has taken its place, and is deleted where something has."""
+    old = _beside(target, "old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
-def fresh_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+def fresh_folder(target: Path, file: str = "") -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends without an error, or one `file` in it.
+
+    All is on the disk before it gets its name, so that even a loss of power leaves the old or the new, and readable as the
+    umask says. An old folder is moved aside first and deleted last; after a kill in between, `open_run` puts it back.
+
+    Raises:
+        ClipgenError: the disk is full, or cannot be written; the old one stays.
+    """
+    folder = _beside(target, f"{os.getpid()}.new")
     try:
-        yield folder
-        folder.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
+        with room_on_disk(target):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder / file
+            _sync(folder)
+            _settle(target)
+            if not file and target.exists():
+                target.rename(_beside(target, "old"))
+            (folder / file).rename(target)
+            _sync(target.parent, below=False)
     finally:
+        _settle(target)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def fresh_file(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target`: what is written there takes its place when the block ends without an error.
+def fresh_file(target: Path) -> AbstractContextManager[Path]:
+    """As `fresh_folder`, for one file: a temporary name, in a folder beside `target`."""
+    return fresh_folder(target, target.name)
 
-    The content is on the disk before it gets its name, so that even a loss of power leaves the old file or the new one.
 
-    Raises:
-        ClipgenError: the disk is full; the old file stays.
+NO_ROOM = "free some, then run the same command to resume"
+CURES = {
+    NO_ROOM: {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+    "get the right to it from its owner, or choose another place": {errno.EACCES, errno.EPERM},
+    "choose another place; CLIPGEN_RESULTS and CLIPGEN_DATA move what is made": {errno.EROFS},
+    "close other programs, or raise the limit by 'ulimit -n'": {errno.EMFILE, errno.ENFILE},
+    "restore it, or run the step that makes it": {errno.ENOENT, errno.ENOTDIR, errno.EISDIR},
+}
+
+
+def explained(kind: str, text: str) -> str:
+    """An error of the disk or the memory as one sentence with its cure, from its class's name and its text; "" for any other.
+
+    Of an error in a notebook's kernel, or in safetensors, there is no more than that.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with room_on_disk(target):
-            yield beside
-            with open(beside, "rb") as stream:
-                os.fsync(stream.fileno())
-            beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    numbers = {int(number) for number in re.findall(r"(?:Errno |os error |code: )(\d+)", text)}
+    text = shortened(re.sub(r"\[Errno \d+\] ", "", text)) or kind
+    if "MemoryError" in kind or re.search(r"n't allocate memory|annot allocate memory|killed by signal", text):
+        return f"the memory is used up ({text}): close other programs or take a smaller preset, then run the same command to resume"
+    known = getattr(builtins, kind, None)
+    if kind != "SafetensorError" and not (isinstance(known, type) and issubclass(known, OSError)):
+        return ""
+    cures = [cure for cure, known in CURES.items() if known & numbers]
+    return (
+        f"{text}: {cures[0] if cures else 'see that its disk is there and well, then run the same command to resume'}"
+    )
 
 
 @contextmanager
-def room_on_disk(target: Path, lacking: Callable[[], float] = lambda: 0) -> Iterator[None]:
-    """Turns the error of a full disk or quota within the block into a `ClipgenError`.
+def room_on_disk(target: Path | str = "", lacking: Callable[[], float] = lambda: 0) -> Iterator[None]:
+    """Turns an error of the disk or the memory within the block into a `ClipgenError`.
 
     Args:
-        lacking: the bytes that are missing, where that can be told.
+        target: what is written there.
+        lacking: the bytes that are missing on a full disk, where that can be told.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors gives the error's number in its text only
-        numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))}
-        if not numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+    except Exception as error:
+        kind = "OSError" if isinstance(error, OSError) else type(error).__name__
+        sentence = "" if isinstance(error, BrokenPipeError) else explained(kind, str(error))
+        if not sentence:
             raise
         missing = f" ({lacking() / 1e9:.3g} GB are missing)" if lacking() > 0 else ""
-        raise ClipgenError(f"no room for {target}{missing}: free some, then run the same command to resume") from None
+        if target and sentence.endswith(NO_ROOM):
+            sentence = f"no room for {target}{missing}: {NO_ROOM}"
+        raise ClipgenError(sentence if str(target) in sentence else f"{target}: {sentence}") from None
 
 
 @contextmanager
 def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Keep `path` to this process while the block writes it; the lock of a process that died is free.
 
+    What killed processes left half written, beside it or below, is swept first.
+
     Raises:
-        ClipgenError: without `wait`, another process holds it: who, and since when.
+        ClipgenError: without `wait`, another process holds it: who, and since when; or it is published.
     """
+    refuse_published(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, holder = (path.with_name(f".{path.name}.{kind}") for kind in ("lock", "holder"))
+    lock, holder = FileLock(_beside(path, "lock")), _beside(path, "holder")
     try:
-        with FileLock(lock, timeout=-1 if wait else 0):
-            holder.write_text(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-            try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        who = holder.read_text(errors="replace") if holder.is_file() else "another process"
+        told = holder.read_text(errors="replace") if holder.is_file() else f"{path} is being made by another process"
+        raise ClipgenError(f"{told}: wait for it, or stop it and run this again") from None
+    try:
+        who = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        holder.write_text(f"{what} is being made in {path} by {who}")
+        for left in [*path.parent.glob(f".{glob.escape(path.name)}.*"), *path.rglob(".*.new"), *path.rglob(".*.old")]:
+            if left.suffix == ".new":
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.suffix == ".old":
+                _settle(left.with_name(left.stem[1:]))
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_published(folder: Path) -> None:
+    """Raises `ClipgenError` where a file `published` in a folder says that it is; CLIPGEN_PUBLISH=1 allows to make it anew."""
+    if (folder / "published").exists() and os.environ.get("CLIPGEN_PUBLISH") != "1":
         raise ClipgenError(
-            f"{what} is being made in {path} by {who}: wait for it, or stop it and run this again"
-        ) from None
+            f"{folder} is a published result: write elsewhere by --run or CLIPGEN_RESULTS, or set CLIPGEN_PUBLISH=1 to make it anew"
+        )
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -232,11 +303,29 @@ def versions() -> dict[str, str]:
 def progress(total: int, label: str, show: bool = True, initial: int = 0) -> tqdm:
     """A text progress bar with an ETA on stderr; `show=False` or CLIPGEN_PROGRESS=0 turns it off."""
     hidden = not show or os.environ.get("CLIPGEN_PROGRESS") == "0"
-    return tqdm(total=total, desc=label, initial=initial, leave=False, disable=hidden, dynamic_ncols=True)
+    stream = Unbroken(sys.stderr)
+    return tqdm(total=total, desc=label, file=stream, initial=initial, leave=False, disable=hidden, dynamic_ncols=True)
+
+
+class Unbroken:
+    """A stream that may be lost: writing to a closed terminal, or to a pipe that nobody reads, ends nothing."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str = "") -> None:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+            self.stream.flush()
+
+    flush = write
 
 
 class Stop:
-    """Whether SIGTERM or SIGINT has come since `stoppable` began."""
+    """Whether SIGTERM, SIGINT or SIGHUP has come since `stoppable` began."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -249,24 +338,27 @@ class Stop:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Within the block the first SIGTERM or SIGINT is only noted, for a loop that checks between two steps and saves first.
+def stoppable(also: Callable[[], None] = lambda: None) -> Iterator[Stop]:
+    """Within the block the first SIGTERM, SIGINT or SIGHUP is only noted, for a loop that checks between two steps and saves first.
 
-    A second signal is obeyed at once. Outside of the main thread, where Python handles no signals, nothing changes.
+    It calls `also`. A second signal is obeyed at once. SIGHUP, of a closed terminal, stays ignored under nohup. Outside of the
+    main thread, where Python handles no signals, nothing changes.
     """
     stop, before = Stop(), {}
 
     def note(number: int, frame: object) -> None:
         stop.number = number
         restore()
+        also()
 
     def restore() -> None:
         while before:
             signal.signal(*before.popitem())
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield stop
     finally:
@@ -284,12 +376,19 @@ class Run:
     seed: int = 0
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= MOST_SEED:
+            raise ClipgenError(
+                f"seed {shortened(repr(self.seed), 80)} is not a whole number from 0 to 2^63 - 1: give one"
+            )
+
     @property
     def name(self) -> str:
         return self.path.name
 
     def file(self, *parts: str) -> Path:
-        """A path inside the run, its folder made."""
+        """A path inside the run, to write to, its folder made. Raises ClipgenError where the run is published."""
+        refuse_published(self.path)
         path = self.path.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -342,9 +441,13 @@ class Run:
 
 
 def open_run(name: str, results: Path | None = None) -> Run:
-    """The run of that name, its folder made; the name is a plain folder name."""
-    if not name or name != Path(name).name or name.startswith("."):
-        raise ClipgenError(f"run name {name!r} is not a plain folder name: use letters, digits, '-' and '_'")
+    """The run of that name, a plain folder name; nothing is written."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w .+=@,()-]{0,99}", name) or name != name.strip(" ."):
+        raise ClipgenError(
+            f"run name {shortened(repr(name), 80)} is not a plain folder name: use at most 100 letters, digits, '-' and '_'"
+        )
     path = (results or RESULTS) / name
-    (path / "figures").mkdir(parents=True, exist_ok=True)
+    if any(path.glob(".*.old")):  # a kill came between two renames, if no other process is at it
+        with suppress(ClipgenError), held(path, f"run {name!r}"):
+            pass
     return Run(path)
