@@ -23,7 +23,7 @@ from .data.images import eight_bit, from_arrays, load_image, png, to_arrays, to_
 from .metrics import oracle
 from .metrics.captions import PAIRS, caption_facts, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
-from .metrics.distances import reconstruction_scores
+from .metrics.distances import frechet_distance, reconstruction_scores  # noqa: F401 (the first by others)
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
 from .metrics.folders import codec, open_folder, open_reference  # noqa: F401 (to open what is scored)
 from .metrics.statistics import Moments, few_images, fid_by_radius, set_scores, set_statistics

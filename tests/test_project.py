@@ -10,6 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 
@@ -59,6 +60,18 @@ def test_environment_and_pyproject_are_in_step():
     assert next(d["pip"] for d in conda if isinstance(d, dict)) == list(dict.fromkeys(wanted))
     assert f"python{project['requires-python']}" in conda
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", p) for p in wanted), "lower bounds only"
+    oldest = set((ROOT / "tests" / "oldest.txt").read_text().splitlines())
+    tried = project["dependencies"] + sum((project["optional-dependencies"][name] for name in ("notebooks", "test")), [])
+    assert {p.replace(">=", "==") for p in tried} <= oldest
+
+
+def test_names_that_others_rely_on():
+    import clipgen_lib
+    from clipgen_lib.evaluate import frechet_distance
+
+    names = "TextToImage Workbench VQGAN ImageTransformer TokenStore ClipEmbedder open_images load_preset generate"
+    assert all(callable(getattr(clipgen_lib, name)) for name in names.split())
+    assert frechet_distance(np.zeros(2), np.eye(2), np.ones(2), np.eye(2)) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("module, absent", [("clipgen_lib", "torch pydantic"), ("clipgen_lib.cli", "torch papermill")])
