@@ -21,7 +21,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from ..runtime.runs import ClipgenError, reason
 
 with suppress(ImportError):  # photos of phones, for whoever has installed it
-    __import__("pillow_heif").register_heif_opener()
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 _ENDINGS = Image.registered_extensions()
 # whatever the name says; Pillow hands EPS to another program, and takes any bytes for a TGA, so that its name must say it
