@@ -147,7 +147,7 @@ def open_images(
             `<split>/`); a folder of images, read recursively; a parquet file, a WebDataset tar or a folder of either; or a
             data set of the Hugging Face hub (`owner/name`). `?caption=COLUMN&class=COLUMN&image=COLUMN` after it names
             columns of an archive or of metadata.jsonl that are not found by themselves, `?year=2017` one of COCO's years.
-        split: `train` or `val`, or any other split that is there; `heldout` of `shapes`. Images without splits of their own
+        split: `train` or `val`, or any other split that is there; `held_out` of `shapes`. Images without splits of their own
             are split 90 to 10 by a hash of their names. What was found is told on stderr, once.
         size: short side in pixels.
         world, seed: size and seed of the Shapes world.

@@ -310,7 +310,7 @@ def match(claim: Claim, objects: tuple[SceneObject, ...], with_relation: bool = 
 def make_world(root: Path, n_train: int, n_val: int, seed: int = 0) -> Path:
     """Write a Shapes world in MS-COCO's layout and return its root.
 
-    Splits `train` and `val` hold no held-out pair; `heldout` (as large as `val`) shows one in every image.
+    Splits `train` and `val` hold no held-out pair; `held_out` (as large as `val`) shows one in every image.
     A whole world of the same sizes and seed is left as it is, a damaged one is made again. Written beside its place and
     renamed, so that an interrupted call leaves no half a world.
 
@@ -319,7 +319,7 @@ def make_world(root: Path, n_train: int, n_val: int, seed: int = 0) -> Path:
     """
     root = Path(root)
     recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 2}
-    splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "heldout": (n_val, 20_000_000)}
+    splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "held_out": (n_val, 20_000_000)}
     if patiently(lambda: _is_whole(root, recipe, splits), root):
         return root
     with held(root, "the Shapes world", wait=world_size() > 1):  # all of a launch come here at once
@@ -347,7 +347,7 @@ def _write_world(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -
             (folder / split).mkdir()
             content = {"info": {"description": "Shapes world", **recipe}, "images": [], "annotations": []}
             for index in range(count):
-                scene = scene_at(recipe["seed"], first + index, held_out=split == "heldout")
+                scene = scene_at(recipe["seed"], first + index, held_out=split == "held_out")
                 _add_scene(scene, folder / split, index, content)
                 bar.update()
             (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
