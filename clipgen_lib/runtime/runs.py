@@ -290,8 +290,10 @@ def file_hash(*paths: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
-    packages = "clipgen_lib torch torchvision open_clip_torch accelerate torchmetrics numpy pillow pytorch-fid lpips"
-    found = {"python": sys.version.split()[0]}
+    import clipgen_lib  # its own: the installed one's may be of another folder
+
+    packages = "torch torchvision open_clip_torch accelerate torchmetrics numpy pillow pytorch-fid lpips"
+    found = {"python": sys.version.split()[0], "clipgen_lib": clipgen_lib.__version__}
     for package in packages.split():
         try:
             found[package] = version(package)
