@@ -86,10 +86,15 @@ class Block(nn.Module):
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv
+        mask = None
         if cache is not None:
             k, v = cache.extend(layer, qkv[1:])
             q = q.to(k.dtype)
-        h = attend(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+            if length > 1 and cache.length > 0:  # several new positions behind old ones
+                mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        causal = length > 1 and mask is None
+        dropout = self.dropout if self.training else 0.0
+        h = attend(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
         h = self.proj(h.transpose(1, 2).reshape(batch, length, width).to(x.dtype))
         return F.dropout(h, self.dropout, self.training)
 
@@ -145,10 +150,10 @@ class ImageTransformer(nn.Module):
         Args:
             embeds: (B, D) of unit norm, or zero rows for the unconditional case.
             tokens: (B, T) int64, 1 <= T <= L; the last one is predicted, never read.
-            cache: an empty one, which then holds the keys and values of all positions; `sample.CachedDecoder` goes on.
+            cache: with one, only positions that it does not hold are computed and returned, and it then holds them.
 
         Returns:
-            (B, T, K) float logits.
+            (B, T, K) float logits; with a cache those of the positions that it did not hold.
         """
         return self.head(self.hidden(embeds, tokens, cache)).float()
 
@@ -157,18 +162,24 @@ class ImageTransformer(nn.Module):
         first = self.config.condition_tokens
         if tokens.shape[1] > self.n_tokens:
             raise ClipgenError(f"{tokens.shape[1]} tokens for a transformer of {self.n_tokens}: use its own VQGAN")
-        x = self.token_embedding(tokens[:, :-1])  # (B, T - 1, E)
-        condition = self.embed_condition(embeds).to(x.dtype)  # (B, N or 1, E)
-        x = torch.cat([self.start_tokens.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
-        x = x + self.positions[:, : x.shape[1]]  # (B, N + T - 1, E)
+        past_len = cache.length if cache is not None else 0
+        x = self.token_embedding(tokens[:, max(past_len - first, 0) : -1])  # (B, new tokens, E)
+        condition = None
+        if past_len == 0 or self.adaptive:
+            condition = self.embed_condition(embeds).to(x.dtype)  # (B, N or 1, E)
+        if past_len == 0:
+            x = torch.cat([self.start_tokens.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
+        x = x + self.positions[:, past_len : past_len + x.shape[1]]
         for layer, block in enumerate(self.blocks):
             if self.config.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, None, layer, condition, use_reentrant=False)
             else:
                 x = block(x, cache, layer, condition)
         if cache is not None:
-            cache.length = x.shape[1]
-        return self.norm(x[:, first - 1 :])  # the last condition token predicts t0
+            cache.length += x.shape[1]
+        if past_len == 0:
+            x = x[:, first - 1 :]  # the last condition token predicts t0
+        return self.norm(x)
 
     def embed_condition(self, embeds: torch.Tensor) -> torch.Tensor:
         """(B, N or 1, E) in the dtype of the weights; text tokens in place of embeddings stay whole numbers."""

@@ -7,7 +7,7 @@ from clipgen_lib.config import TransformerConfig
 from clipgen_lib.runtime.checkpoints import save_weights
 from clipgen_lib.runtime.runs import ClipgenError
 from clipgen_lib.sample import CachedDecoder
-from clipgen_lib.transformer import ImageTransformer
+from clipgen_lib.transformer import ImageTransformer, KVCache
 
 SMALL = TransformerConfig(layers=2, width=32, heads=2, condition_tokens=1)
 
@@ -28,15 +28,27 @@ def inputs(batch=3):
     return embeds, torch.randint(0, 20, (batch, 9), generator=rng)
 
 
-@pytest.mark.parametrize("conditioning, condition_tokens", [("prefix", 1), ("prefix", 4), ("adaln", 4), ("words", 4)])
-@pytest.mark.parametrize("known", [0, 1, 5])
-def test_cached_and_uncached_agree(conditioning, condition_tokens, known):
+@pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
+@pytest.mark.parametrize("condition_tokens", [1, 4])
+@pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 4], [9]])
+def test_cached_and_uncached_agree(conditioning, condition_tokens, chunks):
     model, (embeds, tokens) = build(conditioning=conditioning, condition_tokens=condition_tokens), inputs()
+    whole, cache, parts, known = model(embeds, tokens), KVCache(model, 3), [], 0
+    for chunk in chunks:
+        known += chunk
+        parts.append(model(embeds, tokens[:, :known], cache))
+    assert whole.shape == (3, 9, 20)
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["prefix", "adaln", "words"])
+@pytest.mark.parametrize("known", [0, 1, 5])
+def test_decoding_agrees_with_forward(conditioning, known):
+    model, (embeds, tokens) = build(conditioning=conditioning, condition_tokens=4), inputs()
     if conditioning == "words":
         embeds = torch.arange(12).view(3, 4) % 8
     with torch.inference_mode():
         whole, decoder = model(embeds, tokens), CachedDecoder(model)
-        assert whole.shape == (3, 9, 20)
         for _ in range(2):  # a second batch begins anew
             parts = [decoder.start(embeds, tokens[:, :known])]
             parts += [decoder.step(tokens[:, i]) for i in range(known, 8)]

@@ -14,7 +14,12 @@ from torch import nn
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = False, dropout_p: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """torch's `scaled_dot_product_attention`, same arguments; on a CPU under autograd by three plain matrix operations.
 
@@ -22,8 +27,8 @@ def attend(
     fused one is slow in the backward pass, and the plain one looks for rows that are masked as a whole, of which there are none.
     A GPU and inference keep torch's own choice.
     """
-    if q.device.type != "cpu" or not q.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p)
+    if q.device.type != "cpu" or not q.requires_grad or attn_mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p)
     scale = q.shape[-1] ** -0.5
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
     if is_causal:

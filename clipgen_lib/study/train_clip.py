@@ -100,8 +100,8 @@ class ImagePairs:
         rows, images = augmented_rows(self.images, rows, self.seed, step, flip=self.images.is_named_by_class)
         rng = np.random.default_rng([self.seed, step])
         texts = [self.images.captions[row][rng.integers(len(self.images.captions[row]))] for row in rows]
-        wording = np.array(texts)
-        return to_float(images), texts, torch.from_numpy(wording[:, None] == wording).float()
+        together = np.equal.outer(texts, texts)
+        return to_float(images), texts, torch.from_numpy(together).float()
 
 
 def contrastive_loss(
@@ -175,7 +175,7 @@ def retrieval(
     captions, claims = zip(*pairs, strict=True)
     rendered = from_arrays(np.stack([shapes.render(scene) for scene in scenes])).to(clip.device)
     images = torch.cat([clip.images(part) for part in rendered.split(250)])
-    texts = torch.cat([clip.texts(list(captions[i : i + 250])) for i in range(0, n_scenes, 250)])
+    texts = torch.cat([clip.texts(captions[i : i + 250]) for i in range(0, n_scenes, 250)])
     best = (images @ texts.T).argmax(1).tolist()
     true = [shapes.holds(claims[j], scene) for j, scene in zip(best, scenes, strict=True)]
     own = [captions[j] == captions[i] for i, j in enumerate(best)]
@@ -190,14 +190,13 @@ def caption_accuracy(clip: ClipEmbedder, images: ImageSet) -> dict[str, float]:
         `n` images, `wordings`, `accuracy` (share of images whose caption ranks first of all wordings) and `cosine` (mean
         of image and own caption: how far a text lies from its image, which is how far noise should reach).
     """
-    first = {row: texts[0] for row, texts in enumerate(images.captions) if texts}
-    wordings = sorted(set(first.values()))
-    place = {wording: i for i, wording in enumerate(wordings)}
+    captioned = [row for row, texts in enumerate(images.captions) if texts]
+    wordings = sorted({images.captions[row][0] for row in captioned})
     texts = torch.cat([clip.texts(wordings[i : i + 256]) for i in range(0, len(wordings), 256)])
     correct, cosines = [], []
-    for rows, batch in ordered_batches(images, list(first), 250):
+    for rows, batch in ordered_batches(images, captioned, 250):
         similarity = clip.images(to_float(batch).to(clip.device)) @ texts.T
-        own = torch.tensor([place[first[row]] for row in rows], device=clip.device)
+        own = torch.tensor([wordings.index(images.captions[row][0]) for row in rows], device=clip.device)
         correct += (similarity.argmax(1) == own).tolist()
         cosines += similarity.gather(1, own[:, None])[:, 0].tolist()
     scores = {"accuracy": float(np.mean(correct)), "cosine": float(np.mean(cosines))}
