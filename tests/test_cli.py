@@ -129,6 +129,7 @@ def clone(tmp_path_factory):
     def start(name):
         command = [sys.executable, "-m", "clipgen_lib", "run", "--notebook", name, "-p", "IMAGE=image"]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        streams["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's would be inherited
         return folder, subprocess.Popen(command, cwd=folder, env=environment, **streams)
 
     return start

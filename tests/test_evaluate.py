@@ -293,7 +293,7 @@ def test_mistakes_with_folders_are_one_sentence(folders, clip, tmp_path):
         score(folders, clip)
     assert score(folders, clip, size=32)["card"]["resolution"] == 32
     (tmp_path / "short.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ClipgenError, match="cut short"):
+    with pytest.raises(ClipgenError, match="short.npz holds no mean and covariance"):
         score(folders, clip, reference="short.npz", size=64)
     with pytest.raises(ClipgenError, match="nowhere"):
         score(folders, clip, reference="nowhere", size=64)

@@ -271,7 +271,6 @@ def clip() -> ClipEmbedder:
 
 def in_results(results: Path, call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipgen_lib.workbench.RESULTS", results)
         patch.setattr("clipgen_lib.runtime.runs.RESULTS", results)
         return call()
 
