@@ -19,7 +19,7 @@ from click.core import ParameterSource
 
 from .config import PRESETS
 from .runtime import runs
-from .runtime.runs import MOST_SEED, RESULTS, ROOT, ClipgenError, held, open_run, progress, shortened
+from .runtime.runs import MOST_SEED, RESULTS, ROOT, ClipgenError, held, open_run, progress, refuse_published, shortened
 
 PATHS = ("DATA", "CLIP", "IMAGE", "WEIGHTS")  # parameters of notebooks that may be paths
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
@@ -141,7 +141,7 @@ def train_transformer(steps: int, **run_options) -> None:
 @click.option("--captions", type=PATH, help="name<TAB>caption lines, COCO's captions json, or {name: caption}")
 @click.option("--split", default="val", help="of a COCO root or of a folder with splits as reference")
 @click.option("--protocol", "protocols", multiple=True, help="inception, clean, torchmetrics, dmgan or clip")
-@click.option("--size", type=click.IntRange(0, 65_536), default=0, help="side in pixels; 0 takes the scored images'")
+@click.option("--size", type=click.IntRange(0, 4_096), default=0, help="side in pixels; 0 takes the scored images'")
 @click.option("-o", "--output", type=PATH, help="json file for the numbers; the caption list goes beside it")
 def evaluate(guidance: float, generator: str | None, images: Path | None, **options) -> None:
     """Score a run, or with --images any folder of images.
@@ -203,7 +203,7 @@ def _evaluate_folder(images: Path, run_options: dict, reference: Path | None, ou
 @main.command("generate")
 @click.argument("prompt")
 @click.option("--run", help="a trained run under results/  [default: the weights that come with the project]")
-@click.option("-n", default=8, type=click.IntRange(1), help="images")
+@click.option("-n", default=8, type=click.IntRange(1, 10_000), help="images")
 @SEED
 @click.option("-o", "--output", type=PATH, default=Path("out.png"))
 @click.option("--guidance", type=float, help="guidance scale  [default: the preset's]")
@@ -223,6 +223,10 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
 
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE or not output.parent.is_dir():
         raise ClipgenError(f"{output} cannot be written: give an image name such as out.png in a folder that exists")
+    for folder in output.absolute().parents:
+        refuse_published(folder)
+    if not prompt.strip():
+        raise ClipgenError("the prompt is empty: say what to generate, for example 'a large red circle'")
     _join(device)
     if run:
         generator = Workbench.reopen(run, device).generator()

@@ -208,7 +208,8 @@ def train_vqgan(
             training.set_learning_rate(gen_optimizer, config.lr, step, config)
             training.set_learning_rate(disc_optimizer, config.discriminator_lr, step, config)
             adv_weight = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
-            batch, quantized = to_float(next(batches).to(device)), []
+            with state.kept(step):
+                batch, quantized = to_float(next(batches).to(device)), []
             for real in distributed.microbatches(batch.chunk(config.accumulate), ddp_vqgan, ddp_discriminator):
                 # without DDP: here the discriminator's parameters get no gradient
                 generated = generator_step(ddp_vqgan, discriminator, perceptual, real, config, adv_weight)
@@ -235,6 +236,4 @@ def validation_reconstruction(vqgan: VQGAN, images: ImageSet) -> dict[str, float
         real = to_float(batch).to(next(vqgan.parameters()).device)
         error = vqgan.decode(vqgan.encode(real)) - real
         l1, l2, count = l1 + float(error.abs().sum()), l2 + float(error.pow(2).sum()), count + error.numel()
-    if count == 0:
-        raise ClipgenError(f"none of the validation images of {images.root} could be read: check the data")
     return {"l1": l1 / count, "l2": l2 / count}

@@ -8,7 +8,7 @@ of sums. A step without a finite loss and gradient changes no weight and is coun
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -140,6 +140,16 @@ class TrainingState:
         for path in paths[:-KEPT]:
             if path != min(scores, key=scores.get, default=None):
                 path.unlink()
+
+    @contextmanager
+    def kept(self, step: int) -> Iterator[None]:
+        """Where the block, which reads the data of the step, raises a `ClipgenError`, the steps before it are saved."""
+        try:
+            yield
+        except ClipgenError:
+            if distributed.is_main() and step:
+                self.save(step)
+            raise
 
     def resume(self) -> int:
         """Load the last checkpoint that is whole; returns the step to resume from.

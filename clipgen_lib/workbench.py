@@ -146,7 +146,10 @@ class Workbench:
         if begun and not data:  # unseen
             config = replace(config, data_hash=begun.data_hash)
         elif data != "shapes" and (begun is None or begun.data_hash):
-            config = replace(config, data_hash=wb.images().hash)
+            images = wb.images()
+            config = replace(config, data_hash=images.hash)
+            if begun is None:
+                _ = images.has_captions  # reads them: broken ones are told now, not after hours of training
         if begun and begun.data_hash and begun.data_hash == config.data_hash:  # whatever it is called now
             config = replace(config, data=begun.data)
         if begun and (differing := runs.differences(asdict(begun), asdict(config))):
@@ -265,6 +268,7 @@ class Workbench:
             raise ClipgenError(
                 f"{val_images.root} holds {len(images)} images to train on and {len(val_images)} to test on: give at least {FEWEST_VAL} of each"
             )
+        next(ordered_batches(val_images, range(len(val_images)), 16))  # raises where there is not one to test on
         with self._timed("vqgan"):
             preset = replace(self.preset, vqgan_train=config)
             vqgan = train_vqgan.train_vqgan(self.run, images, val_images, preset, self.clip)

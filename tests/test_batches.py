@@ -103,7 +103,7 @@ def test_workers_stack_what_one_process_reads(folder):
         assert list(images.skipped) == ["train/4.png", "train/6.png"]
     assert found[0] == found[1] and [rows for rows, _ in found[0]] == [[0, 1, 2], [5], [], [1, 0]]
     ordered = [rows for rows, _ in ordered_batches(images, range(7), 3)]
-    assert ordered == [[0, 1, 2], [3, 5], []]
+    assert ordered == [[0, 1, 2], [3, 5]]
 
 
 def test_augmented_rows_are_a_function_of_seed_and_step(folder):
@@ -177,3 +177,14 @@ class Deadly:
 def test_a_killed_worker_is_one_sentence():
     with pytest.raises(ClipgenError, match="a process that reads images of photos was killed"):
         next(ordered_batches(Deadly(), [0], 1, workers=1))
+
+
+def test_a_pass_over_images_of_which_none_is_one_says_so(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / f"{i}.png")
+        (tmp_path / "val" / f"{i}.png").write_text("version https://git-lfs.github.com/spec/v1")
+    assert [rows for rows, _ in ordered_batches(open_images(tmp_path, "train", 8), range(4), 3)] == [[0, 1, 2], [3]]
+    with pytest.raises(ClipgenError, match="none of 4 val images of .* could be read .*not an image"):
+        list(ordered_batches(open_images(tmp_path, "val", 8), range(4), 3))

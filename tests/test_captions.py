@@ -100,7 +100,7 @@ def test_caption_files(world, tmp_path, capsys):
         (tmp_path / name).write_text(content)
         with pytest.raises(ClipgenError, match=sentence):
             read_captions(tmp_path / name)
-    with pytest.raises(ClipgenError, match="cannot be read"):
+    with pytest.raises(ClipgenError, match="absent.txt are no file"):
         read_captions(tmp_path / "absent.txt")
     (tmp_path / "h.txt").write_text("elsewhere.png\ta text\n")
     with pytest.raises(ClipgenError, match="names none of the 12 images"):

@@ -186,6 +186,11 @@ def test_committed_results_are_published_and_no_default_name_is_one_of_them():
     "arguments, sentence",
     [
         (("extract", "--preset", "smoke", "--run", "fresh"), "is missing"),
+        (
+            ("generate", "a cat", "-o", str(ROOT / "results/laptop/figures/x.png")),
+            "results/laptop is a published result",
+        ),
+        (("generate", " ", "-o", "x.png"), "the prompt is empty"),
     ],
 )
 def test_mistakes_in_a_run_are_one_sentence(clipgen, arguments, sentence, tmp_path):

@@ -567,3 +567,29 @@ def test_whatever_lies_in_metadata_is_read_or_one_sentence(data, tmp_path_factor
         except ClipgenError as error:
             text = str(error).replace(str(root), "")
             assert (named in text or "holds none" in text) and len(text) < 600
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("file_name,text\n0.png,a cat, red\n", "entry 1 has more columns than the header"),
+        ('file_name,text\n0.png,"a cat\n1.png,"a dog\n', "metadata.csv cannot be read"),
+        ("file_name;text\n0.png;a cat\n", "has no column file_name but file_name;text"),
+    ],
+)
+def test_metadata_that_would_be_misread_are_refused(tmp_path, text, sentence):
+    for i in range(4):
+        save(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(ClipgenError, match=sentence):
+        _ = open_images(tmp_path, "train", 8).captions
+
+
+def test_captions_in_capitals_and_images_beside_an_archive(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.TXT").write_text("a cat")
+    assert open_images(tmp_path, "train", 8).captions == [("a cat",)] * 2
+    write_parquet(tmp_path / "labels.parquet", [(encoded(i), None) for i in range(4)])
+    with pytest.raises(ClipgenError, match="holds 4 images and the archive labels.parquet"):
+        open_images(tmp_path, "train", 8)

@@ -61,7 +61,9 @@ def test_environment_and_pyproject_are_in_step():
     assert f"python{project['requires-python']}" in conda
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", p) for p in wanted), "lower bounds only"
     oldest = set((ROOT / "tests" / "oldest.txt").read_text().splitlines())
-    tried = project["dependencies"] + sum((project["optional-dependencies"][name] for name in ("notebooks", "test")), [])
+    tried = project["dependencies"] + sum(
+        (project["optional-dependencies"][name] for name in ("notebooks", "test")), []
+    )
     assert {p.replace(">=", "==") for p in tried} <= oldest
 
 

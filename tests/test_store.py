@@ -234,7 +234,7 @@ class FailingDisk(ImageSet):
 def test_a_read_error_ends_no_extraction_as_if_it_were_done(images, tmp_path):
     whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
     failing = FailingDisk(images.name, images.split, images.root, images.paths, images.size)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(ClipgenError, match="Input/output error"):
         extract(failing, Codes(), Embeds(), tmp_path / "store")
     assert not (tmp_path / "store").exists()
     assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole

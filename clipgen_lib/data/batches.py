@@ -114,8 +114,21 @@ def training_batches(images: ImageSet, config: VQGANTrainConfig, seed: int, star
 def ordered_batches(
     images: ImageSet, rows: Sequence[int], batch_size: int, workers: int = 0
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Centre crops of the given rows in order: (rows that could be read, (b, 3, S, S) uint8), unreadable ones left out."""
-    yield from image_batches(images, [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], workers)
+    """Centre crops of the given rows in order: (rows that could be read, (b, 3, S, S) uint8), unreadable ones left out.
+
+    Raises:
+        ClipgenError: none of them can be read.
+    """
+    batches, count = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], 0
+    for kept, squares in image_batches(images, batches, workers):
+        count += len(kept)
+        if kept:
+            yield kept, squares
+    if len(rows) and not count:
+        why = next(reversed(images.skipped.values()))
+        raise ClipgenError(
+            f"none of {len(rows)} {images.split} images of {images.root} could be read ({why}): check the data"
+        )
 
 
 def image_batches(

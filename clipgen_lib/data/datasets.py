@@ -165,6 +165,10 @@ def open_images(
     if any(root.glob("annotations/captions_*.json")):
         return _open_coco(root, split, size, root.resolve().name, named.get("year", ""))
     if archives := _archives(root):
+        if root.is_dir() and (names := list_folder(root).names):
+            raise ClipgenError(
+                f"{root} holds {len(names):,} images and the archive {archives[0].name}: give each a folder of its own"
+            )
         kind = {".tar": "webdataset", ".parquet": "parquet"}[archives[0].suffix.lower()]
         return _open_table(root, kind, split, size, named, _by_split(root, archives))
     if root.is_dir():
@@ -276,7 +280,7 @@ def _describe_folder(root: Path, names: list[str], listing: Listing, named: dict
     captions, classes = _read_texts(columns, columns.get, named, root)
     if captions is None:
         stems = [name.rpartition(".")[0] for name in names]
-        captions = [_captions(read_text(root / f"{stem}.txt")) if stem in listing.texts else () for stem in stems]
+        captions = [_captions(read_text(root / listing.texts[stem])) if stem in listing.texts else () for stem in stems]
     if classes is None and (found := folder_classes(names, bool(listing.splits()))):
         classes = class_names(found, root)
     return captions if any(captions) else None, classes
@@ -286,9 +290,17 @@ def _metadata(path: Path) -> list[dict]:
     """The entries of metadata.jsonl or metadata.csv. Raises ClipgenError where it cannot be read."""
     try:
         lines = io.StringIO(read_text(path))
-        entries = list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(x) for x in lines if x.strip()]
+        entries = (
+            list(csv.DictReader(lines, strict=True))
+            if path.suffix == ".csv"
+            else [json.loads(x) for x in lines if x.strip()]
+        )
         if not all(isinstance(entry, dict) for entry in entries):
             raise ValueError("a line is not an object")
+        if some := next((number for number, entry in enumerate(entries, 2) if None in entry), 0):
+            raise ValueError(f"entry {some - 1} has more columns than the header: put captions with commas into quotes")
+        if entries and not any("file_name" in entry for entry in entries):
+            raise ValueError(f"it has no column file_name but {shortened(', '.join(map(str, entries[0])), 80)}")
     except (ValueError, RecursionError, csv.Error) as error:
         raise ClipgenError(f"{path} cannot be read ({reason(error)}): restore it") from None
     return entries

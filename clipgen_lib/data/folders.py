@@ -30,7 +30,7 @@ SYNSETS = ("LOC_synset_mapping.txt", "words.txt")  # ImageNet's and Tiny ImageNe
 class Listing(NamedTuple):
     names: list[str]  # of images, below the folder, sorted
     metadata: list[str]  # files of METADATA
-    texts: set[str]  # name of each name.txt
+    texts: dict[str, str]  # name -> name.txt
     left_out: Counter  # why -> how many
 
     def splits(self) -> dict[str, list[str]]:
@@ -91,7 +91,7 @@ def _walk(root: Path) -> Listing:
                 found[kind].append((f"{name}/", below) if kind == "folder" else name)
             elif kind:
                 left_out[kind] += 1
-    return Listing(sorted(found["image"]), sorted(found["metadata"]), {n[:-4] for n in found["text"]}, left_out)
+    return Listing(sorted(found["image"]), sorted(found["metadata"]), {n[:-4]: n for n in found["text"]}, left_out)
 
 
 def _kind(entry: os.DirEntry, has_images: bool) -> str:

@@ -128,6 +128,8 @@ def read_captions(path: Path, seed: int = 0) -> dict[str, str]:
     Raises:
         ClipgenError: missing, not in one of these layouts, or without a caption.
     """
+    if not path.is_file():
+        raise ClipgenError(f"captions {path} are no file: check the path")
     captions: dict[str, list[str]] = {}
     for name, text in _json_pairs(path) if path.suffix == ".json" else _text_pairs(path):
         captions.setdefault(_stem(name), []).append(" ".join(text.split()))

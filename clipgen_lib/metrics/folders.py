@@ -33,6 +33,8 @@ def open_folder(root: Path, size: int = 0) -> ImageSet:
     for name in names if not size else ():
         with suppress(OSError, Image.DecompressionBombError), Image.open(root / name) as image:  # reading will say why
             sizes.add(image.size)
+    if not size and not sizes:
+        raise ClipgenError(f"none of {len(names)} images in {root} could be read: restore them")
     if not size and len(sizes) != 1:
         some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
         raise ClipgenError(
