@@ -131,7 +131,7 @@ class TextToImage(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: object):
         """The mixin's hook; `options` are the entries of config.json. A config of other sizes than its weights is refused before it costs memory."""
-        hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        hub = ("revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "resume_download")
         download = {key: options.pop(key) for key in hub if key in options}
         with torch.device("meta"):
             model = cls(**options)
