@@ -129,7 +129,7 @@ def assert_compiled_is_plain(train, warnings):
     if any("does not work on this machine" in str(w.message) for w in warnings):
         pytest.skip("torch.compile does not work on this machine")
     for a, b in zip(*(module.state_dict().values() for module in modules), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 @pytest.fixture
@@ -142,10 +142,10 @@ def generator(vqgan, transformer, clip):
 def clipgen():
     """`clipgen(*arguments, results=...)`: the command in a process of its own; returns what `subprocess.run` returns."""
 
-    def run(*arguments, results, timeout=400):
+    def run(*arguments, results):
         command = [sys.executable, "-m", "clipgen_lib", *map(str, arguments)]
         environment = {**os.environ, "CLIPGEN_RESULTS": str(results)}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     return run
 

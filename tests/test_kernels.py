@@ -85,7 +85,7 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_without(tmp_path):
     program = "import torch; from clipgen_lib.runtime.kernels import compile_in_place; layer = torch.nn.Linear(3, 2); "
     program += "compile_in_place(layer, torch.device('cpu')); print(layer(torch.ones(1, 3)).shape)"
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert "torch.compile does not work on this machine" in done.stderr and "torch.Size([1, 2])" in done.stdout
 
 
