@@ -158,3 +158,15 @@ def test_a_local_token_depends_on_its_own_square_alone():
             same = torch.isclose(encoder(images), encoder(changed), atol=1e-6).all(1)[0]
         assert bool(same[2, 1]) == local
         assert same.sum() == int(local)
+
+
+def test_weights_that_changed_on_the_disk_are_refused(tmp_path):
+    """Also where they are numbers like any others."""
+    save_weights(tmp_path / "vqgan", VQGAN(load_preset("smoke").vqgan))
+    path = tmp_path / "vqgan" / "model.safetensors"
+    VQGAN.load(path.parent)
+    content = bytearray(path.read_bytes())
+    content[-400:] = bytes(400)
+    path.write_bytes(content)
+    with pytest.raises(ClipgenError, match="its SHA-256 differs from when it was written"):
+        VQGAN.load(path.parent)

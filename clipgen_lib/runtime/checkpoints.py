@@ -103,18 +103,22 @@ def _put_tensors(node: object, tensors: dict) -> object:
 
 def save_weights(folder: Path, module: nn.Module, **facts: object) -> None:
     """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     with room_on_disk(folder), fresh_folder(folder) as fresh:
-        save_file(
-            {k: x.detach().cpu().contiguous() for k, x in module.state_dict().items()}, fresh / "model.safetensors"
-        )
+        save_file(tensors, fresh / "model.safetensors", {"sha256": _digest({}, tensors)})
         write_json(fresh / "config.json", {**module.describe(), **facts})
 
 
 def read_weights(folder: Path) -> dict:
-    """The tensors of `folder/model.safetensors`; missing, damaged or with weights that are not finite is one sentence."""
+    """The tensors of `folder/model.safetensors`; missing, not finite, or other than `save_weights` wrote them is one sentence."""
     path, missing = folder / "model.safetensors", "run the step that trains it first, or choose the run that has it"
     with reading(path, missing, "delete it, run its step again"):
-        return finite(load_file(path))
+        tensors = finite(load_file(path))
+        with safe_open(path, framework="pt") as stream:
+            written = (stream.metadata() or {}).get("sha256")  # other projects' have none
+        if written not in (None, _digest({}, tensors)):
+            raise ValueError("its SHA-256 differs from when it was written")
+        return tensors
 
 
 def finite(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
