@@ -141,6 +141,11 @@ class Workbench:
         opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
         path = opened.path / "config.json"
         begun = _begun_with(path) if path.exists() else None
+        known = {} if begun else opened.summary()
+        if (known.get("preset", preset), known.get("seed", seed)) != (preset, seed):
+            raise ClipgenError(
+                f"{path} is missing, and run {run!r} was begun with preset {known['preset']} and seed {known['seed']}: give these"
+            )
         wb = cls(opened, chosen, data or getattr(begun, "data", ""))
         config = RunConfig(chosen, _portable(wb.data), seed)
         if begun and not data:  # unseen

@@ -45,6 +45,8 @@ for keys, value in json.loads(sys.argv[1]):
 write_json(path, whole)
 found.append([outcome(lambda: Workbench.open("smoke", "r", seed=1)), outcome(lambda: Workbench.reopen("none"))])
 found.append([outcome(lambda: Workbench.reopen("r", data="~nobody-of-that-name/images"))])
+path.unlink()
+found.append([outcome(lambda: Workbench.open("smoke", "r", seed=7)), str(path.exists()), outcome(lambda: Workbench.open("smoke", "r"))])
 print(json.dumps(found))
 """
 
@@ -76,8 +78,9 @@ def test_a_run_is_opened_again_only_as_it_was_begun(tmp_path):
     assert all("is no path" in text for text in (found[2][1], found[3][1]))
     for texts in found[4 : 4 + len(nonsense)]:
         assert all("does not say what the run was begun with" in text for text in texts), texts
-    assert "begun with another seed" in found[-2][0] and "there is no run 'none'" in found[-2][1]
-    assert "begun with another data" in found[-1][0]
+    assert "begun with another seed" in found[-3][0] and "there is no run 'none'" in found[-3][1]
+    assert "begun with another data" in found[-2][0]
+    assert "was begun with preset smoke and seed 0: give these" in found[-1][0] and found[-1][1:] == ["False", "opened"]
 
 
 IDENTITY = r"""
