@@ -128,8 +128,9 @@ def assert_compiled_is_plain(train, warnings):
     modules = [train(compile) for compile in (False, True)]
     if any("does not work on this machine" in str(w.message) for w in warnings):
         pytest.skip("torch.compile does not work on this machine")
+    atol = 1e-3 if torch.__version__.startswith("2.6") else 1e-4  # that version's compiler rounds more: 6e-4 was seen
     for a, b in zip(*(module.state_dict().values() for module in modules), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-3)
 
 
 @pytest.fixture
