@@ -24,7 +24,7 @@ from .runtime.runs import MOST_SEED, RESULTS, ROOT, ClipgenError, held, open_run
 PATHS = ("DATA", "CLIP", "IMAGE", "WEIGHTS")  # parameters of notebooks that may be paths
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 PATH = click.Path(path_type=Path)
-PRESET = click.option("--preset", type=click.Choice(list(PRESETS)), default="laptop")
+PRESET = click.option("--preset", type=click.Choice(PRESETS), default="laptop")
 DATA = click.option("--data", default="shapes", help="'shapes', a COCO root, a folder, or a data set of Hugging Face")
 SEED = click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, help="image j uses seed + j")
 DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -61,17 +61,21 @@ def main() -> None:
     """CLIP-GEN workbench: text-to-image from images without captions."""
 
 
-def _open(preset: str, run: str, data: str, seed: int, device: str, clip: str):
+def _open(run: str, device: str, data: str, begins: bool = True, **others):
+    """The run of a stage's options; one that is not there is begun, or refused by a stage that goes on from others."""
     from .runtime.distributed import barrier, is_main, world_size
     from .workbench import Workbench
 
     _join(device)
     source = click.get_current_context().get_parameter_source
-    given = {name for name in ("preset", "data", "seed", "clip") if source(name) != ParameterSource.DEFAULT}
-    if given <= {"data"} and (open_run(run).path / "config.json").is_file():  # the run knows what it was begun with
+    given = {name for name in ("data", *others) if source(name) != ParameterSource.DEFAULT}
+    is_there = (open_run(run).path / "config.json").is_file()
+    if not is_there and not begins:
+        raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run' or 'clipgen train-vqgan'")
+    if is_there and given <= {"data"}:  # the run knows what it was begun with
         wb = Workbench.reopen(run, device, data if given else "")
     else:
-        wb = Workbench.open(preset, run, data, seed, device, clip)
+        wb = Workbench.open(run=run, data=data, device=device, **others)
     if wb.notice:
         _say(wb.notice, err=True)
     if world_size() > 1 and wb.has_oracle:
@@ -117,7 +121,7 @@ def train_vqgan(steps: int, **run_options) -> None:
 @_run_options
 def extract(**run_options) -> None:
     """Encode every image once into tokens and an embedding."""
-    wb = _open(**run_options)
+    wb = _open(begins=False, **run_options)
     store = wb.extract()
     _say(f"{len(store)} rows of {store.meta['L']} tokens in {store.folder}")
 
@@ -127,7 +131,7 @@ def extract(**run_options) -> None:
 @STEPS
 def train_transformer(steps: int, **run_options) -> None:
     """Stage 2: train the transformer on the token store."""
-    wb = _open(**run_options)
+    wb = _open(begins=False, **run_options)
     wb.train_transformer(steps)
     _say(wb.run.summary().get("transformer"))
 
@@ -159,7 +163,7 @@ def evaluate(guidance: float, generator: str | None, images: Path | None, **opti
     from .runtime.distributed import barrier
     from .text_to_image import TextToImage
 
-    wb = _open(**options)
+    wb = _open(begins=False, **options)
     wb.evaluate(guidance, generator and TextToImage.from_pretrained(generator).to(wb.device))
     barrier()  # the first process has written the numbers
     _say(table(wb.run.summary()))
@@ -341,6 +345,8 @@ def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameter
     values = {"PRESET": preset} | dict(parse_parameter(text, everything) for text in parameters)
     of_preset = default_run(values["PRESET"], values.get("DATA", "shapes"))
     default = of_preset if "PRESET" in everything else chosen[0].partition("_")[2]
+    if run and values.get("RUN", run) != run:
+        raise ClipgenError(f"the run is called {run!r} by --run and {values['RUN']!r} by -p RUN: give one of them")
     values["RUN"] = run or values.get("RUN") or default
     opened, notice = _checked(values, "DATA" in everything)
     click.echo(notice, err=True, nl=bool(notice))
@@ -365,6 +371,8 @@ def _checked(values: dict[str, object], opens_workbench: bool) -> tuple[runs.Run
             values[key] = str(Path(values[key]).expanduser().resolve())
     if values.get("CLIP"):
         values["CLIP"] = "/".join(filter(None, clip_fields(values["CLIP"]).values()))
+    if values.get("PROCESSES") == 0:
+        raise ClipgenError("PROCESSES is 0: give 1 or more")
     split_prompts(values.get("PROMPTS", ""))
     if not opens_workbench:
         device = pick_device(values.get("DEVICE", "auto"))

@@ -1,14 +1,16 @@
-"""Every number that shapes a run: frozen dataclasses, checked by pydantic, and the presets made of them.
+"""Every number that shapes a run: frozen dataclasses, checked by pydantic; presets are YAML files of what differs.
 
 In: a preset's name. Out: a `Preset`. The same code serves a laptop and a cluster; only the preset differs.
 Importing this module imports no torch.
 """
 
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
+import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from .runtime.runs import ClipgenError, shortened
@@ -284,85 +286,29 @@ class Preset(Config):
     classifier: ClassifierConfig = ClassifierConfig()
 
 
-def _changed(preset: Preset, **parts: dict) -> Preset:
-    """A copy of a preset with some fields of some parts replaced."""
-    return replace(preset, **{part: replace(getattr(preset, part), **values) for part, values in parts.items()})
+def replaced(config: Config, values: dict) -> Config:
+    """A copy of a config with some fields replaced, lists as tuples."""
+    return replace(config, **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-SMALL = dict(optimizer="muon", warmup=50, ema_decay=0.99, log_every=50, workers=0)
-LAPTOP = _changed(
-    Preset(),
-    vqgan=dict(patch=4, channels=64, channel_mult=(1, 1), res_blocks=1, local=True, z_channels=64)
-    | dict(codebook_size=256, code_dim=16, l2_norm=False, codebook_update="ema", codebook_decay=0.97, restart_after=20),
-    vqgan_train=SMALL
-    | dict(steps=3_500, batch_size=16, lr=1.5e-3, beta2=0.99, weight_decay=0.01, save_every=500)
-    | dict(l1_weight=0.3, l2_weight=1.0, perceptual="none", adversarial_weight=0.05, adversarial_ramp=(0.75, 0.9))
-    | dict(discriminator_channels=16, discriminator_lr=2e-4, flip=False, random_crop=False),
-    transformer=dict(layers=6, width=128, heads=4),
-    transformer_train=SMALL
-    | dict(steps=8_000, batch_size=32, lr=4e-3, save_every=1_000)
-    | dict(noise_cos=0.85, embedding_weight=0.0, embedding_share=0.0625),  # what helps here: results/ablation
-    sample=dict(guidance=2.0, guidance_schedule="linear", top_p=0.95, batch_size=128),
-    evaluate=dict(n=1_000, protocol="clip", batch_size=125),
-)
+def changed(preset: Preset, parts: dict[str, dict]) -> Preset:
+    """A copy of a preset with some fields of some parts replaced, lists as tuples."""
+    known = [f.name for f in fields(Preset)[1:]]
+    for part in parts:
+        if part not in known:
+            raise ClipgenError(f"preset {preset.name!r} has no part {_shown(part)}: choose one of {', '.join(known)}")
+    return replace(preset, **{part: replaced(getattr(preset, part), values) for part, values in parts.items()})
 
-# `laptop` with five times the scenes, four times the codes and hours instead of minutes: the weights of `shapes`.
-REFERENCE = _changed(
-    LAPTOP,
-    shapes=dict(n_train=100_000),
-    vqgan=dict(codebook_size=1_024, restart_after=100),
-    vqgan_train=dict(steps=12_000),
-    transformer=dict(width=256, condition_tokens=4),
-    transformer_train=dict(steps=10_000, batch_size=64, lr=3e-3, warmup=100, ema_decay=0.995),
-    sample=dict(temperature=0.9),  # chosen on prompts of another seed than the reported ones
-    evaluate=dict(n_oracle=1_000),
-)
 
-# Everything of `laptop`, so small that each notebook takes seconds; its images are not worth looking at.
-TINY = dict(steps=40, warmup=10, ema_decay=0.9, log_every=5, save_every=20)
-SMOKE = _changed(
-    LAPTOP,
-    shapes=dict(n_train=256, n_val=64),
-    clip_train=dict(scenes=512, steps=6, batch_size=64, warmup=2, log_every=2, save_every=3),
-    vqgan=dict(channels=16, codebook_size=128),
-    vqgan_train=dict(perceptual="clip", perceptual_weight=0.1, **TINY),
-    transformer=dict(layers=2, width=64, heads=2),
-    transformer_train=dict(embedding_weight=0.1, **TINY),
-    evaluate=dict(n=64, n_oracle=16, batch_size=32),
-)
+PRESETS = ("smoke", "laptop", "reference", "gpu64", "coco", "imagenet")  # files of the folder presets/
 
-# 64x64 photos on one GPU: 256 tokens of 4,096 codes and an 85M transformer.
-VIT_B_32 = dict(name="ViT-B-32-quickgelu", pretrained="openai")
-GPU64 = _changed(
-    Preset(),
-    clip=VIT_B_32,
-    vqgan=dict(channel_mult=(1, 2, 2), codebook_size=4_096),
-    vqgan_train=dict(steps=60_000, batch_size=128, lr=2e-4, compile=True),
-    transformer=dict(layers=12, width=768, heads=12, condition_tokens=4, dropout=0.1),
-    transformer_train=dict(steps=60_000, batch_size=256, accumulate=4, lr=4e-4, noise_cos=0.32, compile=True),
-    sample=dict(batch_size=256),
-    evaluate=dict(n=10_000),
-)
 
-# The paper's scale on MS-COCO: 256x256, f16, 16,384 codes, ViT-B/32, 24 blocks of width 1,024.
-COCO = _changed(
-    Preset(),
-    clip=VIT_B_32,
-    vqgan=dict(image_size=256),
-    vqgan_train=dict(steps=250_000, batch_size=64, accumulate=2),
-    transformer=dict(gradient_checkpointing=True),
-    transformer_train=dict(steps=200_000, batch_size=256, lr=2e-4, noise_cos=0.32, accumulate=4),
-    sample=dict(top_k=4_096, batch_size=32),
-)
-
-# `coco` with the longer training that a million images need.
-IMAGENET = _changed(
-    COCO,
-    vqgan_train=dict(steps=500_000, batch_size=128, accumulate=4),
-    transformer_train=dict(steps=500_000, batch_size=512, accumulate=8),
-    evaluate=dict(n=50_000),
-)
-PRESETS = dict(smoke=SMOKE, laptop=LAPTOP, reference=REFERENCE, gpu64=GPU64, coco=COCO, imagenet=IMAGENET)
+@cache
+def _named_preset(name: str) -> Preset:
+    path = Path(__file__).parent / "presets" / f"{name}.yaml"
+    parts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = _named_preset(parts.pop("base")) if "base" in parts else Preset()
+    return replace(changed(base, parts), name=name)
 
 
 def load_preset(name: str, **overrides: dict) -> Preset:
@@ -373,23 +319,17 @@ def load_preset(name: str, **overrides: dict) -> Preset:
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ClipgenError(f"unknown preset {_shown(name)}: choose one of {', '.join(PRESETS)}")
-    parts = [f.name for f in fields(Preset)[1:]]
-    for part in overrides:
-        if part not in parts:
-            raise ClipgenError(f"preset {name!r} has no part {part!r}: choose one of {', '.join(parts)}")
-    return replace(_changed(PRESETS[name], **overrides), name=name)
+    return changed(_named_preset(name), overrides)
 
 
 def with_clip(preset: Preset, clip: dict[str, str | None]) -> Preset:
     """A preset with another CLIP; where that is of published weights, or no longer is, noise and perceptual loss go with it."""
     published = clip["pretrained"] is not None
     if published == (preset.clip.pretrained is not None):
-        return _changed(preset, clip=clip)
-    noise = {
-        "noise_cos": 0.32 if published else 0.85
-    }  # of ViT-B/32 in LAFITE, of the embedded CLIP in results/ablation
+        return changed(preset, {"clip": clip})
+    noise = {"noise_cos": 0.32 if published else 0.85}  # ViT-B/32 in LAFITE; the embedded CLIP in results/ablation
     loss = {"perceptual": "none"} if published else {}  # by a ViT-B/32 a step takes 20 seconds on a CPU
-    return _changed(preset, clip=clip, transformer_train=noise, vqgan_train=loss)
+    return changed(preset, {"clip": clip, "transformer_train": noise, "vqgan_train": loss})
 
 
 def from_dict(kind: type, values: dict, whole: bool = True) -> Config:

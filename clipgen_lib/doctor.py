@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
 from .clip_embed import find_weights
-from .config import PRESETS, Preset
+from .config import PRESETS, Preset, load_preset
 from .runtime.checkpoints import ALEXNET, FID_INCEPTION, TORCHVISION_INCEPTION, VGG16, hub_folder
 from .runtime.kernels import has_bf16
 from .runtime.runs import DATA, RESULTS, versions
@@ -62,7 +62,7 @@ def weights_of(preset: Preset) -> list[str]:
 def missing_weights() -> dict[str, str]:
     """Every weights file that a preset or a metric asks for: its name, and where it is not here how to get it, else an empty text."""
     found = {}
-    for preset in PRESETS.values():
+    for preset in map(load_preset, PRESETS):
         cure = "open_clip downloads it on first use, or copy its Hugging Face cache here"
         if preset.clip.pretrained is None:
             cure = f"restore {DATA / 'shapes_clip'} from the repository"
@@ -143,7 +143,8 @@ def report(machine: Machine | None = None) -> tuple[str, str]:
         *(f"{name:38}{'missing; ' + cure if cure else 'here'}" for name, cure in weights.items()),
         f"\n{'preset':12}{'fits':6}by an estimate for its trainings, which are faster with bfloat16; clipgen_lib/doctor.py says what it assumes",
     ]
-    for name, preset in PRESETS.items():
+    for name in PRESETS:
+        preset = load_preset(name)
         fits, reason = fit(preset, machine)
         absent = [file for file in weights_of(preset) if weights[file]]
         lines.append(f"{name:12}{'yes' if fits else 'no':6}{reason}{' needs ' if absent else ''}{' and '.join(absent)}")

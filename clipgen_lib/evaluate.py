@@ -312,7 +312,7 @@ def evaluate_vqgan(vqgan: VQGAN, images: ImageSet, lpips: torch.nn.Module | None
         lpips: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1); None takes LPIPS with AlexNet, and where its weights are not on
             this machine `missing` says so and the rest is measured.
     """
-    device, missing, tokens = vqgan.quantizer.codebook.device, {}, []
+    device, missing, counts = vqgan.quantizer.codebook.device, {}, 0
     try:
         lpips = lpips or lpips_network(device)
     except MissingWeights as error:
@@ -320,12 +320,12 @@ def evaluate_vqgan(vqgan: VQGAN, images: ImageSet, lpips: torch.nn.Module | None
     scores: dict[str, list[torch.Tensor]] = {}
     for _, batch in ordered_batches(images, range(min(1_000, len(images))), 64):
         x = to_float(batch).to(device)
-        tokens.append(vqgan.encode(x))
-        decoded = vqgan.decode(tokens[-1])
+        tokens = vqgan.encode(x)
+        counts = counts + torch.bincount(tokens.flatten(), minlength=vqgan.config.codebook_size)
+        decoded = vqgan.decode(tokens)
         values = reconstruction_scores(x, decoded)
         values |= {"lpips": lpips(decoded.clamp(-1, 1), x).flatten()} if lpips else {}
         for key, value in values.items():
             scores.setdefault(key, []).append(value.cpu())
-    codes = codebook_statistics(torch.cat([t.flatten() for t in tokens]), vqgan.config.codebook_size)
     means = {key: float(torch.cat(values).mean()) for key, values in scores.items()}
-    return {**means, "n": sum(map(len, scores["psnr"])), **codes, **missing}
+    return {**means, "n": sum(map(len, scores["psnr"])), **codebook_statistics(counts), **missing}

@@ -17,14 +17,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors.torch import load_file
 from torch import nn
 
 from . import sample
 from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict
-from .runtime.checkpoints import finite, load_strictly, module_hash
-from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reading, reason, shortened
+from .runtime.checkpoints import load_strictly, module_hash, read_weights, save_tensors
+from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reason, shortened
 from .transformer import ImageTransformer, centre
 from .vqgan import VQGAN
 
@@ -123,10 +122,9 @@ class TextToImage(
         except ClipgenError:
             raise
         except Exception as error:  # files may hold any bytes: hub, mixin and torch raise errors of many types
-            raise ClipgenError(
-                f"{shortened(str(name))!r} is no generator that can be read here ({reason(error)}): give 'shapes', "
-                "a folder that save_pretrained wrote, or a hub id"
-            ) from error
+            unread = f"{shortened(str(name))!r} is no generator that can be read here ({reason(error)})"
+            cure = "give 'shapes', a folder that save_pretrained wrote, or a hub id"
+            raise ClipgenError(f"{unread}: {cure}") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: object):
@@ -138,9 +136,12 @@ class TextToImage(
         file = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
             file = hf_hub_download(model_id, file.name, **download)
-        with reading(Path(file), "restore it", "restore the original file"):
-            load_strictly(model, finite(load_file(file, map_location)), Path(model_id))
-        return model
+        load_strictly(model, read_weights(Path(file).parent), Path(model_id))
+        return model.to(map_location)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """The mixin's hook: the weights with their SHA-256, which `_from_pretrained` checks."""
+        save_tensors(save_directory / "model.safetensors", self)
 
     def export(self, folder: Path) -> None:
         """Write float16 weights as `from_pretrained` reads them; a folder with other files in it is refused."""

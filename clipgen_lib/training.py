@@ -24,7 +24,7 @@ from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
 from .runtime.kernels import has_bf16, set_muon_dtype
 from .runtime.runs import ClipgenError, Run, Unreadable, differences, progress, stoppable
-from .vqgan import statistics_of_counts
+from .vqgan import codebook_statistics
 
 KEPT = 2  # last checkpoints of a training; the one with the best validation score stays as well
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient that end a training
@@ -224,7 +224,7 @@ class Log:
         means = distributed.all_reduce_mean(torch.stack([x[x.isfinite()].mean() for x in values.values()])).tolist()
         line = dict(zip(values, means, strict=True)) | extra
         if self.counts is not None:
-            line |= statistics_of_counts(distributed.all_reduce_sum(self.counts))
+            line |= codebook_statistics(distributed.all_reduce_sum(self.counts))
         if "l2" in line:
             line["psnr"] = 10 * math.log10(4 / line["l2"])  # in dB; peak to peak is 2 in [-1, 1]
         if self.skipped:

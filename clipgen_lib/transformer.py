@@ -22,9 +22,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import Config, Count, TransformerConfig, checked_dataclass, from_dict
-from .runtime.checkpoints import built_strictly, read_weights
+from .runtime.checkpoints import load_weights
 from .runtime.kernels import attend
-from .runtime.runs import ClipgenError, read_json
+from .runtime.runs import ClipgenError
 
 
 @checked_dataclass
@@ -192,14 +192,11 @@ class ImageTransformer(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ImageTransformer:
         """Read what `train_transformer` wrote to a folder, in eval mode."""
-        sizes = read_json(Path(folder) / "config.json")
-        sizes = {k: v for k, v in sizes.items() if k != "trained_with"}
-        model = built_strictly(lambda: cls.from_description(sizes), read_weights(Path(folder)), Path(folder))
-        return model.to(device).eval()
+        return load_weights(Path(folder), cls.from_description).to(device).eval()
 
     @classmethod
     def from_description(cls, sizes: dict) -> ImageTransformer:
         """Build from what `describe` returns; an entry that is missing, unknown or of another kind is refused."""
         own = {f.name for f in fields(TransformerSizes)}
-        config = from_dict(TransformerConfig, {k: v for k, v in sizes.items() if k not in own})
+        config = from_dict(TransformerConfig, {k: v for k, v in sizes.items() if k not in {*own, "trained_with"}})
         return cls(config, **asdict(from_dict(TransformerSizes, {k: v for k, v in sizes.items() if k in own})))

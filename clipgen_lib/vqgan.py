@@ -23,9 +23,9 @@ from torch import nn
 
 from .config import VQGANConfig, from_dict
 from .runtime import distributed
-from .runtime.checkpoints import built_strictly, read_weights
+from .runtime.checkpoints import load_weights
 from .runtime.kernels import attend
-from .runtime.runs import ClipgenError, read_json
+from .runtime.runs import ClipgenError
 
 EPSILON = 1e-6  # added to the variance in every norm
 
@@ -325,18 +325,11 @@ class VQGAN(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> VQGAN:
         """Read what `train_vqgan` wrote to a folder, in eval mode."""
-        config = from_dict(VQGANConfig, read_json(Path(folder) / "config.json"))
-        model = built_strictly(lambda: cls(config), read_weights(Path(folder)), Path(folder))
-        return model.to(device).eval()
+        return load_weights(Path(folder), lambda described: cls(from_dict(VQGANConfig, described))).to(device).eval()
 
 
-def codebook_statistics(tokens: torch.Tensor, codebook_size: int) -> dict[str, float]:
-    """Share of codes used at all, and perplexity exp(entropy) of their frequencies, over tokens of any shape."""
-    return statistics_of_counts(torch.bincount(tokens.flatten(), minlength=codebook_size))
-
-
-def statistics_of_counts(counts: torch.Tensor) -> dict[str, float]:
-    """`codebook_statistics` of how often each code (K,) was used."""
+def codebook_statistics(counts: torch.Tensor) -> dict[str, float]:
+    """Share of codes used at all, and perplexity exp(entropy) of their frequencies, from how often each (K,) was used."""
     frequencies = counts.double() / counts.sum()
     entropy = -(frequencies * frequencies.clamp_min(1e-12).log()).sum()
     return {"codebook_usage": float((frequencies > 0).double().mean()), "perplexity": float(entropy.exp())}

@@ -22,7 +22,7 @@ from PIL import Image
 
 from . import evaluate, train_transformer, train_vqgan
 from .clip_embed import ClipEmbedder, photo_notice
-from .config import PRESETS, Config, Preset, SampleConfig, checked_dataclass, from_dict, load_preset, with_clip
+from .config import PRESETS, Config, Preset, SampleConfig, changed, checked_dataclass, from_dict, load_preset, with_clip
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_images
 from .data.images import grid, to_float
@@ -108,11 +108,12 @@ class Workbench:
 
     @classmethod
     def open(
-        cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
+        cls, preset: str | Preset, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
     ) -> Workbench:
         """Open or begin a run; a run begins when all of `checked` is well.
 
         Args:
+            preset: its name, or one of your own.
             data: `shapes` or what `open_images` reads; "" takes the run's own, unseen.
             clip: the conditioning CLIP in place of the preset's: a folder in open_clip's layout, or an open_clip
                 model and its weights, such as `ViT-B-32-quickgelu/openai`.
@@ -124,28 +125,32 @@ class Workbench:
         if distributed.is_main() and not (wb.run.path / "config.json").exists():
             runs.write_json(wb.run.file("config.json"), asdict(config))
         if not wb.run.summary().get("versions"):
-            wb._record(run=run, preset=preset, seed=seed, versions=runs.versions())
+            if (wb.run.path / "vqgan").is_dir():
+                lost = wb.run.path / "summary.json"
+                distributed.tell(
+                    f"{lost} was lost and begins anew: a step that is run again, from its last checkpoint, fills its part"
+                )
+            wb._record(run=run, preset=wb.preset.name, seed=seed, versions=runs.versions())
         return wb
 
     @classmethod
     def checked(
-        cls, preset: str, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
+        cls, preset: str | Preset, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
     ) -> tuple[Workbench, RunConfig]:
         """What `open` opens, and its config.json, with nothing written. Data are the same where their content is.
 
         Raises:
             ClipgenError: a wrong value, no such data or device, or a run begun with another preset, data, seed or CLIP.
         """
-        chosen = load_preset(preset)
+        chosen = preset if isinstance(preset, Preset) else load_preset(preset)
         chosen = with_clip(chosen, clip_fields(clip)) if clip else chosen
         opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
         path = opened.path / "config.json"
         begun = _begun_with(path) if path.exists() else None
         known = {} if begun else opened.summary()
-        if (known.get("preset", preset), known.get("seed", seed)) != (preset, seed):
-            raise ClipgenError(
-                f"{path} is missing, and run {run!r} was begun with preset {known['preset']} and seed {known['seed']}: give these"
-            )
+        if (known.get("preset", chosen.name), known.get("seed", seed)) != (chosen.name, seed):
+            before = f"preset {known['preset']} and seed {known['seed']}"
+            raise ClipgenError(f"{path} is missing, and run {run!r} was begun with {before}: give these")
         wb = cls(opened, chosen, data or getattr(begun, "data", ""))
         config = RunConfig(chosen, _portable(wb.data), seed)
         if begun and not data:  # unseen
@@ -160,9 +165,8 @@ class Workbench:
         if begun and (differing := runs.differences(asdict(begun), asdict(config))):
             runs.refuse_published(path.parent)
             named = ", ".join(dict.fromkeys(name.removesuffix("_hash") for name in differing[:3]))
-            raise ClipgenError(
-                f"run {run!r} was begun with another {named}: choose another run name or delete {path.parent}"
-            )
+            cure = f"choose another run name or delete {path.parent}"
+            raise ClipgenError(f"run {run!r} was begun with another {named}: {cure}")
         return wb, config
 
     @classmethod
@@ -172,8 +176,7 @@ class Workbench:
         if not path.is_file():
             raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}'")
         begun = _begun_with(path)
-        clip = "/".join(part for part in (begun.preset.clip.name, begun.preset.clip.pretrained) if part)
-        return cls.open(begun.preset.name, run, data, begun.seed, device, clip)
+        return cls.open(begun.preset, run, data, begun.seed, device)
 
     @property
     def seed(self) -> int:
@@ -197,7 +200,8 @@ class Workbench:
     @property
     def notice(self) -> str:
         """What to know of this run's CLIP: that it does not know such images, or changes the noise; else empty."""
-        noise_cos, of_preset = self.preset.transformer_train.noise_cos, PRESETS.get(self.preset.name, self.preset)
+        noise_cos = self.preset.transformer_train.noise_cos
+        of_preset = load_preset(self.preset.name) if self.preset.name in PRESETS else self.preset
         photos, own = photo_notice(self.preset.clip.name, self.data), of_preset.transformer_train.noise_cos
         why = f"Noise goes down to cosine {noise_cos}, not the preset's {own}: 0.32 is published for ViT-B/32, 0.85 found for CLIPs trained here."
         return photos if noise_cos == own else f"{photos} {why}".strip()
@@ -246,9 +250,8 @@ class Workbench:
         """
         texts = [texts[0] for texts in self.images().captions if texts]
         if not texts:
-            raise ClipgenError(
-                f"{self.images().root} has no captions to take the mean of: put name.txt beside name.jpg, or do without shift and centre"
-            )
+            cure = "put name.txt beside name.jpg, or do without shift and centre"
+            raise ClipgenError(f"{self.images().root} has no captions to take the mean of: {cure}")
         if len(texts) > 10_000:
             chosen = np.random.default_rng([self.seed, 41]).choice(len(texts), 10_000, replace=False)
             texts = [texts[i] for i in chosen]
@@ -267,15 +270,13 @@ class Workbench:
 
     def train_vqgan(self, steps: int = 0) -> VQGAN:
         """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's."""
-        config = replace(self.preset.vqgan_train, **({"steps": steps} if steps else {}))
+        preset = changed(self.preset, {"vqgan_train": {"steps": steps}} if steps else {})
         images, val_images = self.images(), self.images("val")
         if len(val_images) < FEWEST_VAL:
-            raise ClipgenError(
-                f"{val_images.root} holds {len(images)} images to train on and {len(val_images)} to test on: give at least {FEWEST_VAL} of each"
-            )
+            found = f"{len(images)} images to train on and {len(val_images)} to test on"
+            raise ClipgenError(f"{val_images.root} holds {found}: give at least {FEWEST_VAL} of each")
         next(ordered_batches(val_images, range(len(val_images)), 16))  # raises where there is not one to test on
         with self._timed("vqgan"):
-            preset = replace(self.preset, vqgan_train=config)
             vqgan = train_vqgan.train_vqgan(self.run, images, val_images, preset, self.clip)
             data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
             self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
@@ -294,9 +295,9 @@ class Workbench:
 
     def train_transformer(self, steps: int = 0) -> None:
         """Stage 2, with previews from the same prompts and seeds at every checkpoint; `steps` as in `train_vqgan`."""
-        config = replace(self.preset.transformer_train, **({"steps": steps} if steps else {}))
+        preset = changed(self.preset, {"transformer_train": {"steps": steps}} if steps else {})
         vqgan, store, val_store = self.vqgan(), self.store(), self.store("val")
-        prompts, settings = (self.preview_prompts(), val_store.embeds(slice(0, 6))), self.preset.sample
+        prompts, settings = (self.preview_prompts(), val_store.embeds(slice(0, 6))), preset.sample
         extras = self.bank_and_offset(settings)
 
         def preview(transformer, step):
@@ -305,8 +306,8 @@ class Workbench:
             Image.fromarray(grid(images, columns=len(images))).save(self.run.file("previews", f"{step:06d}.png"))
 
         with self._timed("transformer"):
-            preset = replace(self.preset, transformer_train=config)
-            frozen = train_transformer.Frozen(vqgan, self.clip, self.text_mean() if config.centre else None)
+            text_mean = self.text_mean() if preset.transformer_train.centre else None
+            frozen = train_transformer.Frozen(vqgan, self.clip, text_mean)
             transformer = train_transformer.train_transformer(self.run, store, val_store, preset, frozen, preview)
             scores = train_transformer.validation_losses(transformer.to(self.device), val_store, frozen)
             clip_size = sum(p.numel() for p in self.clip.parameters())
@@ -316,9 +317,8 @@ class Workbench:
         """The classifier of classes, on real images of the train split; returns its accuracy on the val split."""
         images, val_images = self.images(), self.images("val")
         if val_images.classes is None:
-            raise ClipgenError(
-                f"the val split of {val_images.root} has no classes to try a classifier on: sort its images into a folder for each class"
-            )
+            lacking = f"the val split of {val_images.root} has no classes to try a classifier on"
+            raise ClipgenError(f"{lacking}: sort its images into a folder for each class")
         with self._timed("classifier"):
             classifier = train_classifier(self.run, images, self.preset.classifier)
             self._record(classifier=accuracy(classifier, val_images))
@@ -483,9 +483,8 @@ def _begun_with(path: Path) -> RunConfig:
         preset, others = from_dict(Preset, found.get("preset"), whole=False), ("data", "seed", "data_hash")
         return RunConfig(preset, *map(found.get, others))
     except ClipgenError as error:
-        raise ClipgenError(
-            f"{path} does not say what the run was begun with ({error}): restore it, or delete {path.parent}"
-        ) from None
+        cure = f"restore it, or delete {path.parent}"
+        raise ClipgenError(f"{path} does not say what the run was begun with ({error}): {cure}") from None
 
 
 def _portable(data: str) -> str:
@@ -515,8 +514,11 @@ def clip_fields(clip: str) -> dict[str, str | None]:
     for file in (ROOT / os.path.expanduser(weights), Path(weights)):
         if weights and os.path.isfile(file):
             return {"name": name, "pretrained": str(file.resolve())}
-    if "/" in weights:
-        raise ClipgenError(
-            f"CLIP {shortened(clip)!r} is neither a folder here nor MODEL/WEIGHTS: train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai"
-        )
-    return {"name": name, "pretrained": weights or None}
+    if clip == "shapes":
+        return {"name": clip, "pretrained": None}
+    from open_clip import list_pretrained
+
+    if (name, weights) not in list_pretrained():
+        cure = "train it with clipgen train-clip, or write for example ViT-B-32-quickgelu/openai"
+        raise ClipgenError(f"CLIP {shortened(clip)!r} is neither a folder here nor an open_clip MODEL/WEIGHTS: {cure}")
+    return {"name": name, "pretrained": weights}

@@ -100,7 +100,7 @@ def test_a_row_is_measured_again_when_its_judges_change(wb, results):
 
 def test_every_system_runs_in_the_same_harness(wb, tmp_path):
     table = compare.run_table(wb, compare.TABLES["systems"], tmp_path, steps=2)
-    assert [entry["name"] for entry in table] == [row.name for row in compare.SYSTEMS]
+    assert [entry["name"] for entry in table] == [row.name for row in compare.TABLES["systems"].recipes]
     for entry in table:
         assert entry["fid_0"]["mean"] > 0 and -1 <= entry["caps"]["mean"] <= 1
         assert entry["seconds_per_image"]["mean"] > 0
@@ -123,21 +123,24 @@ def test_pairs_are_each_caption_of_unmirrored_images(wb):
 
 
 def test_every_row_changes_the_plain_recipe_by_what_it_names(wb):
-    plain = compare.configs_of(wb, compare.ABLATION[0])
+    plain = compare.configs_of(wb, compare.TABLES["ablation"].recipes[0])
     assert plain["train"].noise_cos == 1 and plain["sample"].guidance == 1 and plain["train"].condition_dropout == 0
-    assert len({row.name for row in compare.ABLATION}) == len(compare.ABLATION)
-    for row in compare.ABLATION[1:]:
+    assert len({row.name for row in compare.TABLES["ablation"].recipes}) == len(compare.TABLES["ablation"].recipes)
+    for row in compare.TABLES["ablation"].recipes[1:]:
         made = compare.configs_of(wb, row)
         for part in ("transformer", "train", "sample"):
             changed = {k for k, v in vars(made[part]).items() if v != vars(plain[part])[k]}
             assert changed == set(getattr(row, part))
         assert made != plain
-    words = next(row for row in compare.SYSTEMS if row.system == "supervised")
+    words = next(row for row in compare.TABLES["systems"].recipes if row.system == "supervised")
     assert compare.configs_of(wb, words)["transformer"].condition_tokens == wb.clip.tokenizer.context_length
 
 
 def test_the_laptop_preset_is_the_best_row():
-    laptop, named = load_preset("laptop"), next(row for row in compare.ABLATION if row.name == "best, no rerank")
+    laptop, named = (
+        load_preset("laptop"),
+        next(row for row in compare.TABLES["ablation"].recipes if row.name == "best, no rerank"),
+    )
     parts = {"transformer": laptop.transformer, "train": laptop.transformer_train, "sample": laptop.sample}
     for name, part in parts.items():
         for key, value in {**compare.PLAIN[name], **getattr(named, name)}.items():

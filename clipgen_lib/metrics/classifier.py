@@ -18,8 +18,8 @@ from ..config import ClassifierConfig, from_dict
 from ..data.batches import augmented_rows, batch_rows, ordered_batches
 from ..data.datasets import ImageSet
 from ..data.images import to_float, to_uint8
-from ..runtime.checkpoints import built_strictly, read_weights, save_weights
-from ..runtime.runs import ClipgenError, Run, read_json
+from ..runtime.checkpoints import load_weights, save_weights
+from ..runtime.runs import ClipgenError, Run
 from ..training import autocast, fit
 
 
@@ -49,13 +49,14 @@ class Classifier(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Classifier:
         """Read what `train_classifier` wrote to a folder, in eval mode."""
-        folder = Path(folder)
-        described = read_json(folder / "config.json")
-        config, names = from_dict(ClassifierConfig, described.get("config")), described.get("names")
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ClipgenError(f"{folder / 'config.json'} lacks the names of the classes: restore the original file")
-        model = built_strictly(lambda: cls(config, names), read_weights(folder), folder)
-        return model.to(device).eval().requires_grad_(False)
+
+        def make(described: dict) -> Classifier:
+            config, names = from_dict(ClassifierConfig, described.get("config")), described.get("names")
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise ClipgenError(f"config.json of {folder} lacks the names of the classes: restore the original file")
+            return cls(config, names)
+
+        return load_weights(Path(folder), make).to(device).eval().requires_grad_(False)
 
 
 def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Classifier:

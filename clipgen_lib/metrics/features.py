@@ -17,15 +17,8 @@ from torch import nn
 
 from ..clip_embed import ClipEmbedder
 from ..data.images import to_arrays, to_uint8
-from ..runtime.checkpoints import (
-    ALEXNET,
-    FID_INCEPTION,
-    TORCHVISION_INCEPTION,
-    MissingWeights,
-    Weights,
-    weights_alone,
-    weights_file,
-)
+from ..runtime import checkpoints
+from ..runtime.checkpoints import MissingWeights, Weights, weights_alone, weights_file
 from ..runtime.runs import ClipgenError, file_hash
 
 SIDE = 299  # of Inception's input
@@ -37,7 +30,8 @@ DEFINITIONS = {
     "clip": "CLIP-FID: image features of the evaluation CLIP before normalisation, behind CLIP's own resize",
 }
 PROTOCOLS = tuple(DEFINITIONS)
-WEIGHTS = {name: FID_INCEPTION for name in ("inception", "clean", "torchmetrics")} | {"dmgan": TORCHVISION_INCEPTION}
+WEIGHTS = {name: checkpoints.FID_INCEPTION for name in ("inception", "clean", "torchmetrics")}
+WEIGHTS["dmgan"] = checkpoints.TORCHVISION_INCEPTION
 
 
 @dataclass(frozen=True)
@@ -125,9 +119,8 @@ def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.T
         with weights_alone():
             module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
     except ModuleNotFoundError:
-        raise MissingWeights(
-            f"protocol {protocol!r} needs torch-fidelity, which holds torchmetrics' Inception: pip install torch-fidelity"
-        ) from None
+        cure = "which holds torchmetrics' Inception: pip install torch-fidelity"
+        raise MissingWeights(f"protocol {protocol!r} needs torch-fidelity, {cure}") from None
     return module, module.fc.weight.detach()
 
 
@@ -146,7 +139,7 @@ def lpips_network(device: torch.device | str = "cpu") -> nn.Module:
     Raises:
         MissingWeights: torchvision's AlexNet is not on this machine.
     """
-    weights_file(ALEXNET, "LPIPS", "go without it")
+    weights_file(checkpoints.ALEXNET, "LPIPS", "go without it")
     import lpips
 
     with weights_alone():

@@ -16,7 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, reading, reason, room_on_disk, write_json
+from .runs import (
+    ClipgenError,
+    file_hash,
+    fresh_file,
+    fresh_folder,
+    read_json,
+    reading,
+    reason,
+    room_on_disk,
+    write_json,
+)
 
 
 def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
@@ -101,11 +111,16 @@ def _put_tensors(node: object, tensors: dict) -> object:
     return node
 
 
+def save_tensors(path: Path, module: nn.Module) -> None:
+    """Write a module's weights, with the SHA-256 that `read_weights` checks, as a safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    save_file(tensors, path, {"sha256": _digest({}, tensors)})
+
+
 def save_weights(folder: Path, module: nn.Module, **facts: object) -> None:
     """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     with room_on_disk(folder), fresh_folder(folder) as fresh:
-        save_file(tensors, fresh / "model.safetensors", {"sha256": _digest({}, tensors)})
+        save_tensors(fresh / "model.safetensors", module)
         write_json(fresh / "config.json", {**module.describe(), **facts})
 
 
@@ -142,22 +157,22 @@ def load_strictly(module: nn.Module, tensors: dict, source: Path) -> None:
         ) from None
 
 
-def built_strictly(make: Callable[[], nn.Module], tensors: dict, source: Path) -> nn.Module:
-    """The module that `make` builds, with these weights.
+def load_weights(folder: Path, make: Callable[[dict], nn.Module]) -> nn.Module:
+    """The module that `make` builds of what `save_weights` wrote into config.json, with the weights beside it.
 
     It is built without memory first: a config of other sizes than its weights' is refused before it costs anything.
 
     Raises:
-        ClipgenError: the config describes nothing that can be built, or the weights are of something else.
+        ClipgenError: the config describes nothing that can be built, or the weights are damaged or of something else.
     """
+    described = read_json(folder / "config.json")
     try:
         with torch.device("meta"):
-            module = make()
+            module = make(described)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise ClipgenError(
-            f"{source / 'config.json'} describes nothing that can be built ({reason(error)}): restore the original file"
-        ) from None
-    load_strictly(module, tensors, source)
+        nothing = f"{folder / 'config.json'} describes nothing that can be built ({reason(error)})"
+        raise ClipgenError(f"{nothing}: restore the original file") from None
+    load_strictly(module, read_weights(folder), folder)
     return module
 
 

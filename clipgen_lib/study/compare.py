@@ -5,6 +5,7 @@ and an image for each recipe and seed, and table.json with mean and spread over 
 """
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterable
@@ -12,10 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from .. import evaluate, train_transformer
-from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig, from_dict
+from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig, from_dict, replaced
 from ..data.images import grid
 from ..runtime.checkpoints import module_hash
 from ..runtime.runs import RESULTS, ClipgenError, Run, open_run, read_json, write_json
@@ -27,7 +29,7 @@ from . import baselines
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of a table: what it changes of the plain recipe."""
+    """A row of a table: what it changes of the plain recipe; tables.yaml says what each field means."""
 
     name: str
     description: str
@@ -39,102 +41,6 @@ class Recipe:
     system: str = "clip-gen"  # or supervised, vqgan-clip, gan, retrieval
 
 
-# The method as the paper has it: one prefix token, clean embeddings, no guidance, both losses.
-PLAIN = {
-    "transformer": {"conditioning": "prefix", "condition_tokens": 1},
-    "train": {
-        "noise_cos": 1.0,
-        "condition_dropout": 0.0,
-        "centre": False,
-        "embedding_weight": 0.1,
-        "embedding_path": "straight-through",
-        "embedding_form": "cosine",
-    },
-    "sample": {"guidance": 1.0, "guidance_schedule": "constant", "neighbours": 0, "shift": False, "candidates": 1},
-}
-DROPOUT = {"condition_dropout": 0.1}
-NLL_ONLY = {**DROPOUT, "embedding_weight": 0.0}
-NOISED = {**NLL_ONLY, "noise_cos": 0.85}  # as far as a text lies from its image
-LINEAR = {"guidance": 2.0, "guidance_schedule": "linear"}
-COSINE = {"guidance": 2.0, "guidance_schedule": "cosine"}
-INTERVAL = {"guidance": 1.5, "guidance_interval": (0.0, 0.5)}
-SHIFT = {**LINEAR, "shift": True}
-RERANK = {**LINEAR, "candidates": 8}
-TEXT = {"train": NLL_ONLY, "text": "paired"}  # needs no noise
-FOUR = {"condition_tokens": 4}
-THREE = {"transformer": FOUR, "train": {"noise_cos": 0.7, **DROPOUT}}
-CENTRED = {"centre": True, "noise_cos": 0.7}
-SEEDS = (0, 1, 2)
-ABLATION = (
-    Recipe("plain", "the paper's recipe", seeds=SEEDS),
-    Recipe("noise", "embeddings noised down to cosine 0.7", train={"noise_cos": 0.7}),
-    Recipe("guidance, scale 1", "condition dropout 10%, no guidance", train=DROPOUT),
-    Recipe("guidance", "condition dropout 10%, guidance scale 1.5", train=DROPOUT, sample={"guidance": 1.5}),
-    Recipe("guidance, scale 2", "the same, scale 2", train=DROPOUT, sample={"guidance": 2.0}),
-    Recipe("guidance, scale 3", "the same, scale 3", train=DROPOUT, sample={"guidance": 3.0}),
-    Recipe("guidance linear", "the same, scale rising linearly to 2", train=DROPOUT, sample=LINEAR),
-    Recipe("guidance cosine", "the same, scale rising as a cosine to 2", train=DROPOUT, sample=COSINE),
-    Recipe("guidance interval", "scale 1.5 on the first half of the tokens", train=DROPOUT, sample=INTERVAL),
-    Recipe("4 tokens", "4 condition tokens", FOUR),
-    Recipe("16 tokens", "16 condition tokens", {"condition_tokens": 16}),
-    Recipe("adaln", "adaptive layer norm in every block in place of a prefix", {"conditioning": "adaln"}),
-    Recipe("neighbours 1", "text replaced by its nearest training image's embedding", sample={"neighbours": 1}),
-    Recipe("neighbours 10", "text replaced by the mean of its 10 nearest", sample={"neighbours": 10}),
-    Recipe("neighbours 100", "text replaced by the mean of its 100 nearest", sample={"neighbours": 100}),
-    Recipe("shift", "text moved by mean image minus mean text", sample={"shift": True}, text="unpaired"),
-    Recipe("centre and noise", "both modalities centred, then noise down to 0.7", train=CENTRED, text="unpaired"),
-    Recipe("rerank 8", "the best of 8 by the conditioning CLIP, which evaluates too", sample={"candidates": 8}),
-    Recipe("no embedding loss", "NLL alone", train={"embedding_weight": 0.0}),
-    Recipe("embedding loss x10", "weight 1.0", train={"embedding_weight": 1.0}),
-    Recipe("embedding loss / 10", "weight 0.01", train={"embedding_weight": 0.01}),
-    Recipe("embedding loss, gumbel", "sampled tokens", train={"embedding_path": "gumbel"}),
-    Recipe("embedding loss, log", "log form", train={"embedding_form": "log"}),
-    Recipe("embedding loss, half the batch", "on half of each batch", train={"embedding_share": 0.5}),
-    Recipe("noise, 4 tokens, guidance", "three together", **THREE, sample={"guidance": 1.5}),
-    Recipe("the same, neighbours 10", "and the 10 nearest", **THREE, sample={"guidance": 1.5, "neighbours": 10}),
-    Recipe("the same, rerank 8", "and rerank of 8", **THREE, sample={"guidance": 1.5, "candidates": 8}),
-    Recipe("NLL only, guidance linear", "no embedding loss, guidance to 2", {}, NLL_ONLY, LINEAR, SEEDS),
-    Recipe("NLL only, neighbours 30", "and the 30 nearest", train=NLL_ONLY, sample={**LINEAR, "neighbours": 30}),
-    Recipe("NLL only, shift", "with texts moved by the means", train=NLL_ONLY, sample=SHIFT, text="unpaired"),
-    Recipe("NLL only, rerank 8", "and rerank of 8", {}, NLL_ONLY, RERANK, SEEDS),
-    Recipe("best, no rerank", "the same and noise down to 0.85", {}, NOISED, LINEAR, SEEDS),
-    Recipe("best, shift, no rerank", "with texts moved by the means", train=NOISED, sample=SHIFT, text="unpaired"),
-    Recipe("best", "the best recipe and rerank of 8", {}, NOISED, RERANK, SEEDS),
-    Recipe("text-conditioned", "upper bound: trained on the embeddings of paired captions", text="paired"),
-    Recipe("text-conditioned, guided", "and 4 tokens, guidance 1.5", FOUR, DROPOUT, {"guidance": 1.5}, text="paired"),
-    Recipe("text-conditioned, best, no rerank", "the best recipe on captions", **TEXT, sample=LINEAR, seeds=SEEDS),
-    Recipe("text-conditioned, best", "the same and rerank of 8", **TEXT, sample=RERANK),
-)
-WORDS = {"conditioning": "words"}
-SYSTEMS = (
-    Recipe("CLIP-GEN", "the best recipe of the ablation", train=NOISED, sample=RERANK),
-    Recipe("CLIP-GEN, no rerank", "the same without rerank", train=NOISED, sample=LINEAR),
-    Recipe("CLIP-GEN, plain", "the paper's recipe"),
-    Recipe("retrieval", "the training image nearest to the text", system="retrieval"),
-    Recipe("VQGAN-CLIP", "latents optimised for CLIP similarity", system="vqgan-clip"),
-    Recipe("text-conditioned", "CLIP-GEN on the embeddings of paired captions, no rerank", **TEXT, sample=LINEAR),
-    Recipe("supervised", "words before image tokens (CogView)", WORDS, **TEXT, sample=LINEAR, system="supervised"),
-    Recipe("GAN", "one-stage conditional GAN on pairs (DF-GAN)", text="paired", system="gan"),
-)
-# FID against CapS, a curve for each system with guidance; the scale rises linearly to the one named.
-CURVES = tuple(
-    replace(system, name=f"{system.name}, guidance {scale:g}", sample={**LINEAR, "guidance": scale})
-    for system in SYSTEMS
-    if system.name in ("CLIP-GEN, no rerank", "text-conditioned", "supervised")
-    for scale in (1.0, 1.5, 2.0, 3.0, 5.0)
-)
-# Photos, whose texts lie further from their images: results/tiny-imagenet-20-clip/summary.json has the cosine.
-PHOTO_TRAIN = {**NLL_ONLY, "noise_cos": 0.65}
-PHOTOS = (
-    Recipe("plain", "the paper's recipe"),
-    Recipe("best, no rerank", "the best recipe, noise as far as a text lies here", train=PHOTO_TRAIN, sample=LINEAR),
-    Recipe("best, shift, no rerank", "texts moved by the means", train=PHOTO_TRAIN, sample=SHIFT, text="unpaired"),
-    Recipe("best", "the best recipe and rerank of 8", train=PHOTO_TRAIN, sample=RERANK),
-    Recipe("text-conditioned, no rerank", "the best recipe on paired captions", **TEXT, sample=LINEAR),
-    Recipe("retrieval", "the training image nearest to the text", system="retrieval"),
-)
-
-
 @dataclass(frozen=True)
 class Table:
     """Recipes, on how many captions and oracle prompts of a kind each is measured, and which columns are printed."""
@@ -143,17 +49,30 @@ class Table:
     recipes: tuple[Recipe, ...]
     n_captions: int
     n_oracle: int
-    columns: tuple[str, ...]
+    columns: list[str]
     has_outside: bool = True  # also keeps images for prompts outside of the training data
 
 
-ORACLE_COLUMNS = ("oracle_error", "colour", "shape", "held_out_shape", "two_both", "caps", "fid_0")
-PHOTO_COLUMNS = ("class_accuracy", "caps", "r_precision", "fid_0", "fid_1", "nll")
+def _recipes(rows: list[dict], scales: list[float]) -> tuple[Recipe, ...]:
+    """The rows of a table: each on top of the one that it is `based_on`, and with `scales` once at each guidance scale."""
+    made: dict[str, Recipe] = {}
+    for row in rows:
+        row = {"seeds": [0], **row}
+        base = made.get(row.pop("based_on", ""))
+        changes = {part: {**(getattr(base, part) if base else {}), **row.pop(part, {})} for part in PARTS}
+        made[row["name"]] = Recipe(**{**row, "seeds": tuple(row["seeds"])}, **changes)
+    curves = (
+        replace(recipe, name=f"{recipe.name}, guidance {scale:g}", sample={**recipe.sample, "guidance": scale})
+        for recipe, scale in itertools.product(made.values(), scales)
+    )
+    return tuple(curves) or tuple(made.values())
+
+
+PARTS = ("transformer", "train", "sample")
+_content = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8"))
+PLAIN: dict[str, dict] = _content.pop("plain")
 TABLES = {
-    "ablation": Table("ablation", ABLATION, 500, 256, ORACLE_COLUMNS, has_outside=False),
-    "systems": Table("systems", SYSTEMS, 256, 128, (*ORACLE_COLUMNS, "seconds_per_image")),
-    "curves": Table("curves", CURVES, 256, 0, ("caps", "fid_0", "fid_1"), has_outside=False),
-    "photos": Table("photos", PHOTOS, 1_000, 0, PHOTO_COLUMNS),
+    name: Table(name, _recipes(table.pop("rows"), table.pop("scales", [])), **table) for name, table in _content.items()
 }
 
 
@@ -184,7 +103,7 @@ def configs_of(wb: Workbench, recipe: Recipe, seed: int = 0, steps: int = 0) -> 
     if recipe.system in others:
         return {"system": recipe.system, "config": others[recipe.system], "text": recipe.text, "seed": seed}
     parts = {"transformer": preset.transformer, "train": preset.transformer_train, "sample": preset.sample}
-    configs = {part: replace(config, **_changes(recipe, part)) for part, config in parts.items()}
+    configs = {part: replaced(config, _changes(recipe, part)) for part, config in parts.items()}
     if configs["transformer"].conditioning == "words":  # as many as CLIP itself reads
         configs["transformer"] = replace(configs["transformer"], condition_tokens=wb.clip.tokenizer.context_length)
     if steps:
@@ -359,7 +278,7 @@ def _is_of(recipe: Recipe, row: dict) -> bool:
     """Whether the configs in a row are the plain ones with the recipe's changes, whatever the preset decides."""
     configs = _configs(row)
     return row.get("system", recipe.system) == recipe.system and all(
-        config == replace(config, **_changes(recipe, part)) for part, config in configs.items()
+        config == replaced(config, _changes(recipe, part)) for part, config in configs.items()
     )
 
 
