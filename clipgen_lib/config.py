@@ -4,6 +4,9 @@ In: a preset's name. Out: a `Preset`. The same code serves a laptop and a cluste
 Importing this module imports no torch.
 """
 
+import difflib
+import shlex
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,7 +16,7 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from .runtime.runs import ClipgenError, shortened
+from .runtime.runs import ClipgenError, reading, shortened
 
 checked_dataclass = partial(
     pydantic.dataclasses.dataclass, frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -41,7 +44,7 @@ class Config:
             first = error.errors(include_url=False)[0]
         known, name = [f.name for f in fields(cls)], next(iter(first["loc"]), "the value")
         if first["type"] == "unexpected_keyword_argument":
-            raise ClipgenError(f"{cls.__name__} has no field {_shown(name)}: choose one of {', '.join(known)}")
+            raise ClipgenError(f"{cls.__name__} has no field {_shown(name)}: choose one of {_nearest(name, known)}")
         name = known[name] if isinstance(name, int) else name  # of a positional argument
         wanted = first["msg"].replace("Input should", "it should").replace("Tuple", "it")
         raise ClipgenError(f"{name} of {cls.__name__} is {_shown(first['input'])}: {wanted}")
@@ -52,6 +55,11 @@ def _shown(value: object) -> str:
         return shortened(repr(value), 80)
     except (ValueError, RecursionError):  # Python writes no numbers of more than 4,300 digits
         return "too long to show"
+
+
+def _nearest(name: object, known: list[str]) -> str:
+    """The known names that are most like a name, all of them where none is."""
+    return ", ".join(difflib.get_close_matches(str(name), known) or known)
 
 
 @checked_dataclass
@@ -287,39 +295,70 @@ class Preset(Config):
 
 
 def replaced(config: Config, values: dict) -> Config:
-    """A copy of a config with some fields replaced, lists as tuples."""
-    return replace(config, **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    """A copy of a config with some fields replaced: lists as tuples, texts as what they spell where the field is no text."""
+    return replace(config, **{name: _spelled(value, getattr(config, name, "")) for name, value in values.items()})
+
+
+def _spelled(value: object, before: object) -> object:
+    if isinstance(value, str) and isinstance(before, float):
+        with suppress(ValueError):  # YAML takes 1e-3 for a text
+            return float(value)
+    if isinstance(value, str) and not isinstance(before, str):
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def changed(preset: Preset, parts: dict[str, dict]) -> Preset:
-    """A copy of a preset with some fields of some parts replaced, lists as tuples."""
+    """A copy of a preset with some fields of some parts replaced, as by `replaced`."""
     known = [f.name for f in fields(Preset)[1:]]
-    for part in parts:
-        if part not in known:
-            raise ClipgenError(f"preset {preset.name!r} has no part {_shown(part)}: choose one of {', '.join(known)}")
+    for part, values in parts.items():
+        if part not in known or not isinstance(values, dict):
+            raise ClipgenError(
+                f"preset {preset.name!r} has no part {_shown(part)} of fields: choose one of {_nearest(part, known)}"
+            )
     return replace(preset, **{part: replaced(getattr(preset, part), values) for part, values in parts.items()})
 
 
 PRESETS = ("smoke", "laptop", "reference", "gpu64", "coco", "imagenet")  # files of the folder presets/
 
 
-@cache
-def _named_preset(name: str) -> Preset:
-    path = Path(__file__).parent / "presets" / f"{name}.yaml"
-    parts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    base = _named_preset(parts.pop("base")) if "base" in parts else Preset()
-    return replace(changed(base, parts), name=name)
+def _read_preset(path: Path) -> Preset:
+    """A preset from a YAML file: fields of its parts, in place of those of the preset that it names as `base`."""
+    with reading(path, "check its name", "correct it", "is no preset"):
+        parts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        base = load_preset(parts.pop("base")) if "base" in parts else Preset()
+        return replace(changed(base, parts), name=path.stem)
+
+
+_named = cache(lambda name: _read_preset(Path(__file__).parent / "presets" / f"{name}.yaml"))
 
 
 def load_preset(name: str, **overrides: dict) -> Preset:
-    """A preset by name, with fields of its parts replaced: `load_preset("laptop", vqgan_train={"steps": 100})`.
+    """A preset with fields of its parts replaced: `load_preset("laptop", vqgan_train={"steps": 100})`.
+
+    Args:
+        name: one of PRESETS, or a YAML file such as `mine.yaml`, perhaps followed by changes of single fields:
+            "laptop transformer.width=256 vqgan_train.lr=1e-3". Values are written as in YAML, without blanks or in quotes.
 
     Raises:
-        ClipgenError: unknown preset, part or field.
+        ClipgenError: unknown preset, part or field, or a value that the field cannot have.
     """
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ClipgenError(f"unknown preset {_shown(name)}: choose one of {', '.join(PRESETS)}")
-    return changed(_named_preset(name), overrides)
+    try:
+        name, *changes = shlex.split(name)
+    except (AttributeError, TypeError, ValueError):  # no text, an empty one, a quote without its end
+        name, changes = name, []
+    if name not in PRESETS and not str(name).endswith((".yaml", ".yml")):
+        raise ClipgenError(f"unknown preset {_shown(name)}: choose one of {', '.join(PRESETS)}, or a YAML file")
+    parts: dict[str, dict] = {}
+    for change in changes:
+        place, sign, value = change.partition("=")
+        part, dot, field = place.partition(".")
+        if not sign or not dot:
+            raise ClipgenError(f"{_shown(change)} is not PART.FIELD=VALUE: write for example transformer.width=256")
+        parts.setdefault(part, {})[field] = value
+    preset = changed(_named(name) if name in PRESETS else _read_preset(Path(name)), parts)
+    return changed(preset, overrides)
 
 
 def with_clip(preset: Preset, clip: dict[str, str | None]) -> Preset:
