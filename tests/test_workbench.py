@@ -74,7 +74,7 @@ def test_a_run_is_opened_again_only_as_it_was_begun(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found[0] == ["opened", "opened"]
-    assert all("begun with another preset.sample.top_p" in text for text in found[1])
+    assert "begun with another preset.sample.top_p" in found[1][0] and found[1][1] == "opened"
     assert all("is no path" in text for text in (found[2][1], found[3][1]))
     for texts in found[4 : 4 + len(nonsense)]:
         assert all("does not say what the run was begun with" in text for text in texts), texts
