@@ -4,14 +4,16 @@ Heavy modules are imported inside the commands, so that `clipgen --help` answers
 """
 
 import ast
+import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import warnings
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -21,10 +23,11 @@ from .config import PRESETS
 from .runtime import runs
 from .runtime.runs import MOST_SEED, RESULTS, ROOT, ClipgenError, held, open_run, progress, refuse_published, shortened
 
-PATHS = ("DATA", "CLIP", "IMAGE", "WEIGHTS")  # parameters of notebooks that may be paths
+PATHS = ("PRESET", "DATA", "CLIP", "IMAGE", "WEIGHTS")  # parameters of notebooks that may be paths
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 PATH = click.Path(path_type=Path)
-PRESET = click.option("--preset", type=click.Choice(PRESETS), default="laptop")
+PRESET = click.option("--preset", default="laptop", help=f"{', '.join(PRESETS)}, or a YAML file of your own")
+SET = click.option("--set", "changes", multiple=True, metavar="PART.FIELD=VALUE", help="such as transformer.width=256")
 DATA = click.option("--data", default="shapes", help="'shapes', a COCO root, a folder, or a data set of Hugging Face")
 SEED = click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, help="image j uses seed + j")
 DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -34,8 +37,8 @@ CLIP = click.option("--clip", default="", help="a folder in open_clip's layout, 
 
 
 def _run_options(command):
-    """What every stage takes: the notebooks' PRESET, RUN, DATA, SEED, DEVICE and CLIP."""
-    for option in (CLIP, DEVICE, SEED, DATA, RUN, PRESET):
+    """What every stage takes: the notebooks' PRESET, OVERRIDES, RUN, DATA, SEED, DEVICE and CLIP."""
+    for option in (CLIP, DEVICE, SEED, DATA, RUN, SET, PRESET):
         command = option(command)
     return command
 
@@ -61,8 +64,9 @@ def main() -> None:
     """CLIP-GEN workbench: text-to-image from images without captions."""
 
 
-def _open(run: str, device: str, data: str, begins: bool = True, **others):
+def _open(run: str, device: str, data: str, changes: tuple[str, ...], begins: bool = True, **others):
     """The run of a stage's options; one that is not there is begun, or refused by a stage that goes on from others."""
+    from .config import load_preset
     from .runtime.distributed import barrier, is_main, world_size
     from .workbench import Workbench
 
@@ -72,10 +76,11 @@ def _open(run: str, device: str, data: str, begins: bool = True, **others):
     is_there = (open_run(run).path / "config.json").is_file()
     if not is_there and not begins:
         raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run' or 'clipgen train-vqgan'")
-    if is_there and given <= {"data"}:  # the run knows what it was begun with
+    if is_there and given <= {"data"} and not changes:  # the run knows what it was begun with
         wb = Workbench.reopen(run, device, data if given else "")
     else:
-        wb = Workbench.open(run=run, data=data, device=device, **others)
+        preset = load_preset(others.pop("preset"), shlex.join(changes))
+        wb = Workbench.open(preset, run, data, device=device, **others)
     if wb.notice:
         _say(wb.notice, err=True)
     if world_size() > 1 and wb.has_oracle:
@@ -294,7 +299,8 @@ def compare(table: str, run: str, steps: int, only: tuple[str, ...], data: str, 
 @STEPS
 @SEED
 @DEVICE
-def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: str) -> None:
+@SET
+def train_clip(run: str, data: str, seed: int, device: str, **of_preset) -> None:
     """Train a small CLIP where none can be downloaded (the only training that sees captions)."""
     _alone("train-clip")
     from .clip_embed import ClipEmbedder
@@ -303,7 +309,8 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
     from .study import train_clip as study
     from .workbench import pick_device
 
-    config = load_preset(preset, **({"clip_train": {"steps": steps}} if steps else {})).clip_train
+    of_steps = {"clip_train": {"steps": of_preset["steps"]}} if of_preset["steps"] else {}
+    config = load_preset(of_preset["preset"], shlex.join(of_preset["changes"]), **of_steps).clip_train
     device, size = pick_device(device), study.MODEL["vision_cfg"]["image_size"]
     opened = replace(open_run(run), seed=seed, device=device)
     runs.refuse_published(opened.path)
@@ -319,6 +326,19 @@ def train_clip(preset: str, run: str, data: str, steps: int, seed: int, device: 
         opened.add_to_summary(clip=accuracy)
         click.echo(accuracy)
     click.echo(f"CLIP in {folder}: name the folder as --clip, or as notebook parameter CLIP")
+
+
+@main.command("config")
+@click.argument("preset", default="laptop")
+@SET
+def show_config(preset: str, changes: tuple[str, ...]) -> None:
+    """Print PRESET with its changes as YAML; a file with some of these lines, and `base: PRESET`, is a preset of its own."""
+    import yaml
+
+    from .config import load_preset
+
+    parts = json.loads(json.dumps(asdict(load_preset(preset, shlex.join(changes)))))  # lists for tuples
+    click.echo(yaml.safe_dump({"base": parts.pop("name"), **parts}, sort_keys=False), nl=False)
 
 
 @main.command("doctor")
@@ -337,12 +357,15 @@ def doctor() -> None:
 @click.option("--run", help="name of the folder under results/  [default: my-PRESET, with the data's name]")
 @click.option("--notebook", "only", multiple=True, help="run only these: a name or its beginning, such as 04")
 @click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a parameter, such as DATA=/my/photos")
-def run_notebooks(preset: str, run: str | None, only: tuple[str, ...], parameters: tuple[str, ...]) -> None:
+@SET
+def run_notebooks(preset: str, run: str | None, only: tuple, parameters: tuple, changes: tuple[str, ...]) -> None:
     """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
     chosen = [_notebook(wanted) for wanted in only or NOTEBOOKS]
     known = {name: parameters_of(name) for name in chosen}
     everything = {key: default for names in known.values() for key, default in names.items()}
     values = {"PRESET": preset} | dict(parse_parameter(text, everything) for text in parameters)
+    if changes:
+        values["OVERRIDES"] = f"{values.get('OVERRIDES', '')} {shlex.join(changes)}".strip()
     of_preset = default_run(values["PRESET"], values.get("DATA", "shapes"))
     default = of_preset if "PRESET" in everything else chosen[0].partition("_")[2]
     if run and values.get("RUN", run) != run:
@@ -363,11 +386,13 @@ def _checked(values: dict[str, object], opens_workbench: bool) -> tuple[runs.Run
 
     Paths among the values are made absolute: notebooks run in their own folder.
     """
+    from .config import load_preset
     from .metrics.captions import split_prompts
     from .workbench import Workbench, clip_fields, pick_device
 
     for key in PATHS:
-        if values.get(key, "shapes") != "shapes" and os.path.exists(os.path.expanduser(values[key])):
+        is_name = values.get(key, "shapes") in ("shapes", *PRESETS)
+        if not is_name and os.path.exists(os.path.expanduser(values[key])):
             values[key] = str(Path(values[key]).expanduser().resolve())
     if values.get("CLIP"):
         values["CLIP"] = "/".join(filter(None, clip_fields(values["CLIP"]).values()))
@@ -377,14 +402,16 @@ def _checked(values: dict[str, object], opens_workbench: bool) -> tuple[runs.Run
     if not opens_workbench:
         device = pick_device(values.get("DEVICE", "auto"))
         return replace(open_run(values["RUN"]), seed=values.get("SEED", 0), device=device), ""
-    given = ("PRESET", "RUN", "DATA", "SEED", "DEVICE", "CLIP")
-    wb, _ = Workbench.checked(**{key.lower(): values[key] for key in given if key in values})
+    given = ("RUN", "DATA", "SEED", "DEVICE", "CLIP")
+    preset = load_preset(values["PRESET"], values.get("OVERRIDES", ""))
+    wb, _ = Workbench.checked(preset, **{key.lower(): values[key] for key in given if key in values})
     return wb.run, wb.notice
 
 
 def default_run(preset: str, data: str) -> str:
     """my-PRESET, with other data than the Shapes world also their folder's name; no published run is called so."""
     folder = re.sub(r"[^\w-]+", "-", Path(data).name).strip("-")[:60]
+    preset = Path(preset).stem
     return f"my-{preset}" if data == "shapes" else f"my-{preset}-{folder or 'images'}"
 
 

@@ -334,31 +334,33 @@ def _read_preset(path: Path) -> Preset:
 _named = cache(lambda name: _read_preset(Path(__file__).parent / "presets" / f"{name}.yaml"))
 
 
-def load_preset(name: str, **overrides: dict) -> Preset:
+def load_preset(name: str, changes: str | dict = "", **overrides: dict) -> Preset:
     """A preset with fields of its parts replaced: `load_preset("laptop", vqgan_train={"steps": 100})`.
 
     Args:
-        name: one of PRESETS, or a YAML file such as `mine.yaml`, perhaps followed by changes of single fields:
-            "laptop transformer.width=256 vqgan_train.lr=1e-3". Values are written as in YAML, without blanks or in quotes.
+        name: one of PRESETS, or a YAML file such as `mine.yaml`: its `base`, a preset, and fields by parts.
+        changes: "transformer.width=256 vqgan_train.lr=1e-3", or {"transformer": {"width": 256}}. Values of a text are
+            written as in YAML, in quotes where they hold blanks.
 
     Raises:
         ClipgenError: unknown preset, part or field, or a value that the field cannot have.
     """
-    try:
-        name, *changes = shlex.split(name)
-    except (AttributeError, TypeError, ValueError):  # no text, an empty one, a quote without its end
-        name, changes = name, []
     if name not in PRESETS and not str(name).endswith((".yaml", ".yml")):
         raise ClipgenError(f"unknown preset {_shown(name)}: choose one of {', '.join(PRESETS)}, or a YAML file")
+    preset = _named(name) if name in PRESETS else _read_preset(Path(name))
+    return changed(changed(preset, _parsed(changes) if isinstance(changes, str) else changes), overrides)
+
+
+def _parsed(text: str) -> dict[str, dict]:
     parts: dict[str, dict] = {}
-    for change in changes:
-        place, sign, value = change.partition("=")
-        part, dot, field = place.partition(".")
-        if not sign or not dot:
-            raise ClipgenError(f"{_shown(change)} is not PART.FIELD=VALUE: write for example transformer.width=256")
-        parts.setdefault(part, {})[field] = value
-    preset = changed(_named(name) if name in PRESETS else _read_preset(Path(name)), parts)
-    return changed(preset, overrides)
+    try:
+        for change in shlex.split(text):
+            place, value = change.split("=", 1)
+            part, field = place.split(".")
+            parts.setdefault(part, {})[field] = value
+    except ValueError:  # no such signs, or a quote without its end
+        raise ClipgenError(f"{_shown(text)} is not PART.FIELD=VALUE: write for example transformer.width=256") from None
+    return parts
 
 
 def with_clip(preset: Preset, clip: dict[str, str | None]) -> Preset:
