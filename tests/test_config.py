@@ -1,6 +1,9 @@
 import ast
+import json
+import shlex
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -136,3 +139,57 @@ def test_noise_and_perceptual_loss_go_with_the_clip():
     assert with_clip(smoke, own).vqgan_train.perceptual == "clip"
     assert with_clip(gpu64, own).transformer_train.noise_cos == 0.85
     assert with_clip(gpu64, published).vqgan_train == gpu64.vqgan_train
+
+
+def another(value, kind):
+    """A value that the field may have as well."""
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != value)
+    if isinstance(value, tuple):
+        return (0.1, 0.2) if isinstance(value[0], float) else (1, 2)
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return not value if isinstance(value, bool) else f"{value} 2"
+    return value / 2 + 0.1 if isinstance(value, float) else 2 * value or 1
+
+
+@pytest.mark.parametrize("part", [field.name for field in fields(Preset)[1:]])
+def test_every_field_of_every_part_is_changed_by_a_text(part):
+    before = getattr(load_preset("smoke"), part)
+    kinds = get_type_hints(type(before))
+    values = {field.name: another(getattr(before, field.name), kinds[field.name]) for field in fields(before)}
+    assert all(value != getattr(before, name) for name, value in values.items())
+    text = " ".join(f"{part}.{name}={shlex.quote(json.dumps(value).strip(chr(34)))}" for name, value in values.items())
+    assert getattr(load_preset("smoke", text), part) == replace(before, **values)
+    assert getattr(load_preset("smoke", {part: values}), part) == replace(before, **values)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("transformer.wdth=2", "TransformerConfig has no field 'wdth': choose one of width"),
+        ("transfrmer.width=2", "no part 'transfrmer' of fields: choose one of transformer, transformer_train"),
+        ("width=2", "'width=2' is not PART.FIELD=VALUE"),
+        ("sample.top_p='0.5", "is not PART.FIELD=VALUE"),
+        ("transformer.width=wide", "width of TransformerConfig is 'wide': it should be a valid integer"),
+        ("transformer.heads=5", "width 64 does not divide by 5 heads"),
+        ("name.x=2", "no part 'name'"),
+    ],
+)
+def test_changes_that_cannot_be_are_one_sentence(text, sentence):
+    with pytest.raises(ClipgenError, match=sentence):
+        load_preset("smoke", text)
+    assert load_preset("smoke", "transformer.heads=5 transformer.width=100").transformer.width == 100  # taken together
+
+
+def test_a_file_of_ones_own_is_a_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: smoke\ntransformer: {width: 128}\nvqgan_train:\n  lr: 1e-3\n")
+    mine, smoke = load_preset(str(path)), load_preset("smoke")
+    assert mine == replace(load_preset("smoke", "transformer.width=128 vqgan_train.lr=0.001"), name="mine")
+    assert mine.vqgan == smoke.vqgan
+    for content, sentence in (("base: lap", "unknown preset 'lap'"), ("[", "is no preset"), ("vqgan: 3", "no part")):
+        path.write_text(content)
+        with pytest.raises(ClipgenError, match=sentence):
+            load_preset(str(path))
+    with pytest.raises(ClipgenError, match="absent.yaml is missing"):
+        load_preset("absent.yaml")
