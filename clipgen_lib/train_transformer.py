@@ -168,22 +168,21 @@ def make_batch(
 
 def train_transformer(
     run: Run,
-    store: TokenStore,
-    val_store: TokenStore,
+    stores: tuple[TokenStore, TokenStore],
     preset: Preset,
     frozen: Frozen,
     preview: Callable[[ImageTransformer, int], None] = lambda transformer, step: None,
+    step_of: Callable = transformer_step,
 ) -> ImageTransformer:
-    """Train p(tokens | embedding), or resume from the last checkpoint, and write `<run>/transformer/`; returns the EMA.
+    """Train p(tokens | embedding), or resume, and write `<run>/transformer/`; returns the EMA. Raises what `train_vqgan` does.
 
     Args:
-        val_store: of images not trained on; its NLL is logged at every checkpoint.
+        stores: to train on, and of images not trained on, whose NLL is logged at every checkpoint.
         preview: called with the EMA model and the step at every checkpoint.
-
-    Raises what `train_vqgan` raises.
+        step_of: computes the loss; a function of your own takes and returns what `transformer_step` does.
     """
-    config, device, meta = preset.transformer_train, distributed.training_device(run.device), store.meta
-    mine = training.local_rows(config)
+    config, device, (store, val_store) = preset.transformer_train, distributed.training_device(run.device), stores
+    meta, mine = store.meta, training.local_rows(config)
     torch.manual_seed(run.seed)
     transformer = ImageTransformer(preset.transformer, meta["K"], meta["L"], meta["D"])
     if config.centre:
@@ -198,6 +197,7 @@ def train_transformer(
     optimizer = training.build_optimizer(transformer, config.optimizer, config.lr, config.beta2, config.weight_decay)
     ema = training.moving_average(transformer, config.ema_decay)
     facts = {"model": asdict(preset.transformer)} | {key: meta[key] for key in ("data_hash", "vqgan_hash", "clip_hash")}
+    facts |= training.named_step(step_of, transformer_step)
     parts = {"model": transformer, "ema": ema, "optimizer": optimizer}
     state = training.TrainingState(run, "transformer", config, parts, facts)
     start, log = state.resume(), training.Log(run, "transformer", config.steps)
@@ -219,7 +219,7 @@ def train_transformer(
             rng = torch.Generator().manual_seed(training.step_seed(run.seed, step))
             batch = make_batch(store.tokens(rows), store.embeds(rows), image_mean, config, rng)
             for places in distributed.microbatches(list(mine), model):
-                loss, scalars = transformer_step(model, frozen, batch.part(places, device), config)
+                loss, scalars = step_of(model, frozen, batch.part(places, device), config)
                 (loss / config.accumulate).backward()
                 log.add(**scalars)
             if training.optimizer_step(log, step, config.max_grad_norm, gradient=optimizer):

@@ -26,6 +26,7 @@ from .runtime.runs import ClipgenError, Run
 from .vqgan import VQGAN, Quantized
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Splits = tuple[ImageSet, ImageSet]  # to train on, and to measure reconstructions on at every checkpoint
 
 
 class PatchDiscriminator(nn.Module):
@@ -168,18 +169,18 @@ def discriminator_step(
 
 
 def train_vqgan(
-    run: Run, images: ImageSet, val_images: ImageSet, preset: Preset, clip: ClipEmbedder | None = None
+    run: Run, splits: Splits, preset: Preset, clip: ClipEmbedder | None = None, step_of: Callable = generator_step
 ) -> VQGAN:
     """Train a VQGAN, or resume from the run's last checkpoint, and write `<run>/vqgan/`; returns the EMA, in eval mode.
 
     The discriminator learns from step 0; only its weight in the generator's loss is ramped. `clip` is for the perceptual loss
-    "clip"; `val_images` are not trained on, and the error of their reconstructions is logged at every checkpoint.
+    "clip". `step_of` computes the generator's loss: a function of your own takes and returns what `generator_step` does.
 
     Raises:
         ClipgenError: nothing finite for `MOST_SKIPPED` steps in a row, a checkpoint of another configuration, a full disk.
         Stopped: SIGTERM or SIGINT, after a checkpoint.
     """
-    config, device = preset.vqgan_train, distributed.training_device(run.device)
+    config, device, (images, val_images) = preset.vqgan_train, distributed.training_device(run.device), splits
     training.local_rows(config)  # refuses a batch that does not divide
     torch.manual_seed(run.seed)
     vqgan = VQGAN(preset.vqgan).to(device)
@@ -190,7 +191,8 @@ def train_vqgan(
     ema, perceptual = training.moving_average(vqgan, config.ema_decay), perceptual_loss(config.perceptual, clip)
     parts = {"model": vqgan, "discriminator": discriminator, "ema": ema}
     parts |= {"generator_optimizer": gen_optimizer, "discriminator_optimizer": disc_optimizer}
-    state = training.TrainingState(run, "vqgan", config, parts, {"model": asdict(preset.vqgan), "data": images.hash})
+    facts = {"model": asdict(preset.vqgan), "data": images.hash} | training.named_step(step_of, generator_step)
+    state = training.TrainingState(run, "vqgan", config, parts, facts)
     start, log = state.resume(), training.Log(run, "vqgan", config.steps)
     if config.compile:
         compile_in_place(vqgan, device)
@@ -212,7 +214,7 @@ def train_vqgan(
                 batch, quantized = to_float(next(batches).to(device)), []
             for real in distributed.microbatches(batch.chunk(config.accumulate), ddp_vqgan, ddp_discriminator):
                 # without DDP: here the discriminator's parameters get no gradient
-                generated = generator_step(ddp_vqgan, discriminator, perceptual, real, config, adv_weight)
+                generated = step_of(ddp_vqgan, discriminator, perceptual, real, config, adv_weight)
                 (generated.loss / config.accumulate).backward()
                 disc_loss, scalars = discriminator_step(ddp_discriminator, real, generated.fake, config)
                 (disc_loss / config.accumulate).backward()

@@ -109,6 +109,11 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False).eval()
 
 
+def named_step(step: Callable, default: Callable) -> dict[str, str]:
+    """The name of a step function that is not the library's, for the facts of a training."""
+    return {} if step is default else {"step": f"{step.__module__}.{step.__qualname__}"}
+
+
 class TrainingState:
     """All that a training needs to resume, by name, in one file for each checkpoint: `checkpoints/<stage>-<step>.safetensors`.
 

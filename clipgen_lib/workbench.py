@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -268,8 +268,11 @@ class Workbench:
         image_embeds, text_embeds = zip(*pairs, strict=True)
         return torch.cat(image_embeds), torch.cat(text_embeds)
 
-    def train_vqgan(self, steps: int = 0) -> VQGAN:
-        """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's."""
+    def train_vqgan(self, steps: int = 0, step_of: Callable = train_vqgan.generator_step) -> VQGAN:
+        """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's.
+
+        `step_of` computes the generator's loss: a function with the arguments and results of `generator_step`.
+        """
         preset = changed(self.preset, {"vqgan_train": {"steps": steps}} if steps else {})
         images, val_images = self.images(), self.images("val")
         if len(val_images) < FEWEST_VAL:
@@ -277,7 +280,7 @@ class Workbench:
             raise ClipgenError(f"{val_images.root} holds {found}: give at least {FEWEST_VAL} of each")
         next(ordered_batches(val_images, range(len(val_images)), 16))  # raises where there is not one to test on
         with self._timed("vqgan"):
-            vqgan = train_vqgan.train_vqgan(self.run, images, val_images, preset, self.clip)
+            vqgan = train_vqgan.train_vqgan(self.run, (images, val_images), preset, self.clip, step_of)
             data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
             self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
         return vqgan
@@ -293,11 +296,11 @@ class Workbench:
                     self._record(skipped=images.skipped)
         return store
 
-    def train_transformer(self, steps: int = 0) -> None:
-        """Stage 2, with previews from the same prompts and seeds at every checkpoint; `steps` as in `train_vqgan`."""
+    def train_transformer(self, steps: int = 0, step_of: Callable = train_transformer.transformer_step) -> None:
+        """Stage 2, with previews from the same prompts and seeds at every checkpoint; arguments as of `train_vqgan`."""
         preset = changed(self.preset, {"transformer_train": {"steps": steps}} if steps else {})
-        vqgan, store, val_store = self.vqgan(), self.store(), self.store("val")
-        prompts, settings = (self.preview_prompts(), val_store.embeds(slice(0, 6))), preset.sample
+        vqgan, stores = self.vqgan(), (self.store(), self.store("val"))
+        prompts, settings = (self.preview_prompts(), stores[1].embeds(slice(0, 6))), preset.sample
         extras = self.bank_and_offset(settings)
 
         def preview(transformer, step):
@@ -308,8 +311,8 @@ class Workbench:
         with self._timed("transformer"):
             text_mean = self.text_mean() if preset.transformer_train.centre else None
             frozen = train_transformer.Frozen(vqgan, self.clip, text_mean)
-            transformer = train_transformer.train_transformer(self.run, store, val_store, preset, frozen, preview)
-            scores = train_transformer.validation_losses(transformer.to(self.device), val_store, frozen)
+            trained = train_transformer.train_transformer(self.run, stores, preset, frozen, preview, step_of)
+            scores = train_transformer.validation_losses(trained.to(self.device), stores[1], frozen)
             clip_size = sum(p.numel() for p in self.clip.parameters())
             self._record(transformer=scores, parameters={"clip": clip_size})
 

@@ -64,10 +64,10 @@ def stages(images, preset, vqgan, clip, store, tmp_path):
         return replace(open_run(name, tmp_path), seed=1)
 
     def stage_one(name):
-        train_vqgan(run(name), images, images, preset, clip)
+        train_vqgan(run(name), (images, images), preset, clip)
 
     def stage_two(name, own=None):
-        train_transformer(run(name), own or store, store, preset, Frozen(vqgan, clip))
+        train_transformer(run(name), (own or store, store), preset, Frozen(vqgan, clip))
 
     return {"vqgan": stage_one, "transformer": stage_two, "store": store}
 

@@ -26,7 +26,7 @@ from clipgen_lib.vqgan import VQGAN
 
 def train(run, images, preset, clip, **changes):
     preset = replace(preset, vqgan_train=replace(preset.vqgan_train, **changes))
-    return train_vqgan(replace(run, seed=1), images, images, preset, clip)
+    return train_vqgan(replace(run, seed=1), (images, images), preset, clip)
 
 
 # ---------------------------------------------------------------------------------------------- losses

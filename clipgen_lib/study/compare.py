@@ -190,14 +190,14 @@ def _train(wb: Workbench, run: Run, configs: dict) -> None:
     """Train the transformer of a recipe, and put its seconds and validation losses into the run's summary."""
     preset = replace(wb.preset, transformer=configs["transformer"], transformer_train=configs["train"])
     frozen = train_transformer.Frozen(wb.vqgan(), wb.clip, wb.text_mean() if configs["train"].centre else None)
-    stores = {split: wb.store(split) for split in ("train", "val")}
+    splits, words = ("train", "val"), preset.transformer.conditioning == "words"
+    stores = tuple(map(wb.store, splits))
     if configs["text"] == "paired":
-        words = preset.transformer.conditioning == "words"
-        captions = {split: wb.images(split).captions for split in stores}
-        stores = {k: baselines.paired_store(v, captions[k], wb.clip, words) for k, v in stores.items()}
+        pairs = zip(stores, splits, strict=True)
+        stores = tuple(baselines.paired_store(s, wb.images(split).captions, wb.clip, words) for s, split in pairs)
     start = time.perf_counter()
-    transformer = train_transformer.train_transformer(run, stores["train"], stores["val"], preset, frozen)
-    facts = train_transformer.validation_losses(transformer.to(run.device), stores["val"], frozen)
+    transformer = train_transformer.train_transformer(run, stores, preset, frozen)
+    facts = train_transformer.validation_losses(transformer.to(run.device), stores[1], frozen)
     run.add_to_summary(seconds={"train": time.perf_counter() - start}, transformer=facts)
 
 
