@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import Killed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +35,15 @@ def test_rows_are_what_the_encoders_say(store, images, vqgan, clip):
     names = {"meta.json", "tokens.u16", "embeds.f16", "rows.i32"}
     assert {path.name for path in store.folder.iterdir()} == names
     assert (store.folder / "tokens.u16").stat().st_size == 40 * 64 * 2
+
+
+def test_nearest(store):
+    embed = store.embeds(np.array([11]))[0]
+    found = store.nearest(embed, 5)
+    assert found[0] == 11 and len(found) == 5
+    similarity = store.embeds(slice(None)) @ embed
+    assert similarity[found[-1]] >= similarity.sort().values[-5] - 1e-6
+    assert nearest(store.embeds(slice(0, 3)), embed[None], 5).shape == (1, 3)
 
 
 def test_mirrored_rows_follow(images, vqgan, clip, tmp_path):
@@ -87,11 +97,15 @@ def test_damaged_stores_are_refused(store, name, damage):
 def test_what_is_no_store_is_one_sentence(store, tmp_path):
     with pytest.raises(ClipgenError, match="no finished token store"):
         TokenStore.open(tmp_path / "none")
-    (store.folder / "tokens.u16").unlink()
+    tokens, meta = store.folder / "tokens.u16", store.folder / "meta.json"
+    tokens.unlink()
     with pytest.raises(ClipgenError, match="tokens.u16 is missing: delete its folder and extract again"):
         TokenStore.open(store.folder)
-    os.mkfifo(store.folder / "tokens.u16")
+    os.mkfifo(tokens)
     with pytest.raises(ClipgenError, match="damaged store"):
+        TokenStore.open(store.folder)
+    meta.write_text("{")
+    with pytest.raises(ClipgenError, match="meta.json is not valid JSON .*: delete its folder and extract again"):
         TokenStore.open(store.folder)
 
 
@@ -108,10 +122,6 @@ def test_a_store_of_other_facts_is_one_sentence(store, entries):
 
 
 # ---------------------------------------------------------------------------------------------- interruptions
-
-
-class Killed(BaseException):
-    pass
 
 
 class Codes(torch.nn.Module):
@@ -146,8 +156,17 @@ def kill():
     raise Killed
 
 
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def extracted(images, folder, codes=None):
+    """The files of a store that the stand-ins make, with mirrored rows."""
+    return contents(extract(images, codes or Codes(), Embeds(), folder, flip=True).folder)
 
 
 @pytest.fixture
@@ -161,51 +180,57 @@ def broken(images, tmp_path):
     return open_images(tmp_path / "p", "train", 64)
 
 
+@pytest.mark.parametrize("seconds", [0, 5])
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_killed_and_started_again_it_is_the_same(images, broken, tmp_path, is_whole):
+def test_killed_and_started_again_it_is_the_same(images, broken, tmp_path, monkeypatch, is_whole, seconds):
+    monkeypatch.setattr("clipgen_lib.store.SAVE_SECONDS", seconds)  # with 0 each batch is a chunk
     images = images if is_whole else broken
-    store = extract(images, Codes(), Embeds(), tmp_path / "whole", flip=True)
-    whole = contents(store.folder)
+    whole = extracted(images, tmp_path / "whole")
+    store = TokenStore.open(tmp_path / "whole")
     assert len(store) == (80 if is_whole else 78)
     assert list(store.meta["skipped"]) == ([] if is_whole else ["train/000000000030.png"])
     assert list(store.arrays["rows"]) == 2 * [row for row in range(40) if is_whole or row != 30]
-    for at in (1, 2, 9, 20):
+    for at in (1, 2, 9, 20) if seconds else (9,):
         folder = tmp_path / f"killed-{at}"
         for again in (at, 2):  # twice, the second time in what the first has left
             with pytest.raises(Killed):
-                extract(images, Codes(again, kill), Embeds(), folder, flip=True)
+                extracted(images, folder, Codes(again, kill))
         assert not folder.exists()
-        extract(images, Codes(), Embeds(), folder, flip=True)
-        assert contents(folder) == whole and not folder.with_name(f"{folder.name}.partial").exists()
+        last = Codes()
+        assert extracted(images, folder, last) == whole and not folder.with_name(f"{folder.name}.partial").exists()
+        assert len(last.calls) == (20 if seconds else 11)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_batch_and_stops(broken, tmp_path, number):
-    whole = contents(extract(broken, Codes(), Embeds(), tmp_path / "whole", flip=True).folder)
+    whole = extracted(broken, tmp_path / "whole")
     first, second = Codes(8, lambda: os.kill(os.getpid(), number)), Codes()
     with pytest.raises(Stopped, match="the same command resumes") as stopped:
-        extract(broken, first, Embeds(), tmp_path / "store", flip=True)
+        extracted(broken, tmp_path / "store", first)
     assert stopped.value.exit_code == 128 + number and len(first.calls) == 8
-    assert contents(extract(broken, second, Embeds(), tmp_path / "store", flip=True).folder) == whole
+    assert extracted(broken, tmp_path / "store", second) == whole
     assert sum(first.calls) + sum(second.calls) == 78  # every image once
 
 
-def test_another_extraction_begins_anew(images, tmp_path):
-    stop = Codes(5, lambda: os.kill(os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("of", ["the last chunk", "some chunks", "other weights"])
+def test_what_lacks_is_encoded_again(images, tmp_path, monkeypatch, of):
+    """A chunk that is cut short or gone, here and there, and all chunks of other weights."""
+    monkeypatch.setattr("clipgen_lib.store.SAVE_SECONDS", 0)
+    whole = extracted(images, tmp_path / "whole")
+    clip, last = Embeds("2" * 16 if of == "other weights" else "1" * 16), Codes()
     with pytest.raises(Stopped):
-        extract(images, stop, Embeds(), tmp_path / "store")
-    again = Codes()
-    store = extract(images, again, Embeds("2" * 16), tmp_path / "store")
-    assert store.meta["clip_hash"] == "2" * 16 and sum(again.calls) == 40
-
-
-def test_a_partial_file_of_another_size_begins_anew(images, tmp_path):
-    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
-    with pytest.raises(Stopped):
-        extract(images, Codes(5, lambda: os.kill(os.getpid(), signal.SIGINT)), Embeds(), tmp_path / "store")
-    embeds = tmp_path / "store.partial" / "embeds.f16"
-    embeds.write_bytes(embeds.read_bytes()[:20])
-    assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
+        extracted(images, tmp_path / "store", Codes(15, interrupt))
+    chunks = sorted((tmp_path / "store.partial").glob("*.zip"))
+    assert len(chunks) == 15
+    if of == "some chunks":
+        chunks[2].unlink()
+        chunks[3].unlink()
+        os.truncate(chunks[9], 0)
+    os.truncate(chunks[14], chunks[14].stat().st_size - 1)
+    store = extract(images, last, clip, tmp_path / "store", flip=True)
+    assert len(last.calls) == {"the last chunk": 6, "some chunks": 9, "other weights": 20}[of]
+    assert store.meta["clip_hash"] == clip.weights_hash
+    assert (contents(store.folder) == whole) == (of != "other weights")
 
 
 def test_one_process_at_a_time_extracts(images, tmp_path):
@@ -214,12 +239,11 @@ def test_one_process_at_a_time_extracts(images, tmp_path):
 
     def second():
         with pytest.raises(ClipgenError, match="token store is being made .*: wait for it") as error:
-            extract(images, Codes(), Embeds(), folder)
+            extracted(images, folder)
         refused.append(str(error.value))
 
-    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
-    store = extract(images, Codes(5, second), Embeds(), folder)
-    assert str(os.getpid()) in refused[0] and contents(store.folder) == whole
+    whole = extracted(images, tmp_path / "whole")
+    assert extracted(images, folder, Codes(5, second)) == whole and str(os.getpid()) in refused[0]
 
 
 class FailingDisk(ImageSet):
@@ -232,44 +256,35 @@ class FailingDisk(ImageSet):
 
 
 def test_a_read_error_ends_no_extraction_as_if_it_were_done(images, tmp_path):
-    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
+    whole = extracted(images, tmp_path / "whole")
     failing = FailingDisk(images.name, images.split, images.root, images.paths, images.size)
     with pytest.raises(ClipgenError, match="Input/output error"):
-        extract(failing, Codes(), Embeds(), tmp_path / "store")
+        extracted(failing, tmp_path / "store")
     assert not (tmp_path / "store").exists()
-    assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
+    assert extracted(images, tmp_path / "store") == whole
 
 
-@pytest.mark.parametrize("left", ["store.partial/tokens.u16", "store/progress/done"])
-def test_what_a_process_killed_at_its_end_left_is_deleted(images, tmp_path, left):
-    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder)
-    (tmp_path / left).parent.mkdir()
-    (tmp_path / left).touch()
-    assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
-    assert not (tmp_path / left).parent.exists()
+def test_what_a_process_killed_at_its_end_left_is_deleted(images, tmp_path):
+    whole = extracted(images, tmp_path / "store")
+    (tmp_path / "store.partial").mkdir()
+    (tmp_path / "store.partial" / "job.json").touch()
+    assert extracted(images, tmp_path / "store") == whole and not (tmp_path / "store.partial").exists()
 
 
-def test_a_folder_of_other_files_is_left_alone(images_folder, images, tmp_path):
+def test_what_cannot_become_a_store_is_one_sentence(images_folder, images, tmp_path):
     with pytest.raises(ClipgenError, match="other files than a finished token store"):
-        extract(images, Codes(), Embeds(), images_folder)
+        extracted(images, images_folder)
     assert len(list(images_folder.iterdir())) == 40
-
-
-def test_a_full_disk_is_one_sentence(images, tmp_path):
-    class Vast(Embeds):
-        dim = 2**44  # more than any disk has
-
+    vast = Embeds()
+    vast.dim = 2**44  # more than any disk has
     with pytest.raises(ClipgenError, match=r"no room for .*store.partial \([.e+\d]+ GB are missing\): free some"):
-        extract(images, Codes(), Vast(), tmp_path / "store")
+        extract(images, Codes(), vast, tmp_path / "store")
     assert not (tmp_path / "store.partial").exists()
-
-
-def test_no_readable_image_is_one_sentence(tmp_path):
     for split in ("train", "val"):
         (tmp_path / "p" / split).mkdir(parents=True)
         (tmp_path / "p" / split / "0.png").write_bytes(b"broken")
     with pytest.raises(ClipgenError, match="none of the 1 images"):
-        extract(open_images(tmp_path / "p"), Codes(), Embeds(), tmp_path / "store")
+        extracted(open_images(tmp_path / "p"), tmp_path / "store")
 
 
 def test_batches_fit_the_caches_or_the_gpu():
@@ -279,15 +294,6 @@ def test_batches_fit_the_caches_or_the_gpu():
     assert encode_batch_size(config) == 32
     config.image_size = 256
     assert encode_batch_size(config, "cuda") == 16
-
-
-def test_nearest(store):
-    embed = store.embeds(np.array([11]))[0]
-    found = store.nearest(embed, 5)
-    assert found[0] == 11 and len(found) == 5
-    similarity = store.embeds(slice(None)) @ embed
-    assert similarity[found[-1]] >= similarity.sort().values[-5] - 1e-6
-    assert nearest(store.embeds(slice(0, 3)), embed[None], 5).shape == (1, 3)
 
 
 # ---------------------------------------------------------------------------------------------- any bytes

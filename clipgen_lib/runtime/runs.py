@@ -254,15 +254,14 @@ def reading(path: Path, missing: str, cure: str, wrong: str = "is damaged") -> I
         raise ClipgenError(f"{path} {wrong} ({reason(error)}): {cure}") from None
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, cure: str = "restore it, or run its step again") -> dict:
     """Read a JSON object; a missing or broken file is one sentence."""
-    cures = ("run the step that writes it first", "restore it, or run its step again")
-    with reading(Path(path), *cures, wrong="is not valid JSON"):
+    with reading(Path(path), "run the step that writes it first", cure, wrong="is not valid JSON"):
         if Path(path).stat().st_size > 2**30:
             raise ValueError("it has more than 1 GB")
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict):
-        raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: restore the original file")
+        raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: {cure}")
     return content
 
 
