@@ -31,23 +31,9 @@ from .config import VQGANConfig
 from .data.batches import dead_workers_told, image_batches
 from .data.datasets import ImageSet
 from .data.images import to_float
-from .runtime import distributed
+from .runtime import distributed, runs
 from .runtime.checkpoints import module_hash
-from .runtime.runs import (
-    ClipgenError,
-    file_hash,
-    fresh_file,
-    fresh_folder,
-    held,
-    progress,
-    read_json,
-    reading,
-    room_on_disk,
-    shortened,
-    stoppable,
-    write_atomic,
-    write_json,
-)
+from .runtime.runs import ClipgenError, file_hash, fresh_file, fresh_folder, held, read_json, reading, shortened
 from .vqgan import VQGAN
 
 FILES = {"tokens": ("tokens.u16", np.uint16), "embeds": ("embeds.f16", np.float16), "rows": ("rows.i32", np.int32)}
@@ -173,7 +159,7 @@ def extract(
     parts = [range(0, len(images)), range(len(images), meta["N"])]  # no batch has images and mirrored ones
     batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
     lock = held(folder, "a token store") if distributed.is_main() and not mark.is_file() else nullcontext()
-    with room_on_disk(partial, lambda: _lacking(partial, meta)), lock:
+    with runs.room_on_disk(partial, lambda: _lacking(partial, meta)), lock:
         if not distributed.broadcast(mark.is_file()):  # asked again: another process may have come to its end just now
             todo = _missing(partial, {**meta, "batch_size": size}, len(batches)) if distributed.is_main() else None
             mine = np.array_split(distributed.broadcast(todo), distributed.world_size())[distributed.rank()].tolist()
@@ -204,16 +190,13 @@ def encode_batch_size(config: VQGANConfig, device: str | torch.device = "cpu") -
 def _encode(
     images: ImageSet, vqgan: VQGAN, clip: ClipEmbedder, partial: Path, batches: dict[int, range], workers: int
 ) -> None:
-    """Encode batches of positions (below n an image, from n on its mirror image) and write them as chunks.
-
-    What is encoded stays on the device until its chunk is written.
-    """
-    n, saved, encoded = len(images), time.monotonic(), {}
+    """Encode batches of positions (below n an image, from n on its mirror image) and write them as chunks."""
+    n, saved, encoded = len(images), time.monotonic(), {}  # what is encoded stays on the device until it is written
     rows = [range(batch.start % n, batch.start % n + len(batch)) for batch in batches.values()]
     save = lambda: _save(partial, encoded, images.skipped)
     with (
-        stoppable() as stop,
-        progress(sum(map(len, rows)), f"extracting {images.split}", distributed.is_main()) as bar,
+        runs.stoppable() as stop,
+        runs.progress(sum(map(len, rows)), f"extracting {images.split}", distributed.is_main()) as bar,
         dead_workers_told(images, workers),
         closing(image_batches(images, rows, workers)) as reading,
     ):
@@ -253,9 +236,7 @@ def _save(partial: Path, encoded: dict[int, dict[str, torch.Tensor]], skipped: d
 def _missing(partial: Path, job: dict, n_batches: int) -> list[int]:
     """The batches that no chunk holds; chunks of another extraction, or cut short, are deleted.
 
-    Raises:
-        ClipgenError: the folder of the store holds something else.
-        OSError: the store will not fit.
+    Raises ClipgenError where the folder of the store holds something else, OSError where the store will not fit.
     """
     folder, mark, missing = partial.with_suffix(""), partial / "job.json", set(range(n_batches))
     if folder.exists() and any(folder.iterdir()):
@@ -271,7 +252,7 @@ def _missing(partial: Path, job: dict, n_batches: int) -> list[int]:
                 path.unlink()
     if _lacking(partial, job) > 0:  # told before the work rather than in it
         raise OSError(errno.ENOSPC, "the store will not fit")
-    write_atomic(mark, json.dumps(job))
+    runs.write_atomic(mark, json.dumps(job))
     return sorted(missing)
 
 
@@ -294,7 +275,7 @@ def _put_together(partial: Path, folder: Path, meta: dict, images: ImageSet) -> 
         if not (n := (made / "rows.i32").stat().st_size // 4):
             raise ClipgenError(f"none of the {len(images)} images of {images.root} could be read: check the data")
         meta = {**meta, "N": n, "skipped": dict(sorted(skipped.items()))}
-        write_json(made / "meta.json", {**meta, "hash": _hash(made, meta)})
+        runs.write_json(made / "meta.json", {**meta, "hash": _hash(made, meta)})
 
 
 def _parts(partial: Path, key: str) -> Iterator[bytes]:

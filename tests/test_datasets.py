@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from clipgen_lib.data.batches import VQGANTrainConfig, training_batches
 from clipgen_lib.data.datasets import open_images
-from clipgen_lib.metrics.folders import open_folder, open_reference
+from clipgen_lib.evaluate import open_folder, open_reference
 from clipgen_lib.runtime.runs import ClipgenError
 
 
