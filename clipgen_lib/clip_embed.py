@@ -123,9 +123,7 @@ class ClipEmbedder(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         finite(model.state_dict())
-        self.tokenizer = tokenizer
-        self.name = name
-        self.weights_hash = weights_hash
+        self.tokenizer, self.name, self.weights_hash = tokenizer, name, weights_hash
         preprocess = model.visual.preprocess_cfg
         for key, known in (("resize_mode", ("shortest", "squash")), ("interpolation", ("bicubic", "bilinear"))):
             if preprocess[key] not in known:
@@ -153,9 +151,8 @@ class ClipEmbedder(nn.Module):
                 relative path counts from the project's root), or an open_clip model name such as `ViT-B-32-quickgelu`.
             pretrained: for a model name, open_clip's tag (`openai`) or a local checkpoint file.
 
-        Raises:
-            ClipgenError: unknown name, weights missing or unreadable, or an activation (QuickGELU) that does not
-                match the weights, which open_clip itself only warns of.
+        Raises ClipgenError where the name is unknown, weights are missing or unreadable, or the activation (QuickGELU) does not
+        match them, which open_clip itself only warns of.
         """
         import open_clip
 

@@ -51,15 +51,10 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path, vqgan: VQGAN | None = None, clip: ClipEmbedder | None = None) -> TokenStore:
-        """Map a finished store.
+        """Map a finished store; where `vqgan` or `clip` is given, it must have been made by these very weights.
 
-        Its SHA-256 is computed by the first opening of a process, and again where a file has changed.
-
-        Args:
-            vqgan, clip: where given, the store must have been made by these very weights.
-
-        Raises:
-            ClipgenError: missing, unfinished or damaged store, one made by other weights, or no right to read it.
+        Its SHA-256 is computed by the first opening of a process, and again where a file has changed. Raises ClipgenError
+        where the store is missing, unfinished, damaged or made by other weights, or may not be read.
         """
         folder = Path(folder)
         if not (folder / "meta.json").is_file():
@@ -72,7 +67,10 @@ class TokenStore:
         with reading(folder / "meta.json", AGAIN, AGAIN, "is of a damaged store"):
             if meta.get("hash") != _hash(folder, meta):
                 raise ValueError("its hash differs from when it was written")
-            return cls(folder, meta, {key: _mapped(folder, key, meta) for key in FILES})
+            row, arrays = {"tokens": (meta["L"],), "embeds": (meta["D"],), "rows": ()}, {}
+            for key, (name, dtype) in FILES.items():
+                arrays[key] = np.asarray(np.memmap(folder / name, dtype, "r", shape=(meta["N"], *row[key])))
+            return cls(folder, meta, arrays)
 
     def __len__(self) -> int:
         return self.meta["N"]
@@ -116,12 +114,6 @@ def _hash(folder: Path, meta: dict) -> str:
     return hashlib.sha256(json.dumps({**meta, "hash": hashes}, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _mapped(folder: Path, key: str, meta: dict) -> np.ndarray:
-    name, dtype = FILES[key]
-    row = {"tokens": (meta["L"],), "embeds": (meta["D"],), "rows": ()}[key]
-    return np.asarray(np.memmap(folder / name, dtype, "r", shape=(meta["N"], *row)))
-
-
 # ---------------------------------------------------------------------------------------------- extraction
 
 
@@ -136,9 +128,8 @@ def extract(
     are listed in meta.json. Of a launch, each process encodes an even share; all return the whole store.
 
     Raises:
-        ClipgenError: the folder holds a store made from other images or by other weights, or other files; another
-            process extracts into it; the disk is full; or (Stopped) SIGTERM or SIGINT has come.
-        OSError: an image could not be read now; the same call resumes.
+        ClipgenError: the folder holds a store made from other images or by other weights, or other files; another process
+            extracts into it; the disk is full; an image could not be read now; or (Stopped) SIGTERM or SIGINT has come.
     """
     folder, partial = Path(folder), Path(folder).with_name(Path(folder).name + ".partial")
     meta = {
@@ -193,18 +184,18 @@ def _encode(
     """Encode batches of positions (below n an image, from n on its mirror image) and write them as chunks."""
     n, saved, encoded = len(images), time.monotonic(), {}  # what is encoded stays on the device until it is written
     rows = [range(batch.start % n, batch.start % n + len(batch)) for batch in batches.values()]
-    save = lambda: _save(partial, encoded, images.skipped)
+    save = lambda: _save(partial, encoded, images.skipped) if encoded else None
     with (
         runs.stoppable() as stop,
         runs.progress(sum(map(len, rows)), f"extracting {images.split}", distributed.is_main()) as bar,
         dead_workers_told(images, workers),
-        closing(image_batches(images, rows, workers)) as reading,
+        closing(image_batches(images, rows, workers)) as found,
     ):
-        for (index, batch), (kept, squares) in zip(batches.items(), reading, strict=True):
+        for (index, batch), (kept, squares) in zip(batches.items(), found, strict=True):
             if index - 1 not in encoded or time.monotonic() - saved >= SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
-            encoded[index] = {}
+            encoded[index] = {}  # nothing of a batch without an image
             if kept:
                 squares = squares.pin_memory() if clip.device.type == "cuda" else squares
                 x = to_float(squares.to(clip.device, non_blocking=True))
@@ -218,18 +209,14 @@ def _encode(
 
 def _save(partial: Path, encoded: dict[int, dict[str, torch.Tensor]], skipped: dict[str, str]) -> None:
     """Write batches in a row as one chunk: a zip of their part of each file, named by the first and the last of them."""
-    if not encoded:
-        return
-    parts = {"skipped": json.dumps(skipped)}
-    for key, (_, dtype) in FILES.items():
-        found = [columns[key].cpu().numpy() for columns in encoded.values() if columns]  # one without images has none
-        parts[key] = b"".join(array.astype(dtype).tobytes() for array in found)
-    with (
-        fresh_file(partial / f"{min(encoded):09d}-{max(encoded):09d}.zip") as beside,
-        zipfile.ZipFile(beside, "w") as chunk,
-    ):
-        for key, content in parts.items():
-            chunk.writestr(key, content)
+    path, blocks = (
+        partial / f"{min(encoded):09d}-{max(encoded):09d}.zip",
+        [block for block in encoded.values() if block],
+    )
+    with fresh_file(path) as beside, zipfile.ZipFile(beside, "w") as chunk:
+        for key, (_, dtype) in FILES.items():
+            chunk.writestr(key, b"".join(block[key].cpu().numpy().astype(dtype).tobytes() for block in blocks))
+        chunk.writestr("skipped", json.dumps(skipped))
     encoded.clear()
 
 

@@ -39,7 +39,6 @@ class _Squares(NamedTuple):
     rows: list[int]  # of a Batch
     images: torch.Tensor
     failed: list[tuple[int, str]]  # row, why not
-    stop: str = ""  # why reading cannot go on; raised here and not in a worker, from where torch brings a traceback
 
 
 class _Reader(Dataset):
@@ -48,7 +47,7 @@ class _Reader(Dataset):
     def __init__(self, images: ImageSet, seed: int = 0, flip: bool = False, random_crop: bool = False):
         self.images, self.seed, self.flip, self.random_crop = images, seed, flip, random_crop
 
-    def __getitem__(self, key: tuple[Sequence[int], Sequence[int]]) -> _Squares:
+    def __getitem__(self, key: tuple[Sequence[int], Sequence[int]]) -> _Squares | ClipgenError:
         good, squares, failed, size = [], [], [], self.images.size
         for row, position in zip(*key, strict=True):
             try:
@@ -57,7 +56,7 @@ class _Reader(Dataset):
             except BadImage as error:
                 failed.append((row, str(error)))
             except ClipgenError as error:
-                return _Squares([], torch.empty(0), failed, str(error))
+                return error  # not raised in a worker, from where torch brings a traceback
         # in a worker default_collate stacks straight into the memory that is shared
         stacked = default_collate(squares) if good else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return _Squares(good, stacked, failed)
@@ -77,8 +76,8 @@ def _load(reader: _Reader, keys: Iterable[tuple[Sequence[int], Sequence[int]]], 
     generator, images = torch.Generator().manual_seed(0), reader.images
     with dead_workers_told(images, workers):
         for found in DataLoader(reader, batch_size=None, sampler=keys, num_workers=workers, generator=generator):
-            if found.stop:
-                raise ClipgenError(found.stop)
+            if isinstance(found, ClipgenError):
+                raise found
             images.skipped |= {images.names[row]: why for row, why in found.failed}
             yield found
 
@@ -99,7 +98,7 @@ def training_batches(images: ImageSet, config: VQGANTrainConfig, seed: int, star
         for step in range(start, config.steps)
     )
     reader = _Reader(images, seed, config.flip, config.random_crop)
-    for rows, squares, failed, _ in _load(reader, keys, config.workers):
+    for rows, squares, failed in _load(reader, keys, config.workers):
         if not rows:
             what = f"none of {len(failed)} images of {images.root} could be read ({failed[0][1]})"
             raise ClipgenError(f"{what}: check the data")
@@ -122,7 +121,7 @@ def ordered_batches(images: ImageSet, rows: Sequence[int], batch_size: int, work
 
 def image_batches(images: ImageSet, batches: Iterable[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
     """The same of batches of any sizes, all by one loader."""
-    for rows, squares, *_ in _load(_Reader(images), ((rows, rows) for rows in batches), workers):
+    for rows, squares, _ in _load(_Reader(images), ((rows, rows) for rows in batches), workers):
         yield rows, squares
 
 

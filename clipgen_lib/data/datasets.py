@@ -56,9 +56,7 @@ class ImageSet(Dataset):
         source: paths below `root`, or an opened `datasets.Dataset` with one column, the encoded images.
         describe: () -> (captions, classes) of the rows, each None where there are none; called when they are asked for.
 
-    Attributes:
-        names: row -> its path below `root`, or the name of its image in the archive.
-        skipped: name -> why it was left out; grows as images turn out to be unreadable.
+    `names` are paths below `root`, or names in the archive. `skipped`, name -> why it was left out, grows as images fail.
     """
 
     def __init__(
@@ -152,8 +150,7 @@ def open_images(
         size: short side in pixels.
         world, seed: size and seed of the Shapes world.
 
-    Raises:
-        ClipgenError: nothing there, no images, unknown split, metadata or an archive that cannot be read.
+    Raises ClipgenError where there is nothing, no image, no such split, or metadata or an archive that cannot be read.
     """
     if str(path) == "shapes":
         root = MADE_DATA / f"shapes-{world.n_train}-{world.n_val}-{seed}"
@@ -174,13 +171,13 @@ def open_images(
     if root.is_dir():
         return _open_folder(root, split, size, named)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not os.path.lexists(root):
-        return _open_table(root, text, split, size, named)
+        return _open_table(root, text, split, size, named, {})
     hint = "unpack the archive and give its folder" if root.is_file() else "check the path, or use 'shapes'"
     raise ClipgenError(f"{root} is not a folder of images: {hint}")
 
 
 def open_folder(root: Path, size: int = 0) -> ImageSet:
-    """Every image below a folder, without splits and captions, to be scored; `size` 0 takes the images' own.
+    """Every image of a folder's listing, without splits and captions, to be scored; `size` 0 takes the images' own.
 
     Raises ClipgenError where there is no folder, fewer than 2 images, or images of different sizes and no `size`.
     """
@@ -196,9 +193,7 @@ def open_folder(root: Path, size: int = 0) -> ImageSet:
             sizes.add(image.size)
     if not size and len(sizes) != 1:
         some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
-        what = (
-            f"the images in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which side they get"
-        )
+        what = f"the images in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which they get"
         raise ClipgenError(what if sizes else f"none of {n} images in {root} could be read: restore them")
     return ImageSet(root.resolve().name, "all", root, listing.names, size or min(*sizes.pop()))
 
@@ -231,8 +226,8 @@ def _open_coco(root: Path, split: str, size: int, name: str, year: str = "") -> 
         missing = f"none of the {len(content['images'])} images of {path.name}"
         raise ClipgenError(f"{root / chosen} holds {missing}: unpack {chosen}.zip there")
     keys = sorted(places)
-    rows = _split_by_hash([places[key] for key in keys], split, root) if is_divided else range(len(keys))
-    keys = [keys[row] for row in rows]
+    if is_divided:
+        keys = [keys[row] for row in _split_by_hash([places[key] for key in keys], split, root)]
     names, describe = [places[key] for key in keys], partial(_describe_coco, path, keys)
     images = ImageSet(name, split if is_divided else chosen, root, names, size, describe)
     images.skipped |= left_out
@@ -377,9 +372,7 @@ def _check_sizes(file: Path) -> None:
         raise ClipgenError(f"{what}: make it again")
 
 
-def _open_table(
-    root: Path, source: str, split: str, size: int, named: dict[str, str], files: dict | None = None
-) -> ImageSet:
+def _open_table(root: Path, source: str, split: str, size: int, named: dict[str, str], files: dict) -> ImageSet:
     """What the library `datasets` reads, a hub id or archives, as Arrow files below data/cache and an image set of them."""
     import datasets as hf
 
@@ -388,8 +381,8 @@ def _open_table(
     hf.logging.set_verbosity(hf.logging.CRITICAL)  # what it would log is in our sentence
     cache = os.environ.get("HF_DATASETS_CACHE", str(MADE_DATA / "cache"))
     try:
-        builder = hf.load_dataset_builder(source, data_files=files, cache_dir=cache)
-        for file in sum((files or {}).values(), []) if not os.path.isdir(builder.cache_dir) else ():
+        builder = hf.load_dataset_builder(source, data_files=files or None, cache_dir=cache)
+        for file in sum(files.values(), []) if not os.path.isdir(builder.cache_dir) else ():
             _check_sizes(Path(file))
         builder.download_and_prepare()
         splits = builder.as_dataset()

@@ -53,11 +53,11 @@ class Listing(NamedTuple):
         return groups
 
     def without_strays(self) -> Listing:
-        """Without images that lie beside class folders, where they are at most one in ten: with them none would have a class."""
+        """Without the images beside class folders, at most one in ten, with which none would have a class; metadata keep them."""
         groups, strays = self.splits(), set()
         for names in groups.values() or [self.names]:
             some = {name for name in names if not _folders(name.rpartition("/")[0], bool(groups))}
-            is_few = 0 < 10 * len(some) <= len(names)
+            is_few = not self.metadata and 0 < 10 * len(some) <= len(names)
             if is_few and folder_classes([name for name in names if name not in some], bool(groups)):
                 strays |= some
         left_out = self.left_out + Counter({"images beside class folders": len(strays)})

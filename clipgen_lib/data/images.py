@@ -86,11 +86,9 @@ def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
     Errors call it `name`, or by its path.
 
     Returns:
-        (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`.
-
-    Raises:
-        BadImage: the file is not an image of these formats, is cut short, is larger than 100 megapixels or 1 GB, or is a line.
-        ClipgenError: the file cannot be read, now or some seconds later, or there is no memory for it.
+        (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`. Raises BadImage where the file is no image
+        of these formats, is cut short, is larger than 100 megapixels or 1 GB, or is a line; ClipgenError where it cannot be
+        read, now or some seconds later, or there is no memory for it.
     """
     return patiently(lambda: _load(source, size, str(name or source)), name or source)
 

@@ -107,8 +107,8 @@ def random_scene(rng: np.random.Generator, held_out: bool, n_objects: int | None
                 x, y = (float(GRID * round(v / GRID)) for v in (x, y))
             objects.append(SceneObject(*pair, size, x, y, radius))
         if _well_placed(objects):
-            break
-    return Scene(tuple(objects), _random_background(rng, wild), (int(rng.integers(2**31)),), 9.0 if wild else 0.0)
+            ground, seed = _random_background(rng, wild), (int(rng.integers(2**31)),)
+            return Scene(tuple(objects), ground, seed, jitter=9.0 if wild else 0.0)
 
 
 def _random_background(rng: np.random.Generator, wild: bool) -> Background:
@@ -307,23 +307,22 @@ def make_world(root: Path, n_train: int, n_val: int, seed: int = 0) -> Path:
     root = Path(root)
     recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 2}
     splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "held_out": (n_val, 20_000_000)}
-    is_whole = lambda: patiently(lambda: _is_whole(root, recipe, splits), root)
-    if not is_whole():
+
+    def is_whole() -> bool:
+        """As this recipe makes it: no file is missing, none of those that name the others cut."""
+        try:
+            if json.loads((root / "shapes.json").read_bytes()) != recipe:
+                return False
+            ends = {(root / "annotations" / f"captions_{split}.json").read_bytes()[-2:] for split in splits}
+            return ends == {b"]}"} and all(len(os.listdir(root / split)) == n for split, (n, _) in splits.items())
+        except (FileNotFoundError, ValueError):
+            return False
+
+    if not patiently(is_whole, root):
         with held(root, "the Shapes world", wait=world_size() > 1):  # all of a launch come here at once
-            if not is_whole():  # made by another process just now
+            if not patiently(is_whole, root):  # made by another process just now
                 _write_world(root, recipe, splits)
     return root
-
-
-def _is_whole(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -> bool:
-    """Whether a world lies there as this recipe makes it: no file is missing, none of those that name the others cut."""
-    try:
-        if json.loads((root / "shapes.json").read_bytes()) != recipe:
-            return False
-        ends = {(root / "annotations" / f"captions_{split}.json").read_bytes()[-2:] for split in splits}
-        return ends == {b"]}"} and all(len(os.listdir(root / split)) == n for split, (n, _) in splits.items())
-    except (FileNotFoundError, ValueError):
-        return False
 
 
 def _write_world(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -> None:
