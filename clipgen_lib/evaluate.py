@@ -18,15 +18,14 @@ from .clip_embed import ClipEmbedder
 from .config import EvaluateConfig
 from .data import shapes
 from .data.batches import ordered_batches
-from .data.datasets import ImageSet
-from .data.images import eight_bit, from_arrays, load_image, png, to_arrays, to_float
+from .data.datasets import ImageSet, open_folder  # noqa: F401 (the second by others)
+from .data.images import codec, eight_bit, from_arrays, load_image, png, to_arrays, to_float
 from .metrics import oracle
 from .metrics.captions import PAIRS, caption_facts, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
 from .metrics.distances import frechet_distance, reconstruction_scores  # noqa: F401 (the first by others)
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
-from .metrics.folders import codec, open_folder, open_reference  # noqa: F401 (to open what is scored)
-from .metrics.statistics import Moments, few_images, fid_by_radius, set_scores, set_statistics
+from .metrics.statistics import Moments, few_images, fid_by_radius, open_reference, set_scores, set_statistics  # noqa: F401 (one by others)
 from .runtime import distributed
 from .runtime.checkpoints import MissingWeights, module_hash
 from .runtime.runs import ClipgenError, progress, read_json, versions, write_atomic, write_json

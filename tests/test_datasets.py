@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from pyarrow import parquet
 
 from clipgen_lib.data.batches import VQGANTrainConfig, training_batches
 from clipgen_lib.data.datasets import open_images
-from clipgen_lib.metrics.folders import open_folder, open_reference
+from clipgen_lib.evaluate import open_folder, open_reference
 from clipgen_lib.runtime.runs import ClipgenError
 
 
@@ -593,3 +594,22 @@ def test_captions_in_capitals_and_images_beside_an_archive(tmp_path):
     write_parquet(tmp_path / "labels.parquet", [(encoded(i), None) for i in range(4)])
     with pytest.raises(ClipgenError, match="holds 4 images and the archive labels.parquet"):
         open_images(tmp_path, "train", 8)
+
+
+def test_strays_beside_class_folders_and_other_slips_are_told(tmp_path, capsys):
+    for name in ("n01440764", "n02084071"):
+        for i in range(10):
+            save(tmp_path / "photos" / name / f"{i}.png")
+    save(tmp_path / "photos" / "stray.png")
+    (tmp_path / "photos" / "words.txt").write_text("n01440764\ttench\n")
+    images = open_images(tmp_path / "photos", "train", 8)
+    assert "stray.png" not in images.names and set(images.classes) == {"n01440764", "n02084071"}
+    told = capsys.readouterr().err
+    assert (
+        "2 classes" in told
+        and "left out: 1 images beside class folders" in told
+        and "words.txt has no line n02084071" in told
+    )
+    (tmp_path / "x.tar").write_bytes(gzip.compress(write_tar(tmp_path / "y.tar", [("0.png", encoded(0))]).read_bytes()))
+    with pytest.raises(ClipgenError, match="x.tar is compressed: unpack it by gunzip"):
+        open_images(tmp_path / "x.tar")

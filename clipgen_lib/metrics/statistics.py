@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..data.datasets import ImageSet, open_folder, open_images
+from ..data.folders import list_folder
 from ..data.images import blur, eight_bit
 from ..runtime.runs import ClipgenError, reading
 from .distances import frechet_distance, inception_score, kernel_distance, manifold_scores
@@ -111,6 +113,17 @@ def read_statistics(path: Path) -> Moments:
         if np.abs(sigma - sigma.T).max() > 10 * rounding or np.linalg.eigvalsh(sigma)[0] < -d * rounding:
             raise ValueError("sigma is asymmetric or has a negative variance")
     return Moments(mu, sigma)
+
+
+def open_reference(reference: str | Path, size: int, split: str = "val") -> ImageSet | Moments:
+    """What images are scored against: pytorch-fid's statistics (.npz), a data set's split, or every image below a folder without splits."""
+    path = Path(reference)
+    if path.suffix == ".npz":
+        return read_statistics(path)
+    is_plain = path.is_dir() and not any(path.glob("annotations/captions_*.json"))
+    if is_plain and (listing := list_folder(path)).names and not listing.splits():
+        return open_folder(path, size)
+    return open_images(reference, split, size)
 
 
 def frechet_over_n(features: torch.Tensor, reference: Moments, points: int = 5, fewest: int = 16) -> dict[str, float]:
