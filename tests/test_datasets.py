@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import saved
 from PIL import Image
 from pyarrow import parquet
 
@@ -317,12 +318,10 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def noise(seed):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8))
 
 
-NOISE = [noise(seed) for seed in range(40)]  # the bytes of small images that all differ
+NOISE = [saved(noise(seed), "PNG") for seed in range(40)]  # files of small images that all differ
 
 
 def write_tar(path, members):

@@ -18,6 +18,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import saved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -238,8 +239,9 @@ def whole(name: str) -> Path:
         save_weights(folder, ImageTransformer(config, 32, smoke.vqgan.side**2, 256))
     if name == "generator":
         vqgan, transformer = VQGAN.load(whole("vqgan")), ImageTransformer.load(whole("transformer"))
-        source = {"name": "shapes", "pretrained": None}
-        TextToImage.from_parts(vqgan, transformer, ClipEmbedder.load(), source, smoke.sample).export(folder)
+        clip = str(whole("clip"))
+        source = {"name": clip, "pretrained": None}
+        TextToImage.from_parts(vqgan, transformer, ClipEmbedder.load(clip), source, smoke.sample).export(folder)
     if name == "run":
         in_results(WHOLE, lambda: Workbench.open("smoke", "run"))
     return folder
@@ -295,12 +297,6 @@ def statistics_file(data, folder):
 
 
 # ---------------------------------------------------------------------------------------------- images and texts
-
-
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 @cache
