@@ -150,11 +150,13 @@ def test_folder_with_captions_and_a_split_by_hash(tmp_path):
     assert len(train) == len(again) == 5 and set(again.names) & set(val.names)  # few images change their split
 
 
-def test_class_folders_give_prompts(tmp_path):
+def test_class_folders_give_prompts(tmp_path, capsys):
     save(tmp_path, *(f"{split}/{name}/x.png" for split in ("train", "val") for name in ("golden_retriever", "bus")))
     images = open_images(tmp_path, "val")
     assert images.classes == ["bus", "golden retriever"] and images.is_named_by_class
     assert images.captions == [("a photo of a bus",), ("a photo of a golden retriever",)]
+    what = "4 images (train 2, val 2), 2 classes (bus, golden_retriever), captions in no file; left out: nothing"
+    assert capsys.readouterr().err == f"{tmp_path}: {what}\n"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
