@@ -32,9 +32,6 @@ def config(**entries):
     return VQGANTrainConfig(**{"steps": 7, "batch_size": 8, "flip": True, "random_crop": True, "workers": 0, **entries})
 
 
-# ---------------------------------------------------------------------------------------------- rows
-
-
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 1025])
 def test_every_row_exactly_once_an_epoch(n):
     for seed in (0, 1, 2**31):
@@ -53,9 +50,6 @@ def test_batches_of_any_size_are_cut_from_the_same_epochs():
 def test_seeds_and_epochs_differ():
     orders = {tuple(batch_rows(50, 50, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
-
-
-# ---------------------------------------------------------------------------------------------- training batches
 
 
 def test_batches_are_a_function_of_seed_and_step(images):
@@ -91,9 +85,6 @@ def test_an_unreadable_image_is_told_and_replaced(photos):
         next(training_batches(open_images(photos.root, "train", 16), config(batch_size=7), seed=0))
 
 
-# ---------------------------------------------------------------------------------------------- given rows
-
-
 def test_workers_stack_what_one_process_reads(photos):
     """Batches of several sizes by one loader, one of them without an image, with an unreadable file in another."""
     batches, found = [range(0, 3), [5, 4], [6], [1, 0]], []
@@ -120,9 +111,6 @@ def test_augmented_rows_are_a_function_of_seed_and_step(photos):
     assert torch.equal(before, torch.random.get_rng_state()) and len(photos.skipped) == 2
     with pytest.raises(ClipgenError, match="none of 2 images"):
         augmented_rows(photos, np.array([4, 6]), 1, 2, flip=True)
-
-
-# ---------------------------------------------------------------------------------------------- reads that fail
 
 
 @pytest.mark.parametrize("fault, workers", [("missing", 0), ("missing", 1), ("a folder", 0), ("descriptors", 0)])

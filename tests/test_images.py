@@ -41,7 +41,7 @@ FORMATS = [(mode, "png") for mode in ("RGB", "L", "P", "RGBA", "LA", "1")] + [
     ("L", "pgm"),
     ("1", "pbm"),
 ]
-FORMATS += [("RGB", ending) for ending in "jfif jpe dib mpo pnm tga webp tif jp2 avif".split()]
+FORMATS += [("RGB", ending) for ending in ("jfif", "jpe", "dib", "mpo", "pnm", "tga", "webp", "tif", "jp2", "avif")]
 
 
 @pytest.mark.parametrize("mode, ending", FORMATS)
