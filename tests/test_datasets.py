@@ -98,8 +98,6 @@ def test_a_coco_root_without_captions_is_a_folder(tmp_path, capsys):
     save(tmp_path, *(f"{split}{year}/{year}.png" for split in ("train", "val", "test") for year in (2014, 2017)))
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
-    with pytest.raises(ClipgenError, match=r"has train2014 and train2017 for split 'train': choose by .*year=2017"):
-        open_images(tmp_path)
     images = open_images(f"{tmp_path}?year=2014")
     assert images.names == ["train2014/2014.png"] and not images.has_captions
     assert open_images(f"{tmp_path}?year=2017", "val").names == ["val2017/2017.png"]
@@ -175,8 +173,6 @@ def test_metadata_of_a_folder(tmp_path, kind):
     assert images.captions == [("of a.png",), ("of deep/b.png",)] and images.classes is None
     named = open_images(f"{root}?caption=brand&class=brand", "train")
     assert named.captions == [("a",), ("d",)] and named.classes == ["a", "d"]
-    with pytest.raises(ClipgenError, match="no column 'colour': name one of those there .text, brand"):
-        _ = open_images(f"{root}?caption=colour", "train").captions
     assert open_images(root, "held_out").names == ["held_out/d.png"]
     assert not open_images(root, "val").has_captions
 
@@ -259,39 +255,38 @@ def test_wordnet_ids_are_named_where_a_list_says_how(tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize(
-    "files, path, split, sentence",
+    "files, csv, path, split, sentence",
     [
-        ("", "", "train", "holds no images"),
-        ("", "/nowhere", "train", "is not a folder"),
-        ("x.zip", "/x.zip", "train", "unpack"),
-        ("a.png", "", "val", "1 images, too few for a val split"),
-        ("a.png b.png", "", "test", "splits train and val"),
-        ("a.png b.png", "", "val", "no captions"),
-        ("test/test/0.png test/test/1.png", "/test", "train", "has no split 'train': use one of test"),
-        ("train/a/0.png val/a/0.png", "", "other", "has no split 'other': use one of train, val"),
-        ("train/0.png val/0.png", "?color=red", "train", "names no columns"),
-        ("x.parquet x.tar", "", "train", "holds x.parquet and x.tar"),
-        ("0.png 1.png x.parquet", "", "train", "holds 2 images and the archive x.parquet"),
+        ("", "", "", "train", "holds no images"),
+        ("", "", "/nowhere", "train", "is not a folder"),
+        ("x.zip", "", "/x.zip", "train", "unpack"),
+        ("a.png", "", "", "val", "1 images, too few for a val split"),
+        ("0.png 1.png", "", "", "test", "splits train and val"),
+        ("0.png 1.png", "", "", "val", "no captions"),
+        ("test/test/0.png test/test/1.png", "", "/test", "train", "has no split 'train': use one of test"),
+        ("train/a/0.png val/a/0.png", "", "", "other", "has no split 'other': use one of train, val"),
+        ("train2014/0.png train2017/0.png", "", "", "train", "has train2014 and train2017 .*: choose by .*year=2017"),
+        ("train/0.png val/0.png", "", "?color=red", "train", "names no columns"),
+        ("x.parquet x.tar", "", "", "train", "holds x.parquet and x.tar"),
+        ("0.png 1.png x.parquet", "", "", "train", "holds 2 images and the archive x.parquet"),
+        ("0.png 1.png", "file_name,text\n0.png,a cat, red\n", "", "train", "entry 1 has more columns than the header"),
+        ("0.png 1.png", 'file_name,text\n0.png,"a cat\n1.png,"a dog\n', "", "train", "metadata.csv cannot be read"),
+        ("0.png 1.png", "file_name;text\n0.png;a cat\n", "", "train", "has no column file_name but file_name;text"),
+        (
+            "0.png 1.png",
+            "file_name,a,b\n0.png,x,y\n",
+            "?caption=c",
+            "val",
+            "no column 'c': name one of those there .a, b",
+        ),
     ],
 )
-def test_what_is_not_there_is_one_sentence(tmp_path, files, path, split, sentence):
+def test_what_is_not_there_or_would_be_misread_is_one_sentence(tmp_path, files, csv, path, split, sentence):
     save(tmp_path, *files.split())
+    if csv:
+        (tmp_path / "metadata.csv").write_text(csv)
     with pytest.raises(ClipgenError, match=sentence):
-        _ = open_images(f"{tmp_path}{path}", split).captions
-
-
-@pytest.mark.parametrize(
-    "text, sentence",
-    [
-        ("file_name,text\n0.png,a cat, red\n", "entry 1 has more columns than the header"),
-        ('file_name,text\n0.png,"a cat\n1.png,"a dog\n', "metadata.csv cannot be read"),
-        ("file_name;text\n0.png;a cat\n", "has no column file_name but file_name;text"),
-    ],
-)
-def test_metadata_that_would_be_misread_are_refused(tmp_path, text, sentence):
-    (save(tmp_path, "0.png", "1.png") / "metadata.csv").write_text(text)
-    with pytest.raises(ClipgenError, match=sentence):
-        _ = open_images(tmp_path, "train", 8).captions
+        _ = open_images(f"{tmp_path}{path}", split, 8).captions
 
 
 def test_hash_follows_the_files(tmp_path):
