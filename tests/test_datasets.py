@@ -27,6 +27,12 @@ def save(root, *names, colour="red"):
     return root
 
 
+@pytest.fixture
+def secret(tmp_path):
+    """A file outside of any data set, plain red."""
+    return str(save(tmp_path, "secret.png") / "secret.png")
+
+
 def both(path, size=8):
     return [open_images(path, split, size) for split in ("train", "val")]
 
@@ -120,9 +126,9 @@ def test_coco_broken_annotations(tmp_path):
         open_images(root, "val")
 
 
-def test_coco_names_stay_inside_the_folder(tmp_path):
-    root = save(tmp_path, "outside.png", "coco/val2017/a.png") / "coco"
-    names = ["a.png", "../../outside.png", "../outside.png", "val2017/../../outside.png", str(tmp_path / "outside.png")]
+def test_coco_names_stay_inside_the_folder(tmp_path, secret):
+    root = save(tmp_path / "coco", "val2017/a.png")
+    names = ["a.png", "../../secret.png", "../secret.png", "val2017/../../secret.png", secret]
     names += [str(root / "val2017" / "a.png"), "a\0b", "\ud800", "x" * 10_000]
     images = open_images(coco(root, names), "val")
     assert images.names == ["val2017/a.png"] and len(images.skipped) == 8
@@ -158,10 +164,9 @@ def test_class_folders_give_prompts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_metadata_of_a_folder(tmp_path, kind):
+def test_metadata_of_a_folder(tmp_path, secret, kind):
     """The layout of datasets' imagefolder: the names in it are looked up, never opened."""
     root = save(tmp_path / "data", "train/a.png", "train/deep/b.png", "val/c.png", "held_out/d.png")
-    secret = str(save(tmp_path, "secret.png") / "secret.png")
     names = ["deep/b.png", "a.png", "../x.png", "../../secret.png", secret]
     entries = [{"file_name": n, "text": f"of {n}", "brand": n[0], "image": secret} for n in names]
     lines = [json.dumps(entry) for entry in entries]
@@ -318,7 +323,7 @@ NOISE = [saved(noise(seed), "PNG") for seed in range(40)]  # files of small imag
 def write_tar(path, members):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, content in members:
+        for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -345,12 +350,10 @@ def test_photos_in_archives_are_those_of_the_folder(shared, tmp_path, kind):
             files = [(folder.paths[row].read_bytes(), folder.paths[row].name) for row in part]
             texts = [folder.captions[row][0] for row in part]
             if kind == "tar":
-                members = [(name, content) for content, name in files]
-                members += [
-                    (name.replace(".jpg", ".json"), json.dumps({"caption": text}).encode())
-                    for (_, name), text in zip(files, texts, strict=True)
-                ]
-                write_tar(tmp_path / f"{split}-{number:06}.tar", sorted(members))  # an image beside its caption
+                members = {name: content for content, name in files}
+                for (_, name), text in zip(files, texts, strict=True):
+                    members[name.replace(".jpg", ".json")] = json.dumps({"caption": text}).encode()
+                write_tar(tmp_path / f"{split}-{number:06}.tar", dict(sorted(members.items())))
             else:
                 write_parquet(tmp_path / "data" / f"{split}-{number:05}-of-00003.parquet", files, caption=texts)
     config = VQGANTrainConfig(steps=2, batch_size=8, workers=2)
@@ -390,16 +393,11 @@ def test_columns_by_kind_or_by_name(tmp_path):
 
 
 def test_classes_and_captions_beside_images_in_a_tar(tmp_path):
-    contents = [(i, {"png": content, "txt": b"one\ntwo", "cls": b"3"}) for i, content in enumerate(NOISE)]
-    members = [(f"{i}.{ending}", part) for i, parts in contents for ending, part in parts.items()]
+    members = {}
+    for i, content in enumerate(NOISE):
+        members |= {f"{i}.png": content, f"{i}.txt": b"one\ntwo", f"{i}.cls": b"3"}
     images = open_images(write_tar(tmp_path / "x.tar", members), "val", 10)
     assert images.captions == [("one", "two")] * 16 and images.classes == ["3"] * 16
-
-
-@pytest.fixture
-def secret(tmp_path):
-    """A file outside of any data set, plain red."""
-    return str(save(tmp_path, "secret.png") / "secret.png")
 
 
 def images_read(path):
@@ -416,8 +414,8 @@ def images_read(path):
 
 
 def test_no_member_of_a_tar_is_a_file_outside(tmp_path, secret):
-    members = [(f"../{i}.png", content) for i, content in enumerate(NOISE[:20])]
-    members.append((secret, NOISE[0]))  # a file that is there, which the library datasets takes for the member's path
+    members = {f"../{i}.png": content for i, content in enumerate(NOISE[:20])}
+    members[secret] = NOISE[0]  # a file that is there, which the library datasets takes for the member's path
     path = write_tar(tmp_path / "data" / "x.tar", members)
     with tarfile.open(path, "a") as tar:
         for name, kind in (("0l.png", tarfile.SYMTYPE), ("1l.png", tarfile.LNKTYPE)):
@@ -471,7 +469,7 @@ def test_archives_that_promise_too_much_are_refused(tmp_path):
 
 
 def test_damaged_archives_are_one_sentence(tmp_path):
-    tar = write_tar(tmp_path / "x.tar", [(f"{i}.png", content) for i, content in enumerate(NOISE)])
+    tar = write_tar(tmp_path / "x.tar", {f"{i}.png": content for i, content in enumerate(NOISE)})
     for path in (tar, write_parquet(tmp_path / "x.parquet", [(content, None) for content in NOISE])):
         whole = path.read_bytes()
         for content in (b"", b"no archive", whole[: len(whole) // 2]):
