@@ -1,5 +1,6 @@
 """Small worlds and models, made once; everything on the CPU."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -158,3 +159,10 @@ def smoke_run(clipgen, tmp_path_factory):
     done = clipgen("run", "--preset", "smoke", "--run", "smoke", results=results)
     assert done.returncode == 0, done.stderr[-3000:]
     return results / "smoke"
+
+
+def saved(image, kind, **options):
+    """The bytes of a file of one image."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
