@@ -74,10 +74,8 @@ def test_unknown_optimizer_is_one_sentence():
 
 
 def test_learning_rate_by_hand():
-    assert learning_rate(0, 100, 1.0, 10) == pytest.approx(0.1)
-    assert learning_rate(9, 100, 1.0, 10) == pytest.approx(1.0)
-    assert learning_rate(55, 100, 1.0, 10, floor=0.0) == pytest.approx(0.5)
-    assert learning_rate(100, 100, 1.0, 10, floor=0.02) == pytest.approx(0.02)
+    rates = [learning_rate(step, 100, 1.0, 10, floor=0.02) for step in (0, 9, 55, 100)]
+    assert rates == pytest.approx([0.1, 1.0, 0.51, 0.02])
 
 
 def test_seeds_differ_and_rows_cover_the_batch():
@@ -189,14 +187,21 @@ def test_log_lines_are_means_of_what_is_finite(tmp_path):
 def test_gradients_are_clipped_and_a_step_that_is_not_finite_is_not_taken(tmp_path):
     log, weight = Log(open_run("r", tmp_path), "layer", steps=3), torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    for step, scale in enumerate((1.0, float("nan"), float("inf"))):
+
+    def step(number, scale):
         loss = (weight * torch.tensor([3.0, 4.0])).sum() * scale
         loss.backward()
         log.add(loss=loss)
-        assert optimizer_step(log, step, 0.5, gradient=optimizer) == (step == 0)
-        assert torch.allclose(weight.detach(), torch.tensor([-0.3, -0.4])) and weight.grad is None
-    assert log.scalars["gradient"][0].item() == pytest.approx(5.0)
-    assert log.skipped == 2
+        return optimizer_step(log, number, 0.5, gradient=optimizer)
+
+    for number, scale in enumerate((1.0, float("nan"), float("inf"))):
+        assert step(number, scale) == (number == 0) and weight.grad is None
+    assert log.scalars["gradient"][0].item() == pytest.approx(5.0) and log.skipped == 2
+    with pytest.raises(
+        ClipgenError, match="layer loss or its gradient was not finite at 3 steps in a row before step 4"
+    ):
+        step(3, float("nan"))
+    assert torch.allclose(weight.detach(), torch.tensor([-0.3, -0.4]))
 
 
 def test_fit_resumed_is_uninterrupted_and_learns(tmp_path):

@@ -94,17 +94,9 @@ def test_groups_of_the_norm(channels, groups):
     assert norm(channels, local=False).num_groups == groups
 
 
-def test_a_gumbel_quantiser_samples_and_is_not_trained(preset):
-    torch.manual_seed(0)
-    model = VQGAN(replace(preset.vqgan, codebook_update="gumbel", l2_norm=False)).eval()
-    images, quantizer = torch.rand(2, 3, 64, 64), model.quantizer
-    decoded, quantized = model(images)
-    logits = model.quant_conv(model.encoder(images)).permute(0, 2, 3, 1) @ quantizer.projection.weight.T
-    assert torch.equal(quantized.tokens, (logits + quantizer.projection.bias).argmax(-1))
-    assert torch.equal(model.encode(images), quantized.tokens) and len(quantized.tokens.unique()) > 1
-    assert torch.allclose(model.decode(quantized.tokens), decoded.clamp(-1, 1), atol=1e-5)
+def test_a_gumbel_quantiser_is_not_trained(preset):
     with pytest.raises(ClipgenError, match="is not trained here"):
-        model.train()(images)
+        VQGAN(replace(preset.vqgan, codebook_update="gumbel")).train()(torch.rand(2, 3, 64, 64))
 
 
 def test_saved_weights_are_loaded_bit_equal_and_any_others_refused(vqgan, tmp_path):
