@@ -55,6 +55,11 @@ def test_each_image_is_the_best_of_its_own_candidates(clip, generator):
             assert_near(generator([RED, BLUE][p], seed=5 + j)[0, 0], pool[0])
 
 
+def with_transformer_of(generator, *sizes):
+    transformer = ImageTransformer(generator.transformer.config, *sizes)
+    return TextToImage.from_parts(generator.vqgan, transformer, generator.clip, {}, SampleConfig())
+
+
 @pytest.mark.parametrize(
     "reason, call",
     [
@@ -75,19 +80,14 @@ def test_each_image_is_the_best_of_its_own_candidates(clip, generator):
         ("no known kind: give images", lambda g, images: g(torch.zeros(1, 8))),
         ("give from_parts a bank", lambda g, _: g("x", neighbours=3)),
         ("give from_parts an offset", lambda g, _: g("x", shift=True)),
+        ("differ in codebook", lambda g, _: with_transformer_of(g, 16, 64, 256)),
+        ("token count", lambda g, _: with_transformer_of(g, 32, 16, 256)),
+        ("8 dimensions", lambda g, _: with_transformer_of(g, 32, 64, 8)),
     ],
 )
 def test_calls_that_make_no_sense(generator, reason, call):
     with pytest.raises(ClipgenError, match=reason):
         call(generator, torch.zeros(2, 3, 64, 64))
-
-
-@pytest.mark.parametrize(
-    "sizes, word", [((16, 64, 256), "codebook"), ((32, 16, 256), "token count"), ((32, 64, 8), "8 dimensions")]
-)
-def test_parts_that_do_not_fit(vqgan, clip, preset, sizes, word):
-    with pytest.raises(ClipgenError, match=word):
-        TextToImage.from_parts(vqgan, ImageTransformer(preset.transformer, *sizes), clip, {}, SampleConfig())
 
 
 @pytest.mark.parametrize("setting", [{"neighbours": 3}, {"shift": True}])
@@ -209,6 +209,15 @@ def without_head(folder):
     save_file(tensors, folder / "model.safetensors")
 
 
+def config_with(part, **entries):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config[part] |= entries
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
 NO_GENERATOR = "is no generator that can be read here .*: give 'shapes'"
 
 
@@ -219,32 +228,18 @@ NO_GENERATOR = "is no generator that can be read here .*: give 'shapes'"
         (lambda folder: [path.unlink() for path in folder.iterdir()], NO_GENERATOR),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no weights"), "is damaged"),
         (without_head, "transformer.head.weight"),
+        (config_with("clip", device="cuda"), None),
+        (config_with("clip", name=["shapes"]), None),
+        (config_with("transformer", clip_dim=None), None),
+        (config_with("transformer", n_tokens=-1), None),
+        (config_with("transformer", codebook_size=10**400), None),
+        (config_with("vqgan", channels=100_000), None),  # terabytes: nothing of that kind is asked for
+        (config_with("transformer", width=2**30, heads=2), None),
     ],
 )
-def test_what_is_no_generator_is_one_sentence(exported, monkeypatch, damage, sentence):
+def test_what_is_no_generator_is_one_sentence_before_anything_is_built(exported, monkeypatch, damage, sentence):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     damage(exported)
-    with pytest.raises(ClipgenError, match=sentence):
-        TextToImage.from_pretrained(exported)
-
-
-@pytest.mark.parametrize(
-    ("part", "entries"),
-    [
-        ("clip", {"device": "cuda"}),
-        ("clip", {"name": ["shapes"]}),
-        ("transformer", {"clip_dim": None}),
-        ("transformer", {"n_tokens": -1}),
-        ("transformer", {"codebook_size": 10**400}),
-        ("vqgan", {"channels": 100_000}),
-        ("transformer", {"width": 2**30, "heads": 2}),
-    ],
-)
-def test_a_generator_of_other_sizes_is_refused_before_it_is_built(exported, part, entries):
-    """100,000 channels are terabytes: nothing of that kind is asked for."""
-    config = json.loads((exported / "config.json").read_text())
-    config[part] |= entries
-    (exported / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ClipgenError) as refusal:
+    with pytest.raises(ClipgenError, match=sentence) as refusal:
         assert TextToImage.from_pretrained(exported).clip
     assert "memory" not in str(refusal.value) and len(str(refusal.value)) < 600
