@@ -8,8 +8,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 os.environ["CLIPGEN_PROGRESS"] = "0"
 
@@ -166,3 +168,31 @@ def saved(image, kind, **options):
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+class Faulty:
+    """A store that calls `fault(n)` with the n-th batch, from 0; where that returns True the embeddings are NaN."""
+
+    def __init__(self, store, fault):
+        self.store, self.fault, self.count = store, fault, -1
+        self.meta, self.tokens, self.mean_embed = store.meta, store.tokens, store.mean_embed
+
+    def __len__(self):
+        return len(self.store)
+
+    def embeds(self, rows):
+        self.count += 1
+        return self.store.embeds(rows) * (float("nan") if self.fault(self.count) else 1.0)
+
+
+@pytest.fixture
+def two_classes(tmp_path):
+    """Dark and bright noise in class folders, eight images each in train and val."""
+    for split in ("train", "val"):
+        for name, level in (("dark", 40), ("bright", 215)):
+            (tmp_path / "classes" / split / name).mkdir(parents=True)
+            for i in range(8):
+                noise = np.random.default_rng([i, level, split == "val"]).integers(-30, 31, (64, 64, 3))
+                image = Image.fromarray((level + noise).astype(np.uint8))
+                image.save(tmp_path / "classes" / split / name / f"{i}.png")
+    return tmp_path / "classes"
