@@ -199,23 +199,16 @@ def test_committed_results_are_published_and_no_default_name_is_one_of_them():
     assert not kept & (names | {option.default for option in options if option.name == "run"})
 
 
-@pytest.mark.parametrize(
-    "data, name",
-    [
-        ("shapes", "my-laptop"),
-        ("/my/Holiday photos (2)", "my-laptop-Holiday-photos-2"),
-        ("/", "my-laptop-images"),
-    ],
-)
-def test_a_run_of_other_data_has_a_name_of_its_own(data, name):
-    assert default_run("laptop", data) == name
+def test_a_run_of_other_data_has_a_name_of_its_own():
+    assert default_run("laptop", "shapes") == "my-laptop"
+    assert default_run("laptop", "/my/Holiday photos (2)") == "my-laptop-Holiday-photos-2"
+    assert default_run("laptop", "/") == "my-laptop-images"
 
 
 def test_parameters_are_texts_or_numbers():
     known = parameters_of("04_evaluate")
     assert (known["DATA"], known["PROMPTS"], known["SEED"], known["GUIDANCE"]) == ("shapes", "", 0, 0.0)
-    read = [("DATA=2017", "2017"), ("PROMPTS=a=b", "a=b"), ("SEED=2017", 2017), ("GUIDANCE=2e-1", 0.2)]
-    for text, value in read:
+    for text, value in (("DATA=2017", "2017"), ("PROMPTS=a=b", "a=b"), ("SEED=2017", 2017), ("GUIDANCE=2e-1", 0.2)):
         assert parse_parameter(text, known) == (text.partition("=")[0], value)
     for value in ("one", "", "[1]", "__import__('os')", "1.5", "-1", 2**64, "True"):
         with pytest.raises(ClipgenError, match="give a whole number"):

@@ -1,24 +1,12 @@
 import ast
+import json
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-import clipgen_lib
-from clipgen_lib.config import (
-    ClipConfig,
-    EvaluateConfig,
-    OptimConfig,
-    Preset,
-    SampleConfig,
-    TransformerConfig,
-    TransformerTrainConfig,
-    VQGANConfig,
-    VQGANTrainConfig,
-    from_dict,
-    load_preset,
-    with_clip,
-)
+from clipgen_lib import config
+from clipgen_lib.config import Preset, TransformerConfig, VQGANConfig, from_dict, load_preset, with_clip
 from clipgen_lib.runtime.runs import ClipgenError
 
 NAMES = ("smoke", "laptop", "reference", "gpu64", "coco", "imagenet")
@@ -42,44 +30,40 @@ def test_unknown_names_are_refused(call, sentence):
         call()
 
 
-CHOICES = {
-    VQGANConfig: ("codebook_update",),
-    VQGANTrainConfig: ("precision", "perceptual", "optimizer"),
-    TransformerConfig: ("conditioning",),
-    TransformerTrainConfig: ("embedding_path", "embedding_form"),
-    SampleConfig: ("guidance_schedule",),
-    EvaluateConfig: ("protocol",),
-}
+CHOICES = {"VQGANTrainConfig": "precision perceptual optimizer", "TransformerConfig": "conditioning"}
+CHOICES |= {"TransformerTrainConfig": "embedding_path embedding_form", "SampleConfig": "guidance_schedule"}
+CHOICES |= {"EvaluateConfig": "protocol"}
 
 
 @pytest.mark.parametrize(
     "kind, values, sentence",
     [
-        *((kind, {name: "os.system"}, f"{name} .* should be '") for kind, names in CHOICES.items() for name in names),
-        (VQGANConfig, {"codebook_update": "sgd"}, "codebook_update of VQGANConfig is 'sgd': .*'gradient', 'ema' or"),
-        (VQGANConfig, {"image_size": 60}, "image_size 60 does not divide by the downsampling factor 16"),
-        (VQGANConfig, {"codebook_size": 70_000}, "codebook_size .* less than or equal to 65536"),
-        (VQGANConfig, {"channel_mult": ()}, "channel_mult .* at least 1 item"),
-        (VQGANConfig, {"channel_mult": (1, 0)}, "channel_mult of VQGANConfig is 0: .* greater than or equal to 1"),
-        (VQGANConfig, {"res_blocks": 1_001}, "res_blocks .* less than or equal to 1000"),
-        (TransformerConfig, {"heads": 5}, "width 1024 does not divide by 5 heads"),
-        (OptimConfig, {"steps": -1}, "steps of OptimConfig is -1: it should be greater than or equal to 0"),
-        (OptimConfig, {"steps": 2.5}, "steps of OptimConfig is 2.5: it should be a valid integer"),
-        (OptimConfig, {"steps": True}, "steps of OptimConfig is True"),
-        (OptimConfig, {"steps": 10**5_000}, "steps of OptimConfig is too long to show"),
-        (OptimConfig, {"lr": "0.1"}, "lr of OptimConfig is '0.1': it should be a valid number"),
-        (OptimConfig, {"lr": float("nan")}, "lr of OptimConfig is nan: it should be a finite number"),
-        (OptimConfig, {"beta2": 1}, "beta2 of OptimConfig is 1: it should be less than 1"),
-        (OptimConfig, {"compile": 1}, "compile of OptimConfig is 1: it should be a valid boolean"),
-        (VQGANTrainConfig, {"adversarial_ramp": (0.1,)}, "adversarial_ramp"),
-        (SampleConfig, {"guidance_interval": (0.6, 0.5)}, "two rising shares"),
-        (SampleConfig, {"top_p": 1.5}, "top_p .* less than or equal to 1"),
-        (EvaluateConfig, {"blur": [0, 1]}, "blur .* valid tuple"),
-        (ClipConfig, {"name": None}, "name of ClipConfig is None: it should be a valid string"),
-        (Preset, {"vqgan": {}}, "VQGANConfig"),
+        *((kind, {name: "os.system"}, f"{name} .* be '") for kind in CHOICES for name in CHOICES[kind].split()),
+        ("VQGANConfig", {"codebook_update": "sgd"}, "codebook_update of VQGANConfig is 'sgd': .*'gradient', 'ema' or"),
+        ("VQGANConfig", {"image_size": 60}, "image_size 60 does not divide by the downsampling factor 16"),
+        ("VQGANConfig", {"codebook_size": 70_000}, "codebook_size .* less than or equal to 65536"),
+        ("VQGANConfig", {"channel_mult": ()}, "channel_mult .* at least 1 item"),
+        ("VQGANConfig", {"channel_mult": (1, 0)}, "channel_mult of VQGANConfig is 0: .* greater than or equal to 1"),
+        ("VQGANConfig", {"res_blocks": 1_001}, "res_blocks .* less than or equal to 1000"),
+        ("TransformerConfig", {"heads": 5}, "width 1024 does not divide by 5 heads"),
+        ("OptimConfig", {"steps": -1}, "steps of OptimConfig is -1: it should be greater than or equal to 0"),
+        ("OptimConfig", {"steps": 2.5}, "steps of OptimConfig is 2.5: it should be a valid integer"),
+        ("OptimConfig", {"steps": True}, "steps of OptimConfig is True"),
+        ("OptimConfig", {"steps": 10**5_000}, "steps of OptimConfig is too long to show"),
+        ("OptimConfig", {"lr": "0.1"}, "lr of OptimConfig is '0.1': it should be a valid number"),
+        ("OptimConfig", {"lr": float("nan")}, "lr of OptimConfig is nan: it should be a finite number"),
+        ("OptimConfig", {"beta2": 1}, "beta2 of OptimConfig is 1: it should be less than 1"),
+        ("OptimConfig", {"compile": 1}, "compile of OptimConfig is 1: it should be a valid boolean"),
+        ("VQGANTrainConfig", {"adversarial_ramp": (0.1,)}, "adversarial_ramp"),
+        ("SampleConfig", {"guidance_interval": (0.6, 0.5)}, "two rising shares"),
+        ("SampleConfig", {"top_p": 1.5}, "top_p .* less than or equal to 1"),
+        ("EvaluateConfig", {"blur": [0, 1]}, "blur .* valid tuple"),
+        ("ClipConfig", {"name": None}, "name of ClipConfig is None: it should be a valid string"),
+        ("Preset", {"vqgan": {}}, "VQGANConfig"),
     ],
 )
 def test_wrong_values_are_one_sentence(kind, values, sentence):
+    kind = getattr(config, kind)
     with pytest.raises(ClipgenError, match=sentence) as error:
         kind(**values)
     assert len(str(error.value)) < 200
@@ -91,9 +75,7 @@ def test_overrides_change_one_field():
     changed, plain = load_preset("smoke", transformer_train={"steps": 3}), load_preset("smoke")
     assert changed.transformer_train.steps == 3 and changed.vqgan_train == plain.vqgan_train
     assert load_preset("laptop", sample={"guidance": 3}).sample.guidance == 3.0
-    assert changed.name == "smoke" and ClipConfig("ViT-B-32", "openai").pretrained == "openai"
-    with pytest.raises(AttributeError):
-        plain.name = "other"
+    assert changed.name == "smoke"
 
 
 def test_presets_build_on_each_other():
@@ -106,7 +88,7 @@ def test_presets_build_on_each_other():
 
 def test_every_field_is_read_outside_the_config():
     """A knob that nothing reads would be a lie in the preset."""
-    paths = [path for path in Path(clipgen_lib.__file__).parent.rglob("*.py") if path.name != "config.py"]
+    paths = [path for path in (ROOT / "clipgen_lib").rglob("*.py") if path.name != "config.py"]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     read |= {"patch", "image_size", "channel_mult"}  # also read by properties of the config itself
@@ -117,9 +99,8 @@ def test_every_field_is_read_outside_the_config():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_survive_json(name):
-    for config in (getattr(load_preset(name), part) for part in PARTS):
-        as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-        assert from_dict(type(config), as_json) == config
+    preset = load_preset(name)
+    assert from_dict(Preset, json.loads(json.dumps(asdict(preset)))) == preset
 
 
 def test_noise_and_perceptual_loss_go_with_the_clip():

@@ -96,25 +96,18 @@ def test_a_saved_figure_is_shown_whatever_the_working_folder(tmp_path, monkeypat
     assert "none/figures/images.png is not in results/" in plots.saved("images", "none")
 
 
-EVALUATION = {"fid": {"0": 2.0}, "rfid": {"0": 1.0}, "floor": {"0": 0.5}, "protocol": "clip", "n": 9}
-CAPS = {"caps": 0.5, "caps_floor": 0.1, "caps_ceiling": 0.9}
-EMBEDS = torch.nn.functional.normalize(torch.randn(3, 20, 8), dim=-1)
-SCORES = {"none": {"fid": 0.0, "inf": 1.0}, "noise": {"fid": 9.0, "inf": float("inf")}}
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda: plots.image(np.zeros((8, 8, 3), np.uint8), "one"),
-        lambda: plots.contact_sheet(IMAGES, ["a long prompt " * 9] * 6, "samples", columns=4),
-        lambda: plots.strips({"a": np.zeros((10, 40, 3), np.uint8)}, "strips"),
-        lambda: plots.distances(EVALUATION, "without captions"),
-        lambda: plots.distances(EVALUATION | CAPS, "with captions"),
-        lambda: plots.oracle({"text": {"one": {"n": 4, "colour": 0.5}}}, "oracle"),
-        lambda: plots.gap(*EMBEDS, "gap"),
-        lambda: plots.fid_over_n({"10": 5.0, "20": 4.0}, "bias"),
-        lambda: plots.corruptions(SCORES, "corruptions"),
-    ],
-)
-def test_every_other_figure_can_be_drawn(draw):
-    assert shown(draw()).any()
+def test_every_other_figure_can_be_drawn():
+    evaluation = {"fid": {"0": 2.0}, "rfid": {"0": 1.0}, "floor": {"0": 0.5}, "protocol": "clip", "n": 9}
+    caps = {"caps": 0.5, "caps_floor": 0.1, "caps_ceiling": 0.9}
+    scores = {"none": {"fid": 0.0, "inf": 1.0}, "noise": {"fid": 9.0, "inf": float("inf")}}
+    for figure in (
+        plots.contact_sheet(IMAGES, ["a long prompt " * 9] * 6, "samples", columns=4),
+        plots.strips({"a": ROOT / "results" / "ablation" / "rows" / "plain-0.png"}, "strips"),
+        plots.distances(evaluation, "without captions"),
+        plots.distances(evaluation | caps, "with captions"),
+        plots.oracle({"text": {"one": {"n": 4, "colour": 0.5}}}, "oracle"),
+        plots.gap(*torch.nn.functional.normalize(torch.randn(3, 20, 8), dim=-1), "gap"),
+        plots.fid_over_n({"10": 5.0, "20": 4.0}, "bias"),
+        plots.corruptions(scores, "corruptions"),
+    ):
+        assert shown(figure).any()
