@@ -53,30 +53,24 @@ READERS = {
 WEIGHTS = [name for name in READERS if name.endswith("model.safetensors")]
 
 
-@pytest.fixture(scope="module")
-def whole_files(tmp_path_factory):
-    folder, smoke = tmp_path_factory.mktemp("whole"), load_preset("smoke")
-    (folder / "config.json").write_text("{}")
-    save_checkpoint(folder / "x.safetensors", {"x": torch.ones(2)}, {})
-    np.savez(folder / "x.npz", mu=np.zeros(2), sigma=np.eye(2))
-    save_weights(folder / "vqgan", VQGAN(smoke.vqgan))
-    save_weights(folder / "transformer", ImageTransformer(smoke.transformer, 32, 4, 16))
-    save_weights(folder / "classifier", Classifier(ClassifierConfig(width=8), ["hf-hub:a/b", "os.system"]))
-    for name in ("clip", "generator"):
-        shutil.copytree(DATA / f"shapes_{name}", folder / name)
-    return folder
+SMOKE = load_preset("smoke")
+MAKERS = {
+    "config.json": lambda path: path.write_text("{}"),
+    "x.safetensors": lambda path: save_checkpoint(path, {"x": torch.ones(2)}, {}),
+    "x.npz": lambda path: np.savez(path, mu=np.zeros(2), sigma=np.eye(2)),
+    "vqgan": lambda path: save_weights(path, VQGAN(SMOKE.vqgan)),
+    "transformer": lambda path: save_weights(path, ImageTransformer(SMOKE.transformer, 32, 4, 16)),
+    "classifier": lambda path: save_weights(path, Classifier(ClassifierConfig(width=8), ["hf-hub:a/b", "os.system"])),
+    "clip": lambda path: shutil.copytree(DATA / "shapes_clip", path),
+    "generator": lambda path: shutil.copytree(DATA / "shapes_generator", path),
+}
 
 
-@pytest.fixture
-def whole(whole_files, tmp_path):
-    """`whole(name)`: a file of READERS that is what it should be, copied with the folder that it lies in."""
-
-    def copied(name, to=tmp_path):
-        source = whole_files / name.partition("/")[0]
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, to / source.name)
-        return to / name
-
-    return copied
+def whole(name: str, folder: Path) -> Path:
+    """A file of READERS that is what it should be, in a folder."""
+    top = name.partition("/")[0]
+    MAKERS[top](folder / top)
+    return folder / name
 
 
 def refused(call, *arguments) -> str:
@@ -149,8 +143,8 @@ def test_a_published_file_with_code_is_refused(arm, suffix, tiny_clip, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.npz", *WEIGHTS])
-def test_code_beside_or_in_place_of_our_own_weights_is_not_run(arm, name, whole):
-    path = whole(name)
+def test_code_beside_or_in_place_of_our_own_weights_is_not_run(arm, name, tmp_path):
+    path = whole(name, tmp_path)
     for other in ("pytorch_model.bin", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"):
         arm(path.with_name(other))
     READERS[name](path)  # the safetensors go first
@@ -200,7 +194,7 @@ def test_an_image_is_given_to_no_other_program(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_is_no_plain_file_is_one_sentence(name, whole):
+def test_what_is_no_plain_file_is_one_sentence(name):
     """A file that the user may not read, a pipe, which nobody writes to, and a folder."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)  # every user may enter it, unlike pytest's
@@ -220,8 +214,8 @@ def test_what_is_no_plain_file_is_one_sentence(name, whole):
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(name, value, whole):
-    path = whole(name)
+def test_weights_that_are_not_finite_are_refused(name, value, tmp_path):
+    path = whole(name, tmp_path)
     tensors = load_file(path)
     next(x for x in tensors.values() if x.is_floating_point() and x.numel()).view(-1)[0] = value
     save_file(tensors, path)
@@ -245,8 +239,8 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("key", ["timm_model_name", "hf_model_name"])
 @pytest.mark.parametrize("place", [*PLACES, "/tmp/model", "../model"])
-def test_a_clip_folder_names_no_model_elsewhere(key, place, whole, offline):
-    path = whole("clip/open_clip_config.json")
+def test_a_clip_folder_names_no_model_elsewhere(key, place, tmp_path, offline):
+    path = whole("clip/open_clip_config.json", tmp_path)
     for tower in ("vision_cfg", "text_cfg"):
         config = read_json(DATA / "shapes_clip" / "open_clip_config.json")
         config["model_cfg"][tower][key] = place
@@ -255,8 +249,8 @@ def test_a_clip_folder_names_no_model_elsewhere(key, place, whole, offline):
 
 
 @pytest.mark.parametrize("name", [*PLACES, "builtins.eval", "os.system", "x" * 10_000, "a\0b", "", None, ["shapes"]])
-def test_a_generator_names_no_clip_elsewhere(name, whole, offline):
-    path = whole("generator/config.json")
+def test_a_generator_names_no_clip_elsewhere(name, tmp_path, offline):
+    path = whole("generator/config.json", tmp_path)
     write_json(path, read_json(path) | {"clip": {"name": name, "pretrained": "x"}})
     refused(READERS["generator/config.json"], path)
 
