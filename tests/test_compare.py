@@ -24,19 +24,15 @@ TABLE = Table("ablation", RECIPES, n_captions=8, n_oracle=4, columns=("caps", "f
 COMMITTED = compare.TABLES
 
 
-@pytest.fixture(scope="module")
-def small(preset):
-    return replace(
+def extracted(folder, preset, vqgan, data):
+    """A run whose every part is small, with an untrained tokenizer and its stores."""
+    preset = replace(
         preset,
         evaluate=replace(preset.evaluate, n=8, n_oracle=2, batch_size=8, blur=(0, 1)),
         fusion_gan=replace(preset.fusion_gan, channels=4, steps=2, batch_size=4, log_every=1),
         vqgan_clip=replace(preset.vqgan_clip, steps=2, cutouts=2, batch_size=4),
         classifier=replace(preset.classifier, width=8, steps=3, batch_size=8, warmup=1),
     )
-
-
-def extracted(folder, preset, data, vqgan):
-    """A run with an untrained tokenizer and its stores."""
     wb = Workbench(open_run("base", folder), preset, str(data))
     save_weights(wb.run.path / "vqgan", vqgan)
     wb.extract()
@@ -44,9 +40,9 @@ def extracted(folder, preset, data, vqgan):
 
 
 @pytest.fixture(scope="module")
-def wb(world, small, vqgan, tmp_path_factory):
+def wb(world, preset, vqgan, tmp_path_factory):
     """On a world of 40 scenes read as a COCO root."""
-    return extracted(tmp_path_factory.mktemp("runs"), small, world, vqgan)
+    return extracted(tmp_path_factory.mktemp("runs"), preset, vqgan, world)
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +145,10 @@ def test_the_laptop_preset_is_the_best_row(wb):
     assert (configs["transformer"], configs["train"], configs["sample"]) == parts
 
 
-def test_photos_are_judged_by_classes(small, vqgan, class_folders, tmp_path):
+def test_photos_are_judged_by_classes(preset, vqgan, class_folders, tmp_path):
     """Class folders, with a classifier of the real images beside the run."""
     data = class_folders({"train/red": 12, "train/blue": 12, "val/red": 4, "val/blue": 4})
-    wb = extracted(tmp_path, small, data, vqgan)
+    wb = extracted(tmp_path, preset, vqgan, data)
     assert wb.train_classifier() == wb.run.summary()["classifier"] and wb.run.summary()["classifier"]["n"] == 8
     entry = compare.run_table(wb, COMMITTED["photos"], tmp_path, steps=2, only=["plain", "retrieval"])[0]
     real = wb.run.summary()["classifier"]["accuracy"]

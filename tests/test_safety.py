@@ -95,25 +95,18 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-def _torch_file(bomb: Bomb, path: Path, **options) -> None:
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "model": bomb}, path, **options)
-
-
-FORMS = {
-    "pickle": lambda bomb, path: path.write_bytes(pickle.dumps({"model": bomb}, protocol=2)),
-    "zip": _torch_file,
-    "legacy": lambda bomb, path: _torch_file(bomb, path, _use_new_zipfile_serialization=False),
-}
-
-
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=["pickle", "zip", "legacy"])
 def arm(request, tmp_path):
     """Makes files with code. The code would make another: seen before a test; it has not: seen after the test."""
     fired = tmp_path / "fired"
 
     def write(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        FORMS[request.param](Bomb(fired), path)
+        content = {"state_dict": {"a": torch.zeros(1)}, "model": Bomb(fired)}
+        if request.param == "pickle":
+            path.write_bytes(pickle.dumps(content, protocol=2))
+        else:
+            torch.save(content, path, _use_new_zipfile_serialization=request.param == "zip")
         return path
 
     with warnings.catch_warnings(), contextlib.suppress(RuntimeError):  # a plain pickle is no file of torch's
