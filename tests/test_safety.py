@@ -287,16 +287,14 @@ OPTIONS = {("allow_pickle", True), ("weights_only", False), ("shell", True), ("t
 
 
 def unsafe(source: str) -> list[str]:
-    """Lines of a source that could run what a file or a parameter holds."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            found += [f"{node.lineno}: imports {m}" for m in modules if m.split(".")[0] in NEVER.split()]
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        given = {(k.arg, k.value.value) for k in node.keywords if isinstance(k.value, ast.Constant)}
+    """Imports and calls in a source that could run what a file or a parameter holds."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    found = [f"imports {name}" for name in imported if name.split(".")[0] in NEVER.split()]
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        given = {(k.arg, k.value.value) for k in call.keywords if isinstance(k.value, ast.Constant)}
         if (
             name in CALLS.split()
             or given & OPTIONS
@@ -304,7 +302,7 @@ def unsafe(source: str) -> list[str]:
             or name.endswith((".extractall", ".unpack_archive"))
             or (name.endswith(".extract") and name != "wb.extract")  # the one is of archives, the other of tokens
         ):
-            found.append(f"{node.lineno}: {name}")
+            found.append(f"{call.lineno}: {name}")
     return found
 
 
