@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,25 @@ def two_classes(tmp_path):
                 image = Image.fromarray((level + noise).astype(np.uint8))
                 image.save(tmp_path / "classes" / split / name / f"{i}.png")
     return tmp_path / "classes"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder for runs in place of the project's results/; it is not there yet."""
+    monkeypatch.setattr("clipgen_lib.runtime.runs.RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def class_folders(world, tmp_path):
+    """`class_folders({"train/dog": 4, ...})`: a folder of such folders, each with so many images of the world."""
+
+    def make(sizes):
+        paths = iter(sorted((world / "train").glob("*.png")))
+        for name, size in sizes.items():
+            (tmp_path / "classes" / name).mkdir(parents=True)
+            for path in islice(paths, size):
+                shutil.copy(path, tmp_path / "classes" / name)
+        return tmp_path / "classes"
+
+    return make
