@@ -25,8 +25,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     Raises:
         ClipgenError: the dimensions differ.
     """
-    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
-    sigma1, sigma2 = np.asarray(sigma1, np.float64), np.asarray(sigma2, np.float64)
+    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise ClipgenError(f"statistics of {len(mu1)} and {len(mu2)} dimensions: use one feature network for both sets")
     try:
@@ -48,10 +47,8 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, subsets: int = 100) 
         real, fake: (N, d) and (M, d), at least 4 rows each.
     """
     size, rng = min(1_000, len(real) // 2, len(fake) // 2), np.random.default_rng([0, 31])
-    values = []
-    for _ in range(subsets):
-        pair = [x[rng.choice(len(x), size, replace=False)].double() for x in (real, fake)]
-        values.append(float(poly_mmd(*pair)))
+    subset = lambda x: x[rng.choice(len(x), size, replace=False)].double()
+    values = [float(poly_mmd(subset(real), subset(fake))) for _ in range(subsets)]
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "subsets": subsets, "subset_size": size}
 
 
@@ -104,14 +101,10 @@ def manifold_scores(real: torch.Tensor, fake: torch.Tensor, chunk: int = 1_000) 
 
 
 def _neighbour_distances(rows: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distances (N,) of each row to its third and to its fifth nearest other row."""
-    nearest = []
-    for first, part in zip(range(0, len(rows), chunk), rows.split(chunk), strict=True):
-        distance = torch.cdist(part, rows, compute_mode="use_mm_for_euclid_dist")
-        same = torch.arange(len(part))
-        distance[same, first + same] = torch.inf
-        nearest.append(distance.topk(5, largest=False).values)
-    return torch.cat(nearest)[:, 2], torch.cat(nearest)[:, 4]
+    """Distances (N,) of each row to its third and to its fifth nearest other row; the nearest of all is the row itself."""
+    distances = (torch.cdist(part, rows, compute_mode="use_mm_for_euclid_dist") for part in rows.split(chunk))
+    nearest = torch.cat([distance.topk(6, largest=False).values for distance in distances])
+    return nearest[:, 3], nearest[:, 5]
 
 
 def reconstruction_scores(images: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
