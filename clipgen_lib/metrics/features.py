@@ -1,8 +1,7 @@
 """Protocols: the feature network and the resize in front of it, which are part of the name of every distance.
 
-In: the name of a protocol. Out: a `FeatureNetwork`, images (B, 3, H, W) in [-1, 1] -> features (B, d). Weights are files
-in torch's hub folder. Nothing is downloaded: an error names the missing file, its source and the folder it belongs in. No
-network ever takes the place of another.
+In: the name of a protocol. Out: a `FeatureNetwork`, images (B, 3, H, W) in [-1, 1] -> features (B, d). Weights are
+files in torch's hub folder; none is downloaded, an error names the missing one. No network takes the place of another.
 """
 
 from collections.abc import Callable
@@ -78,8 +77,7 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
         return to_uint8(images)
     if protocol == "dmgan":
         squares = [Image.fromarray(a).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for a in to_arrays(images)]
-        arrays = np.stack([np.asarray(square) for square in squares])
-        pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2).to(images.device) / 255
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(images.device) / 255
         std, mean = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
         return pixels * (std / 0.5) + (mean - 0.5) / 0.5
     return images
@@ -119,8 +117,7 @@ def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.T
         with weights_alone():
             module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
     except ModuleNotFoundError:
-        cure = "which holds torchmetrics' Inception: pip install torch-fidelity"
-        raise MissingWeights(f"protocol {protocol!r} needs torch-fidelity, {cure}") from None
+        raise MissingWeights(f"protocol {protocol!r} needs torch-fidelity: pip install torch-fidelity") from None
     return module, module.fc.weight.detach()
 
 
@@ -136,8 +133,7 @@ def _torchvision_network(protocol: str, path: Path) -> tuple[nn.Module, None]:
 def lpips_network(device: torch.device | str = "cpu") -> nn.Module:
     """LPIPS with AlexNet (arXiv 1801.03924), which its authors recommend for measuring: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
 
-    Raises:
-        MissingWeights: torchvision's AlexNet is not on this machine.
+    MissingWeights where torchvision's AlexNet is not on this machine.
     """
     weights_file(checkpoints.ALEXNET, "LPIPS", "go without it")
     import lpips
