@@ -27,7 +27,7 @@ from .metrics.classifier import Classifier, accuracy
 from .metrics.distances import frechet_distance, reconstruction_scores  # noqa: F401 (the first by others)
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
 from .metrics.folders import codec, open_folder, open_reference  # noqa: F401 (to open what is scored)
-from .metrics.statistics import Moments, few_images, fid_by_radius, set_scores, set_statistics
+from .metrics.statistics import Moments, fid_by_radius, set_scores, set_statistics
 from .runtime import distributed
 from .runtime.checkpoints import MissingWeights, module_hash
 from .runtime.runs import ClipgenError, progress, read_json, versions, write_atomic, write_json
@@ -94,7 +94,7 @@ def generate_images(
 
 
 def _prepare(folder: Path, generator: TextToImage, prompts: list[str] | torch.Tensor, facts: dict) -> None:
-    """Leave images in a folder of which all that decides them is the same, and no others."""
+    """Leave images in a folder that the same weights, configs, prompts and facts have decided, and no others."""
     mark = folder / "generated.json"
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
         raise ClipgenError(f"{folder} holds files that were not generated here: give a new or empty folder")
@@ -191,7 +191,10 @@ def _distances(
         "captions": {**caption_facts(provenance.captions), "seed": provenance.seed} if provenance.captions else None,
         "versions": versions(),
     }
-    return set_scores(scored, real) | {"rfid": rfid, "warnings": few_images(counts, scored.dim), "card": card}
+    biased = "its distances are biased upwards and compare with themselves only"
+    few = {name: n for name, n in counts.items() if n < scored.dim}
+    warnings = [f"{name} has {n} images for {scored.dim} feature dimensions: {biased}" for name, n in few.items()]
+    return set_scores(scored, real) | {"rfid": rfid, "warnings": warnings, "card": card}
 
 
 def _batches(
@@ -214,8 +217,8 @@ def _caption_fit(images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbe
     numbers = caption_scores(images, pairs, clip, seed, owners)
     numbers["clip_score"] = max(100 * numbers["caps"], 0.0)  # CLIPScore as torchmetrics defines it
     if isinstance(reference, ImageSet) and reference.has_captions:
-        described = [(owners[row], text) for row, text in pairs] if owners else None
-        real_pairs = described or choose_captions(reference, len(pairs), seed)
+        real_pairs = [(owners[row], text) for row, text in pairs] if owners else []
+        real_pairs = real_pairs or choose_captions(reference, len(pairs), seed)
         real = caption_scores(reference, real_pairs[:PAIRS], clip, seed, range(len(reference)))
         numbers |= {"caps_ceiling": real["caps"], "caps_floor": real["caps_shuffled"]}
         numbers["r_precision_real"] = real["r_precision"]
@@ -300,9 +303,8 @@ def evaluate_oracle(
 def evaluate_vqgan(vqgan: VQGAN, images: ImageSet, lpips: torch.nn.Module | None = None) -> dict:
     """PSNR (dB), SSIM and LPIPS of reconstructions, means over images, and codebook use, over a set's first 1,000 images.
 
-    Args:
-        lpips: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1); None takes LPIPS with AlexNet, and where its weights are not on
-            this machine `missing` says so and the rest is measured.
+    `lpips` takes two (B, 3, H, W) in [-1, 1] and gives (B, 1, 1, 1). None takes LPIPS with AlexNet, and where its
+    weights are not on this machine `missing` says so and the rest is measured.
     """
     device, missing, counts = vqgan.quantizer.codebook.device, {}, 0
     try:

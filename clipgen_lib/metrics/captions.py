@@ -111,11 +111,8 @@ def caption_facts(text: str) -> dict:
 def read_captions(path: Path, seed: int = 0) -> dict[str, str]:
     """Captions of images from a file: name without its ending -> caption; of several captions one is chosen by seed.
 
-    Args:
-        path: a text file of `name<TAB>caption` lines, COCO's captions json, or a json object {name: caption}.
-
-    Raises:
-        ClipgenError: missing, not in one of these layouts, or without a caption.
+    The file holds `name<TAB>caption` lines, COCO's captions json, or a json object {name: caption}. ClipgenError where
+    it is missing, not in one of these layouts, or without a caption.
     """
     if not path.is_file():
         raise ClipgenError(f"captions {path} are no file: check the path")
@@ -157,10 +154,8 @@ def _text_pairs(path: Path) -> Iterator[tuple[str, str]]:
 def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
     """Row -> caption of the images that a caption file names, by their place in the folder or by their bare file name.
 
-    A bare name counts only where one caption and one image have it.
-
-    Raises:
-        ClipgenError: the file cannot be read, or names none of the images.
+    A bare name counts only where one caption and one image have it. ClipgenError where the file cannot be read, or
+    names none of the images.
     """
     known = read_captions(path, seed)
     counts = [Counter(Path(name).name for name in known), Counter(Path(name).stem for name in images.names)]

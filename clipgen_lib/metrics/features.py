@@ -35,19 +35,13 @@ WEIGHTS["dmgan"] = checkpoints.TORCHVISION_INCEPTION
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """Images to features, and the facts that name it.
-
-    Attributes:
-        module: takes what `prepare(protocol, images)` gives; returns (B, d), (B, d, 1, 1) or a list that begins with it.
-        weights: what the weights are called. weights_hash: first digits of their SHA-256.
-        head: (classes, d), features -> the logits of the Inception Score; None where the protocol has none.
-    """
+    """Images to features, and the facts that name it."""
 
     protocol: str
-    module: Callable
-    weights: str
-    weights_hash: str
-    head: torch.Tensor | None = None
+    module: Callable  # what `prepare(protocol, images)` gives -> (B, d), (B, d, 1, 1) or a list that begins with it
+    weights: str  # what they are called
+    weights_hash: str  # first digits of their SHA-256
+    head: torch.Tensor | None = None  # (classes, d), features -> logits of the Inception Score, where there are any
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -117,7 +111,8 @@ def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.T
         with weights_alone():
             module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
     except ModuleNotFoundError:
-        raise MissingWeights(f"protocol {protocol!r} needs torch-fidelity: pip install torch-fidelity") from None
+        cure = "pip install torch-fidelity, which holds it"
+        raise MissingWeights(f"protocol {protocol!r} lacks torchmetrics' Inception: {cure}") from None
     return module, module.fc.weight.detach()
 
 

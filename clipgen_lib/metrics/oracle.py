@@ -4,7 +4,7 @@ In: a 64x64 image. Out: which shapes, colours, sizes and relation it shows, and 
 fact. Also the evaluation prompts, whose wording says all that is scored.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -84,8 +84,7 @@ def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> SceneOb
     return SceneObject(shape, list(COLOURS)[colour], "small" if extent < 22.5 else "large", x, y, extent / 2)
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A text to generate from, and what an image must show to be correct."""
 
     text: str

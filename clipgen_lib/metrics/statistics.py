@@ -107,13 +107,9 @@ def read_statistics(path: Path) -> Moments:
 
 
 def frechet_over_n(features: torch.Tensor, reference: Moments) -> dict[str, float]:
-    """Frechet distance of the first n rows to a reference, for n = N, N/2, N/4, ...: the bias of a small N.
+    """n as text -> Frechet distance of the first n rows to a reference, n = N, N/2, N/4, ...: the bias of a small N.
 
-    Args:
-        features: (N, d) in random order.
-
-    Returns:
-        n as text -> distance, from the smallest n; at most five of them, none below 16.
+    Features (N, d) are in random order; of n there are at most five, none below 16, the smallest first.
     """
     distances = {}
     for n in sorted({len(features) >> i for i in range(5)}):
@@ -122,12 +118,6 @@ def frechet_over_n(features: torch.Tensor, reference: Moments) -> dict[str, floa
             part.update(features[:n])
             distances[str(n)] = frechet_distance(*reference, *part.compute())
     return distances
-
-
-def few_images(counts: dict[str, int], dim: int) -> list[str]:
-    """A sentence for each set whose covariance of `dim` dimensions is estimated from fewer than that many images."""
-    biased = "its distances are biased upwards and compare with themselves only"
-    return [f"{s} has {n} images for {dim} feature dimensions: {biased}" for s, n in counts.items() if n < dim]
 
 
 class SetStatistics(NamedTuple):
@@ -164,8 +154,7 @@ def set_statistics(batches: Iterable[torch.Tensor], network: FeatureNetwork, rad
 
 def fid_by_radius(scored: SetStatistics, reference: SetStatistics | Moments) -> dict[str, float]:
     """FID-k for every blur radius k; against statistics of a file for k = 0 alone."""
-    is_file = isinstance(reference, Moments)
-    known = {0: reference} if is_file else {k: reference.moments(k) for k in reference.halves}
+    known = {0: reference} if isinstance(reference, Moments) else {k: reference.moments(k) for k in reference.halves}
     return {str(k): frechet_distance(*scored.moments(k), *known[k]) for k in scored.halves if k in known}
 
 

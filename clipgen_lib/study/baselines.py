@@ -100,8 +100,7 @@ class VQGANCLIP(System):
             loss = distance.div(2).clamp(max=1 - 1e-6).arcsin().pow(2).mul(2).mean() * len(embeds)  # a sum over images
             z.grad = torch.autograd.grad(loss, z)[0]
             optimizer.step()
-            with torch.no_grad():
-                z.clamp_(lowest, highest)
+            z.data.clamp_(lowest, highest)
         return self._decode(z).detach().clamp(-1, 1)
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
