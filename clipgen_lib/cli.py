@@ -148,7 +148,7 @@ def train_transformer(steps: int, **run_options) -> None:
 @click.option("--images", type=PATH, help="score this folder of images instead of a run")
 @click.option("--reference", type=PATH, help="a COCO root, a folder, or statistics of pytorch-fid (npz)")
 @click.option("--captions", type=PATH, help="name<TAB>caption lines, COCO's captions json, or {name: caption}")
-@click.option("--split", default="val", help="of a COCO root or of a folder with splits as reference")
+@click.option("--split", help="of a COCO root or of a folder with splits as reference  [default: val]")
 @click.option("--protocol", "protocols", multiple=True, help="inception, clean, torchmetrics, dmgan or clip")
 @click.option("--size", type=click.IntRange(0, 4_096), default=0, help="side in pixels; 0 takes the scored images'")
 @click.option("-o", "--output", type=PATH, help="json file for the numbers; the caption list goes beside it")
@@ -162,8 +162,10 @@ def evaluate(guidance: float, generator: str | None, images: Path | None, **opti
     if images is not None:
         _evaluate_folder(images, options, **of_folder)
         return
-    if any(value for name, value in of_folder.items() if name != "split"):
-        raise ClipgenError("--reference, --captions, --protocol, --size, --output need a folder: name it by --images")
+    if any(of_folder.values()):
+        raise ClipgenError(
+            "--reference, --captions, --split, --protocol, --size, --output need a folder: name it by --images"
+        )
     from .metrics.report import table
     from .runtime.distributed import barrier
     from .text_to_image import TextToImage
@@ -194,7 +196,7 @@ def _evaluate_folder(images: Path, run_options: dict, reference: Path | None, ou
         return
     clip = ClipEmbedder.load(**clip_fields(run_options["clip"] or "shapes"), device=pick_device(run_options["device"]))
     scored = open_folder(images, options["size"])
-    real, texts = open_reference(reference, scored.size, options["split"]), {}
+    real, texts = open_reference(reference, scored.size, options["split"] or ""), {}
     if options["captions"]:
         texts = texts_of(scored, options["captions"], run_options["seed"])
     listed = caption_list((scored.names[row], text) for row, text in texts.items())

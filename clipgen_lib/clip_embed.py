@@ -16,6 +16,7 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,8 @@ def _plain(file: Path, folder: Path) -> str:
     published = {get_pretrained_url(name, tag).split("/")[-2] for name, tag in list_pretrained() if tag == "openai"}
     with open(file, "rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() not in published:
-            raise ClipgenError(
-                f"{file} holds code (a TorchScript archive that is not one of OpenAI's own), which is not run: save its state dict as .safetensors and give that"
-            )
+            what = f"{file} holds code (a TorchScript archive that is not one of OpenAI's own), which is not run"
+            raise ClipgenError(f"{what}: save its state dict as .safetensors and give that")
     warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=FutureWarning)
     sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that lie among the tensors
     tensors = {k: v.clone() for k, v in torch.jit.load(file, map_location="cpu").state_dict().items() if k not in sizes}
@@ -93,11 +93,12 @@ def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | 
 
     source = get_pretrained_cfg(name, pretrained or "")
     repository, _, file = source.get("hf_hub", "").rpartition("/")
-    for known in [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]:
-        if repository and isinstance(cached := try_to_load_from_cache(repository, known), str):
-            return Path(cached)
-    downloaded = Path("~/.cache/clip").expanduser() / Path(source.get("url", "")).name  # from an address, not the hub
-    return downloaded if not repository and downloaded.is_file() else None
+    if not repository:
+        downloaded = Path("~/.cache/clip").expanduser() / Path(source.get("url", "")).name
+        return downloaded if downloaded.is_file() else None
+    known = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    cached = (try_to_load_from_cache(repository, file) for file in known)
+    return next((Path(path) for path in cached if isinstance(path, str)), None)
 
 
 def photo_notice(name: str, data: str) -> str:
@@ -122,33 +123,27 @@ class ClipEmbedder(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         finite(model.state_dict())
-        self.tokenizer = tokenizer
-        self.name = name
-        self.weights_hash = weights_hash
+        self.tokenizer, self.name, self.weights_hash = tokenizer, name, weights_hash
         preprocess = model.visual.preprocess_cfg
         for key, known in (("resize_mode", ("shortest", "squash")), ("interpolation", ("bicubic", "bilinear"))):
             if preprocess[key] not in known:
-                wanted, modes = shortened(repr(preprocess[key])), f"{known[0]!r} or {known[1]!r}"
-                raise ClipgenError(f"CLIP {name} wants {key.replace('_', ' ')} {wanted}: use a model of {modes}")
+                what = f"{key.replace('_', ' ')} {shortened(repr(preprocess[key]))}"
+                raise ClipgenError(f"CLIP {name} wants {what}: use a model of {' or '.join(map(repr, known))}")
         words = getattr(tokenizer, "vocab_size", 0)
         table = getattr(getattr(model, "text", model), "token_embedding", None)
         if table is not None and words > table.num_embeddings:
-            raise ClipgenError(
-                f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}: put the merges file of its training (bpe_merges.txt.gz) beside the weights"
-            )
+            what = f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}"
+            raise ClipgenError(f"{what}: put the merges of its training (bpe_merges.txt.gz) beside the weights")
         self.squash = preprocess["resize_mode"] == "squash"
         self.interpolation = preprocess["interpolation"]
-        size = preprocess["size"]
-        self.size = size if isinstance(size, int) else size[0]
+        self.size = preprocess["size"] if isinstance(preprocess["size"], int) else preprocess["size"][0]
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(1, 3, 1, 1), persistent=False)
         with torch.inference_mode():
             self.dim = self.texts(["a picture"]).shape[1]
 
     @classmethod
-    def load(
-        cls, name: str = EMBEDDED, pretrained: str | None = None, device: str | torch.device = "cpu"
-    ) -> ClipEmbedder:
+    def load(cls, name: str = EMBEDDED, pretrained: str | None = None, device: str | torch.device = "cpu") -> Self:
         """Load a CLIP.
 
         Args:
@@ -156,9 +151,8 @@ class ClipEmbedder(nn.Module):
                 relative path counts from the project's root), or an open_clip model name such as `ViT-B-32-quickgelu`.
             pretrained: for a model name, open_clip's tag (`openai`) or a local checkpoint file.
 
-        Raises:
-            ClipgenError: unknown name, weights missing or unreadable, or an activation (QuickGELU) that does not
-                match the weights, which open_clip itself only warns of.
+        Raises ClipgenError where the name is unknown, weights are missing or unreadable, or the activation (QuickGELU) does not
+        match them, which open_clip itself only warns of.
         """
         import open_clip
 
@@ -176,9 +170,8 @@ class ClipEmbedder(nn.Module):
         elif ":" in name:  # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files
             raise ClipgenError(f"CLIP {tag} names a place: give a folder, or an open_clip model and its weights")
         elif pretrained is None:
-            raise ClipgenError(
-                f"CLIP {shortened(name)!r} is no folder here, and as an open_clip model it needs `pretrained`: a tag such as 'openai' or a checkpoint file"
-            )
+            what = f"CLIP {shortened(name)!r} is no folder here, and as an open_clip model it needs `pretrained`"
+            raise ClipgenError(f"{what}: a tag such as 'openai' or a checkpoint file")
         else:
             source, digest = name, file_hash(Path(pretrained)) if is_file else tag
         try:
@@ -197,9 +190,8 @@ class ClipEmbedder(nn.Module):
         except (ClipgenError, MemoryError):
             raise
         except Exception as error:  # open_clip raises whatever its download, pickle or state-dict code raises
-            raise ClipgenError(
-                f"CLIP {tag} cannot be loaded ({reason(error)}): check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file"
-            ) from error
+            cure = "check the name against open_clip.list_pretrained(), or give a checkpoint file: MODEL//path/to/file"
+            raise ClipgenError(f"CLIP {tag} cannot be loaded ({reason(error)}): {cure}") from error
 
     @property
     def device(self) -> torch.device:
@@ -208,11 +200,8 @@ class ClipEmbedder(nn.Module):
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> what the image encoder takes: antialiased resize, centre crop, mean and std."""
         height, width = images.shape[-2:]
-        if self.squash:
-            target = (self.size, self.size)
-        else:
-            short = min(height, width)
-            target = (height * self.size // short, width * self.size // short)  # rounded down, as torchvision does
+        sides = (self.size, self.size) if self.squash else (height, width)
+        target = tuple(side * self.size // min(sides) for side in sides)  # rounded down, as torchvision does
         if target != (height, width):
             images = F.interpolate(images, target, mode=self.interpolation, antialias=True, align_corners=False)
             images = images.clamp(-1, 1)  # bicubic overshoots; 8-bit images cannot
@@ -236,9 +225,8 @@ class ClipEmbedder(nn.Module):
     def texts(self, texts: list[str]) -> torch.Tensor:
         """B texts -> (B, D) float32 of unit norm; a text of which the model sees the beginning only is told on stderr, once."""
         for text in filter(self.is_truncated, texts):
-            distributed.tell(
-                f"CLIP reads the first {self.tokenizer.context_length} tokens alone of {shortened(text, 60)!r}"
-            )
+            most = self.tokenizer.context_length
+            distributed.tell(f"CLIP reads the first {most} tokens alone of {shortened(text, 60)!r}")
         return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
 
     def is_truncated(self, text: str) -> bool:

@@ -91,10 +91,8 @@ def need(preset: Preset) -> Need:
             fake, _ = vqgan(torch.empty(1, 3, config.image_size, config.image_size))
             return critic(fake), vgg(fake)
 
-        def transformer_pass() -> object:
-            tokens = torch.zeros(1, config.side**2, dtype=torch.long)
-            return transformer(torch.empty(1, clip_dim), tokens).log_softmax(-1)
-
+        embeds, tokens = torch.empty(1, clip_dim), torch.zeros(1, config.side**2, dtype=torch.long)
+        transformer_pass = lambda: transformer(embeds, tokens).log_softmax(-1)
         kept, operations = zip(_one_pass(vqgan_pass), _one_pass(transformer_pass), strict=True)
     sizes = [sum(p.numel() for p in module.parameters()) for module in (vqgan, transformer, critic, vgg)]
     trained, gigabytes, total = (sizes[0] + sizes[2], sizes[1]), [], 0.0
@@ -113,8 +111,7 @@ def _one_pass(forward: Callable[[], object]) -> tuple[int, int]:
             kept[id(tensor)] = tensor  # held, so that no other tensor gets its number
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter, hooks:
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         forward()
     return sum(tensor.nbytes for tensor in kept.values()), counter.get_total_flops()
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +19,14 @@ from .clip_embed import ClipEmbedder
 from .config import EvaluateConfig
 from .data import shapes
 from .data.batches import ordered_batches
-from .data.datasets import ImageSet
-from .data.images import eight_bit, from_arrays, load_image, png, to_arrays, to_float
+from .data.datasets import ImageSet, open_folder  # noqa: F401 (the second by others)
+from .data.images import codec, eight_bit, from_arrays, load_image, png, to_arrays, to_float
 from .metrics import oracle
 from .metrics.captions import PAIRS, caption_facts, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
 from .metrics.distances import frechet_distance, reconstruction_scores  # noqa: F401 (the first by others)
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
-from .metrics.folders import codec, open_folder, open_reference  # noqa: F401 (to open what is scored)
-from .metrics.statistics import Moments, few_images, fid_by_radius, set_scores, set_statistics
+from .metrics.statistics import Moments, fid_by_radius, open_reference, set_scores, set_statistics  # noqa: F401 (one by others)
 from .runtime import distributed
 from .runtime.checkpoints import MissingWeights, module_hash
 from .runtime.runs import ClipgenError, progress, read_json, versions, write_atomic, write_json
@@ -73,7 +73,7 @@ def generate_images(
     """
     paths = [folder / f"{row:05d}.png" for row in range(len(prompts))]
     if distributed.is_main():
-        _prepare(folder, _facts(generator, prompts, {"seed": seed, "settings": settings}))
+        _prepare(folder, generator, prompts, {"seed": seed, "settings": settings})
         if not isinstance(prompts, torch.Tensor):
             pairs = zip((path.name for path in paths), prompts, strict=True)
             write_atomic(folder / "captions.txt", caption_list(pairs))
@@ -92,23 +92,19 @@ def generate_images(
     return paths
 
 
-def _facts(generator: TextToImage, prompts: list[str] | torch.Tensor, facts: dict) -> dict:
-    """All that decides generated images, as JSON gives it back."""
+def _prepare(folder: Path, generator: TextToImage, prompts: list[str] | torch.Tensor, facts: dict) -> None:
+    """Leave images in a folder that the same weights, configs, prompts and facts have decided, and no others."""
+    mark = folder / "generated.json"
+    if not mark.exists() and folder.exists() and any(folder.iterdir()):
+        raise ClipgenError(f"{folder} holds files that were not generated here: give a new or empty folder")
     is_module = isinstance(generator, torch.nn.Module)
     parts = {"generator": generator, "clip": generator.clip} if is_module else vars(generator)
     weights = {name: module_hash(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     configs = [asdict(getattr(generator, name)) for name in ("settings", "config") if hasattr(generator, name)]
     text = prompts.cpu().numpy().tobytes() if isinstance(prompts, torch.Tensor) else "\n".join(prompts).encode()
     facts = {"by": type(generator).__name__, "weights": weights, "configs": configs, **facts}
-    return json.loads(json.dumps(facts | {"prompts": hashlib.sha256(text).hexdigest()[:16], "n": len(prompts)}))
-
-
-def _prepare(folder: Path, facts: dict) -> None:
-    """Leave images of the same facts in a folder, and no others."""
-    mark = folder / "generated.json"
-    if not mark.exists() and folder.exists() and any(folder.iterdir()):
-        raise ClipgenError(f"{folder} holds files that were not generated here: give a new or empty folder")
-    if not mark.exists() or read_json(mark) != facts:
+    facts |= {"prompts": hashlib.sha256(text).hexdigest()[:16], "n": len(prompts)}
+    if not mark.exists() or read_json(mark) != json.loads(json.dumps(facts)):
         for path in folder.glob("*.png"):
             path.unlink()
         write_json(mark, facts)
@@ -153,7 +149,12 @@ def score_images(
             most = f"{clip.tokenizer.context_length} tokens: it has read their beginning only"
             numbers["warnings"].append(f"{truncated} captions are longer than CLIP's {most}")
     if evaluators.classifier and provenance.rows and len(sets) == 2 and reference.classes:
-        numbers["classes"] = _class_shares(images, reference, evaluators.classifier, provenance)
+        share = partial(accuracy, evaluators.classifier)
+        asked = {row: reference.classes[real] for row, real in provenance.rows.items()}
+        numbers["classes"] = {"real": share(reference)["accuracy"], **share(images, asked)}
+        if provenance.reconstruct:
+            reconstructed = share(reference, change=provenance.reconstruct)
+            numbers["classes"]["reconstruction"] = reconstructed["accuracy"]
     for skipped in (some.skipped for some in sets if some.skipped):
         name, why = next(iter(skipped.items()))
         numbers["warnings"].append(f"{len(skipped)} files were left out, the first {name} ({why})")
@@ -189,7 +190,10 @@ def _distances(
         "captions": {**caption_facts(provenance.captions), "seed": provenance.seed} if provenance.captions else None,
         "versions": versions(),
     }
-    return set_scores(scored, real) | {"rfid": rfid, "warnings": few_images(counts, scored.dim), "card": card}
+    biased = "its distances are biased upwards and compare with themselves only"
+    few = {name: n for name, n in counts.items() if n < scored.dim}
+    warnings = [f"{name} has {n} images for {scored.dim} feature dimensions: {biased}" for name, n in few.items()]
+    return set_scores(scored, real) | {"rfid": rfid, "warnings": warnings, "card": card}
 
 
 def _batches(
@@ -198,8 +202,7 @@ def _batches(
     """All images that can be read, changed, as (B, 3, H, W) in [-1, 1], under a progress bar."""
     with progress(len(images), f"scoring {images.name}") as bar:
         for rows, batch in ordered_batches(images, range(len(images)), batch_size, 0 if device.type == "cpu" else 4):
-            if rows:
-                yield change(to_float(batch).to(device))
+            yield change(to_float(batch).to(device))
             bar.update(len(rows))
 
 
@@ -219,15 +222,6 @@ def _caption_fit(images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbe
         numbers |= {"caps_ceiling": real["caps"], "caps_floor": real["caps_shuffled"]}
         numbers["r_precision_real"] = real["r_precision"]
     return numbers
-
-
-def _class_shares(images: ImageSet, reference: ImageSet, classifier: Classifier, provenance: Provenance) -> dict:
-    asked = {row: reference.classes[real] for row, real in provenance.rows.items()}
-    generated, real = accuracy(classifier, images, asked), accuracy(classifier, reference)
-    shares = {"real": real["accuracy"], **generated}
-    if provenance.reconstruct:
-        shares["reconstruction"] = accuracy(classifier, reference, change=provenance.reconstruct)["accuracy"]
-    return shares
 
 
 @torch.inference_mode()
@@ -254,7 +248,7 @@ def evaluate_generator(
         rows, parts = [], []
         for kept, batch in ordered_batches(images, range(min(config.n, len(images))), config.batch_size):
             rows += kept
-            parts += [generator.clip.images(to_float(batch).to(generator.device))] if kept else []
+            parts.append(generator.clip.images(to_float(batch).to(generator.device)))
         prompts = torch.cat(parts)
     paths = generate_images(generator, prompts, folder, seed, **settings)
     if not distributed.is_main():
@@ -308,24 +302,23 @@ def evaluate_oracle(
 def evaluate_vqgan(vqgan: VQGAN, images: ImageSet, lpips: torch.nn.Module | None = None) -> dict:
     """PSNR (dB), SSIM and LPIPS of reconstructions, means over images, and codebook use, over a set's first 1,000 images.
 
-    Args:
-        lpips: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1); None takes LPIPS with AlexNet, and where its weights are not on
-            this machine `missing` says so and the rest is measured.
+    `lpips` takes two (B, 3, H, W) in [-1, 1] and gives (B, 1, 1, 1). None takes LPIPS with AlexNet, and where its
+    weights are not on this machine `missing` says so and the rest is measured.
     """
     device, missing, counts = vqgan.quantizer.codebook.device, {}, 0
     try:
         lpips = lpips or lpips_network(device)
     except MissingWeights as error:
         missing = {"missing": [str(error)]}
-    scores: dict[str, list[torch.Tensor]] = {}
+    scores = []
     for _, batch in ordered_batches(images, range(min(1_000, len(images))), 64):
         x = to_float(batch).to(device)
         tokens = vqgan.encode(x)
         counts = counts + torch.bincount(tokens.flatten(), minlength=vqgan.config.codebook_size)
         decoded = vqgan.decode(tokens)
-        values = reconstruction_scores(x, decoded)
-        values |= {"lpips": lpips(decoded.clamp(-1, 1), x).flatten()} if lpips else {}
-        for key, value in values.items():
-            scores.setdefault(key, []).append(value.cpu())
-    means = {key: float(torch.cat(values).mean()) for key, values in scores.items()}
-    return {**means, "n": sum(map(len, scores["psnr"])), **codebook_statistics(counts), **missing}
+        scores.append(reconstruction_scores(x, decoded))
+        if lpips:
+            scores[-1]["lpips"] = lpips(decoded.clamp(-1, 1), x).flatten()
+    values = {key: torch.cat([part[key].cpu() for part in scores]) for key in scores[0]}
+    means = {key: float(value.mean()) for key, value in values.items()}
+    return {**means, "n": len(values["psnr"]), **codebook_statistics(counts), **missing}

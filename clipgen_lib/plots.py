@@ -44,10 +44,8 @@ def _families(lacking: frozenset[int]) -> list[str]:
         is_real = os.path.isfile(font.fname) and "lastresort" not in font.name.lower().replace(" ", "")
         if is_real and (found := lacking & FT2Font(font.fname).get_charmap().keys()):
             lacking, families = lacking - found, [*families, font.name]
-    boxes = "".join(
-        c for c in map(chr, sorted(lacking)) if unicodedata.category(c) not in ("Cc", "Cf", "Mn")
-    )  # joiners, marks
-    if boxes:
+    unseen = ("Cc", "Cf", "Mn")  # joiners, marks
+    if boxes := "".join(c for c in map(chr, sorted(lacking)) if unicodedata.category(c) not in unseen):
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib's own, one for each
         warnings.warn(f"boxes stand for {boxes}: install a font that has it, such as Noto Sans CJK", stacklevel=3)
     return families
@@ -64,11 +62,10 @@ def saved(name: str, run: str = "reference", results: Path = ROOT / "results") -
     return Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE)
 
 
-def image(array: np.ndarray, title: str, scale: float = 1.6) -> Figure:
-    """One uint8 image (H, W, 3), `scale` times its pixels, under a title."""
-    figure, axis = _subplots(
-        figsize=(array.shape[1] * scale / 100, array.shape[0] * scale / 100 + 0.3), subplot_kw=BARE
-    )
+def image(array: np.ndarray, title: str) -> Figure:
+    """One uint8 image (H, W, 3), 1.6 times its pixels, under a title."""
+    height, width = (side * 1.6 / 100 for side in array.shape[:2])
+    figure, axis = _subplots(figsize=(width, height + 0.3), subplot_kw=BARE)
     axis.imshow(array, interpolation="nearest")
     axis.set_title(title)
     return figure
@@ -144,8 +141,7 @@ def contact_sheet(images: torch.Tensor, prompts: list[str], title: str, columns:
     """Images (N, 3, H, W) in [-1, 1], each under its prompt."""
     columns = min(columns, len(prompts))
     rows = -(-len(prompts) // columns)
-    size = 1.4 * columns, 1.8 * rows + 0.4
-    figure, axes = _subplots(rows, columns, figsize=size, squeeze=False, subplot_kw=BARE)
+    figure, axes = _subplots(rows, columns, figsize=(1.4 * columns, 1.8 * rows + 0.4), squeeze=False, subplot_kw=BARE)
     for axis, array, prompt in zip(axes.flat, to_arrays(images), prompts, strict=False):
         axis.imshow(array, interpolation="nearest")
         axis.set_title(wrapped(prompt, 22), fontsize=7)
@@ -224,14 +220,13 @@ def tradeoff(curves: dict[str, dict[str, dict]], x: str, y: str, title: str) -> 
 def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: str) -> Figure:
     """The modality gap: cosines of pairs, and both modalities on their first two principal axes.
 
-    Args:
-        images, texts: (N, D) of unit norm, text i of image i. noised: (N, D), what the transformer trains on.
+    Embeddings are (N, D), images and texts of unit norm, text i of image i; the transformer trains on `noised`.
     """
     figure, axes = _subplots(1, 2, figsize=(10, 3.8))
-    others = {"image, another's text": (images, texts.roll(1, 0)), "image, another": (images, images.roll(1, 0))}
-    pairs = {"image, its text": (images, texts), **others, "image, itself noised": (images, noised)}
-    for label, (a, b) in pairs.items():
-        axes[0].hist((a * b).sum(1).numpy(), bins=np.linspace(-0.4, 1.001, 80), alpha=0.5, density=True, label=label)
+    others = {"its text": texts, "another's text": texts.roll(1, 0), "another": images.roll(1, 0)}
+    for label, other in {**others, "itself noised": noised}.items():
+        cosines, bins = (images * other).sum(1).numpy(), np.linspace(-0.4, 1.001, 80)
+        axes[0].hist(cosines, bins, alpha=0.5, density=True, label=f"image, {label}")
     axes[0].set(xlabel="cosine", yticks=[], title="cosines")
     centred = torch.cat([images, texts]) - torch.cat([images, texts]).mean(0)
     plane = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).numpy()
@@ -247,8 +242,7 @@ def gap(images: torch.Tensor, texts: torch.Tensor, noised: torch.Tensor, title: 
 def speed_ratios(rows: list[dict], title: str) -> Figure:
     """How many times as long each peer takes as we do, on a log axis, one colour for each section.
 
-    Args:
-        rows: of `results/speed/cpu.json`, as tests/speed.py writes them; a peer that was not installed has no ratio.
+    Rows of `results/speed/cpu.json` are as tests/speed.py writes them; a peer that was not installed has no ratio.
     """
     rows = [row for row in rows if row["ratio"] is not None]
     sections = list(dict.fromkeys(row["section"] for row in rows))

@@ -23,7 +23,6 @@ import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -31,9 +30,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -41,39 +40,26 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PATIENCE = 1_800  # seconds after which a command counts as hung
 RUN = ["--preset", "smoke", "--run", "run", "--device", "cpu"]
-COMMANDS = {
-    "train-vqgan": ["train-vqgan", *RUN, "--steps", "50"],
-    "extract": ["extract", *RUN],
-    "train-transformer": ["train-transformer", *RUN, "--steps", "50"],
-    "evaluate": ["evaluate", *RUN],
-    "generate": ["generate", "a large red star", *RUN[2:], "-n", "64", "-o", "{results}/run/out.png"],
+STEPS = {  # of each: final files in its run's folder, and what the command is given
+    "train-vqgan": ("vqgan/*", [*RUN, "--steps", "50"]),
+    "extract": ("store/**/*", RUN),
+    "train-transformer": ("transformer/*", [*RUN, "--steps", "50"]),
+    "evaluate": ("generated/**/*.png", RUN),
+    "generate": ("out.png", ["a large red star", *RUN[2:], "-n", "64", "-o", "{results}/run/out.png"]),
 }
-OUTPUTS = dict(  # final files of each step in its run's folder
-    zip(COMMANDS, ("vqgan/*", "store/**/*", "transformer/*", "generated/**/*.png", "out.png"), strict=True)
-)
 PACKAGES = ["torch", "torchvision.transforms.v2", "timm.optim", "open_clip", "accelerate", "torchmetrics"]
 # the calls before which a kill matters, and those that are made to fail
-CHANGES = ["rename", "renameat", "renameat2", "unlink", "unlinkat", "mkdir", "rmdir", "fsync", "ftruncate"]
+RENAMES = ["rename", "renameat", "renameat2"]
+CHANGES = [*RENAMES, "unlink", "unlinkat", "mkdir", "rmdir", "fsync", "ftruncate"]
 ERRORS = ["openat:EIO", "openat:EACCES", "openat:EMFILE", "read:EIO", "write:ENOSPC", "fsync:EIO", "rename:EROFS"]
 TRACED = ",".join({*CHANGES, *(error.split(":")[0] for error in ERRORS), "sync"})
+SIGNALS = {"SIGKILL": 5, "SIGTERM": 2, "SIGHUP": 1}  # how often each fault is injected into a step
+TWICE, CUT, KILLED, POWER = "two at once", "newest checkpoint cut short", "killed at a system call", "power loss"
+AT_CALLS = {KILLED: 16, POWER: 8} | {error.replace(":", " fails: "): 4 for error in ERRORS}
+COUNTS = ("injected", "survived", "lost_steps", "corrupted", "tracebacks", "hangs", "left")
 FORK = get_context("fork")
-BAR = re.compile(r"([^\r\n:|]+):[^\r\n|]*\|[^\r\n|]*\| *(\d+)/(\d+) ")  # of tqdm: label, how far it is, its end
+BAR = re.compile(r"([^\s:|][^\r\n:|]*):[^\r\n|]*\|[^\r\n|]*\| *(\d+)/(\d+) ")  # of tqdm: label, how far it is, its end
 Bars = dict[str, tuple[int, int]]
-
-
-@dataclass
-class Row:
-    """What became of one kind of fault at one step."""
-
-    step: str
-    fault: str
-    injected: int = 0
-    survived: int = 0
-    lost_steps: int = 0
-    corrupted: int = 0
-    tracebacks: int = 0
-    hangs: int = 0
-    left: int = 0
 
 
 def clipgen(words: list[str], results: Path, log: Path, ready: Event, go: Event) -> None:
@@ -82,72 +68,90 @@ def clipgen(words: list[str], results: Path, log: Path, ready: Event, go: Event)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
     os.environ |= {"CLIPGEN_RESULTS": str(results), "CLIPGEN_DATA": str(results.with_name("data"))}
-    sys.argv = ["clipgen", *words]
-    for module in ("cli", "workbench", "study"):
-        importlib.import_module(f"clipgen_lib.{module}")
+    from clipgen_lib import cli, workbench  # noqa: F401
+
     ready.set()
     go.wait(PATIENCE)
-    runpy.run_module("clipgen_lib", run_name="__main__")
+    cli.main(words, prog_name="clipgen")
 
 
 class Command:
-    """A step in a process of its own, on one thread; its output goes to a file beside the results, and so does strace's."""
+    """A step in a process of its own, on one thread; its output goes to a file beside the results.
 
-    def __init__(self, step: str, results: Path, *more: str, inject: str = "", traced: bool = False):
-        words = [word.format(results=results) for word in COMMANDS[step]] + list(more)
+    So does that of strace, if `strace` has options for it; None runs the step without.
+    """
+
+    def __init__(self, step: str, results: Path, strace: list[str] | None = None):
+        words = [step, *(word.format(results=results) for word in STEPS[step][1])]
         self.log = results.with_name(f"{step}-{time.monotonic_ns()}.log")
-        self.trace, self.tracer, ready, go = self.log.with_suffix(".strace"), None, FORK.Event(), FORK.Event()
+        self.tracer, self.hung = None, False
+        ready, go = FORK.Event(), FORK.Event()
         self.process = FORK.Process(target=clipgen, args=(words, results, self.log, ready, go))
         self.process.start()
         while not ready.wait(1) and self.process.is_alive():
             pass
-        if traced or inject:
-            options = ["-e", f"trace={TRACED}", *(["-e", f"inject={inject}"] if inject else [])]
-            command = ["strace", "-f", "-y", "-qq", "-o", str(self.trace), "-p", str(self.process.pid), *options]
-            self.tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if strace is not None:
+            words = ["strace", "-f", "-y", "-qq", "-o", str(self.log.with_suffix(".strace")), *strace]
+            words += ["-e", f"trace={TRACED}", "-p", str(self.process.pid)]
+            self.tracer = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             status = Path(f"/proc/{self.process.pid}/status")
             while "TracerPid:\t0" in status.read_text() and self.tracer.poll() is None:
                 time.sleep(0.01)
         go.set()
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+    @property
+    def trace(self) -> str:
+        return self.log.with_suffix(".strace").read_text(errors="replace")
 
     def bars(self) -> Bars:
         """Of each progress bar what was left to do at its beginning, and what is left."""
-        found: Bars = {}
-        for label, at, end in BAR.findall(self.said):
+        bars: Bars = {}
+        for label, at, end in BAR.findall(self.output):
             left = int(end) - int(at)
-            found[label.strip()] = (found.get(label.strip(), (left, left))[0], left)
-        return found
+            bars[label] = (bars[label][0] if label in bars else left, left)
+        return bars
+
+    def calls(self, place: Path) -> list[tuple[str, int]]:
+        """Its system calls that touch files below `place`: the name, and the number among all calls of this name."""
+        numbers, calls = Counter(), []
+        for name, rest in re.findall(rf"^{self.process.pid} +(\w+)\((.*)", self.trace, re.M):
+            numbers[name] += 1
+            if str(place) in rest and str(self.log) not in rest:
+                calls.append((name, numbers[name]))
+        return calls
 
     def wait_until(self, condition: Callable[[], object]) -> bool:
         """Whether the condition came true before the command ended; one that hangs is killed."""
         start = time.monotonic()
         while self.process.exitcode is None and not condition():
             if time.monotonic() - start > PATIENCE:
-                self.log.write_text(self.said + "\nHUNG\n")
-                self.signal(signal.SIGKILL)
+                self.hung = True
+                self.kill(signal.SIGKILL)
             time.sleep(0.02)
         return self.process.exitcode is None
 
-    def signal(self, number: int) -> None:
-        """To the command and to the workers it may have."""
+    def kill(self, number: int) -> None:
+        """Send a signal to the command and to the workers it may have."""
         os.killpg(self.process.pid, number)
 
     def end(self) -> int:
         """Wait for it, and for strace; returns its exit status, negative for a signal."""
         self.wait_until(lambda: False)
         if self.tracer:
-            self.tracer.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self.tracer.wait(60)
+            self.tracer.kill()  # waits for a worker that was left behind
         return self.process.exitcode
 
 
 def outputs(step: str, results: Path) -> dict[str, str]:
     """SHA-256 of each final file of a step, and of an evaluation its numbers, which do not say how long they took."""
     run = results / "run"
-    files = sorted(path for path in run.glob(OUTPUTS[step]) if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in run.glob(STEPS[step][0]) if path.is_file() and not path.name.startswith("."))
     found = {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     if step == "evaluate" and (run / "summary.json").is_file():
         numbers = json.loads((run / "summary.json").read_text())
@@ -190,150 +194,142 @@ class Harness:
         self.home = home
         self.seconds: dict[str, float] = {}  # that the bars of each step are at work
         self.wanted: dict[str, dict[str, str]] = {}
-        self.calls: dict[str, list[tuple[str, int]]] = {}  # (system call, its number among those of its kind)
+        self.calls: dict[str, list[tuple[str, int]]] = {}
 
     def make_undisturbed(self, traced: bool) -> None:
         place = self.home / "undisturbed"
         for folder in ("results", "data"):
             (place / folder).mkdir(parents=True)
-        for step in COMMANDS:
+        for step in STEPS:
             shutil.copytree(place, self.home / "before" / step, ignore=shutil.ignore_patterns("*.log", "*.strace"))
-            command = Command(step, place / "results", traced=traced)
+            command = Command(step, place / "results", [] if traced else None)
             command.wait_until(command.bars)
             start = time.monotonic()
             if command.end() != 0:
-                raise SystemExit(f"{step} fails without any fault: {command.said[-2000:]}")
+                raise SystemExit(f"{step} fails without any fault: {command.output[-2000:]}")
             self.seconds[step] = time.monotonic() - start
-            self.wanted[step], self.calls[step], numbers = outputs(step, place / "results"), [], Counter()
-            lines = command.trace.read_text(errors="replace").splitlines() if traced else []
-            for call, rest in re.findall(rf"^{command.process.pid} +(\w+)\((.*)", "\n".join(lines), re.M):
-                numbers[call] += 1
-                if str(place) in rest and str(command.log) not in rest:
-                    self.calls[step].append((call, numbers[call]))
+            self.wanted[step] = outputs(step, place / "results")
+            self.calls[step] = command.calls(place) if traced else []
 
-    def copy(self, step: str) -> Path:
-        """The results as they were before a step, in a folder of their own."""
-        place = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=self.home))
-        return shutil.copytree(self.home / "before" / step, place, dirs_exist_ok=True) / "results"
+    def row(self, step: str, fault: str, times: int) -> dict[str, object]:
+        """Inject a fault so many times into a step; returns what became of it."""
+        row = {"step": step, "fault": fault} | dict.fromkeys(COUNTS, 0)
+        rng, others = random.Random(f"{step} {fault}"), {TWICE: self.twice, CUT: self.cut_checkpoint}
+        harm = self.by_signal if fault in SIGNALS else others.get(fault, self.at_call)
+        for _ in range(4 * times):  # a command that was faster than its signal is tried again
+            place = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=self.home))
+            shutil.copytree(self.home / "before" / step, place, dirs_exist_ok=True)
+            where = 0.9 * rng.random() if fault in SIGNALS else (row["injected"] + 0.5) / times
+            if harmed := harm(step, fault, where, place / "results"):
+                self.count(row, place / "results", harmed)
+            shutil.rmtree(place)
+            if row["injected"] == times:
+                break
+        return row
 
-    def finish(self, row: Row, results: Path, harmed: list[Command], again: bool = True) -> None:
+    def count(self, row: dict, results: Path, harmed: list[Command]) -> None:
         """Give a harmed command again, unless it came to its end, and enter into the row what came of it."""
-        ended = [one.end() <= 0 or ("Error: " in one.said and "Traceback" not in one.said) for one in harmed]
-        command = Command(row.step, results) if again else harmed[-1]
-        row.survived += command.end() == 0 and all(ended)
-        row.lost_steps = max([row.lost_steps, *(lost(one.bars(), command.bars()) for one in harmed if again)])
-        row.corrupted += outputs(row.step, results) != self.wanted[row.step]
-        said = "\n".join(one.said[-3_000:] for one in [*harmed, command])
+        ended = [one.end() <= 0 or ("Error: " in one.output and "Traceback" not in one.output) for one in harmed]
+        last = harmed[-1]
+        if last.end() != 0 and row["fault"] != TWICE:
+            last = Command(row["step"], results)
+            last.end()
+            row["lost_steps"] = max(row["lost_steps"], lost(harmed[-1].bars(), last.bars()))
+        commands = list(dict.fromkeys([*harmed, last]))
+        text = "\n".join(command.output[-3_000:] for command in commands)
         left = [str(path) for path in results.parent.rglob("*") if re.search(r"\.(tmp|new|old|partial)", path.name)]
-        row.tracebacks += "Traceback" in said
-        row.hangs += "HUNG" in said
-        row.left += len(left)
-        if "Traceback" in said or "HUNG" in said or left or command.end() != 0 or not all(ended):
-            print(f"--- {row.step}, {row.fault}", said, *left, sep="\n", file=sys.stderr, flush=True)
-        shutil.rmtree(results.parent)
+        has_survived, has_hung = last.end() == 0 and all(ended), any(command.hung for command in commands)
+        row["injected"] += 1
+        row["survived"] += has_survived
+        row["corrupted"] += outputs(row["step"], results) != self.wanted[row["step"]]
+        row["tracebacks"] += "Traceback" in text
+        row["hangs"] += has_hung
+        row["left"] += len(left)
+        if "Traceback" in text or has_hung or left or not has_survived:
+            print(f"--- {row['step']}, {row['fault']}", text, *left, sep="\n", file=sys.stderr, flush=True)
 
-    def signals(self, step: str, number: int, times: int) -> Row:
-        """A signal at random moments; where the command was faster, it is tried again."""
-        row, rng = Row(step, signal.Signals(number).name), random.Random(f"{step} {number}")
-        tries = iter(range(4 * times))
-        while row.injected < times and next(tries, None) is not None:
-            command = Command(step, results := self.copy(step))
-            command.wait_until(command.bars)
-            moment = time.monotonic() + rng.uniform(0, 0.9 * self.seconds[step])
-            if command.wait_until(lambda moment=moment: time.monotonic() >= moment):
-                command.signal(number)
-                row.injected += 1
-                self.finish(row, results, [command])
-        return row
+    # Each way to harm a step begins it on `results`, harms it at `where`, from 0 at its beginning to 1 at its end, and
+    # returns the commands that were harmed, none if it came to nothing.
 
-    def at_calls(self, step: str, fault: str, times: int) -> Row:
-        """Killed before calls that change the disk, with or without loss of power, or calls that fail (`openat:EIO`)."""
-        name, _, error = fault.partition(":")
-        row = Row(step, f"{name} fails: {error}" if error else fault)
-        names = [name] if error else CHANGES[:3] if fault == "power loss" else CHANGES
+    def by_signal(self, step: str, fault: str, where: float, results: Path) -> list[Command]:
+        command = Command(step, results)
+        command.wait_until(command.bars)
+        moment = time.monotonic() + where * self.seconds[step]
+        if not command.wait_until(lambda: time.monotonic() >= moment):
+            return []
+        command.kill(signal.Signals[fault])
+        return [command]
+
+    def at_call(self, step: str, fault: str, where: float, results: Path) -> list[Command]:
+        """Killed before a call that changes the disk, with or without loss of power, or a call that fails."""
+        name, _, error = fault.partition(" fails: ")
+        names = [name] if error else RENAMES if fault == POWER else CHANGES
         calls = [call for call in self.calls[step] if call[0] in names]
-        for i in range(times if calls else 0):  # from the first to the last
-            call, n = calls[(2 * i + 1) * len(calls) // (2 * times)]
-            what = f"error={error}" if error else "signal=KILL"
-            command = Command(step, results := self.copy(step), inject=f"{call}:{what}:when={n}", traced=True)
-            command.end()
-            if fault == "power loss":
-                lose_power(command.trace.read_text(errors="replace"), results.parent, self.home / "before" / step)
-            row.injected += 1
-            self.finish(row, results, [command], again=command.end() != 0)
-        return row
-
-    def twice_at_once(self, step: str, times: int) -> Row:
-        """Two identical commands: one does it, the other says so or finds it done."""
-        row = Row(step, "two at once")
-        for _ in range(times):
-            results = self.copy(step)
-            both = [Command(step, results), Command(step, results)]
-            row.injected += 1
-            self.finish(row, results, sorted(both, key=lambda one: -one.end()), again=False)
-        return row
-
-    def cut_checkpoint(self, step: str) -> Row:
-        """Killed, and the newest checkpoint cut short: the one before it takes its place."""
-        row, results = Row(step, "newest checkpoint cut short", injected=1), self.copy(step)
-        command, stage = Command(step, results), step.removeprefix("train-")
-        paths = lambda: sorted((results / "run" / "checkpoints").glob(f"{stage}-*[0-9].safetensors"))
-        command.wait_until(lambda: len(paths()) >= 2)
-        command.signal(signal.SIGKILL)
+        if not calls:
+            return []
+        call, n = calls[int(where * len(calls))]
+        what = f"error={error}" if error else "signal=KILL"
+        command = Command(step, results, ["-e", f"inject={call}:{what}:when={n}"])
         command.end()
-        os.truncate(paths()[-1], 1_000)
-        self.finish(row, results, [command])
-        return row
+        if fault == POWER:
+            lose_power(command.trace, results.parent, self.home / "before" / step)
+        return [command]
 
+    def twice(self, step: str, fault: str, where: float, results: Path) -> list[Command]:
+        """Two identical commands: one does it, the other says so or finds it done; the former is the last."""
+        return sorted([Command(step, results), Command(step, results)], key=lambda one: -one.end())
 
-def faults(harness: Harness, quick: bool, with_strace: bool) -> Iterator[tuple[str, Callable[..., Row], tuple]]:
-    """Everything that is injected: the fault's name, the method that does it, and its arguments."""
-    at_calls = {"killed at a system call": 16, "power loss": 8} | dict.fromkeys(ERRORS, 4) if with_strace else {}
-    for step in COMMANDS:
-        for number, times in ((signal.SIGKILL, 5), (signal.SIGTERM, 2), (signal.SIGHUP, 1)):
-            yield number.name, harness.signals, (step, number, 1 if quick else times)
-        yield "two at once", harness.twice_at_once, (step, 1 if quick else 4)
-        for fault, times in at_calls.items():
-            yield fault.replace(":", " fails: "), harness.at_calls, (step, fault, 1 if quick else times)
-    for step in ("train-vqgan", "train-transformer"):
-        yield "newest checkpoint cut short", harness.cut_checkpoint, (step,)
+    def cut_checkpoint(self, step: str, fault: str, where: float, results: Path) -> list[Command]:
+        """Killed, and the newest checkpoint cut short: the one before it takes its place."""
+        command, pattern = Command(step, results), f"{step.removeprefix('train-')}-*[0-9].safetensors"
+        checkpoints = lambda: sorted((results / "run" / "checkpoints").glob(pattern))
+        if not command.wait_until(lambda: len(checkpoints()) >= 2):
+            return []
+        command.kill(signal.SIGKILL)
+        command.end()
+        os.truncate(checkpoints()[-1], 1_000)
+        return [command]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="each fault once, few kinds of errors")
+    parser.add_argument("--quick", action="store_true", help="each fault once")
     parser.add_argument("--only", default="", help="steps and faults with these words in them alone")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "results" / "chaos" / "table.json")
     chosen = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "CLIPGEN_PROGRESS": "1"}
     sys.path.insert(0, str(ROOT))
     for package in PACKAGES:
         importlib.import_module(package)
     rows = json.loads(chosen.output.read_text()) if chosen.output.is_file() else []
-    rows = [row for row in rows if row.keys() == {field.name for field in fields(Row)}]
     if not (with_strace := shutil.which("strace") is not None):
         print("strace is not installed: no system call is harmed")
+    faults = SIGNALS | {TWICE: 4} | (AT_CALLS if with_strace else {})
+    jobs = [(step, fault, 1 if chosen.quick else times) for step in STEPS for fault, times in faults.items()]
+    jobs += [(step, CUT, 1) for step in ("train-vqgan", "train-transformer")]
+    there, failed = {(row["step"], row["fault"]) for row in rows}, False
     home = Path(tempfile.mkdtemp(prefix="clipgen-chaos-"))
     try:
         harness = Harness(home)
         harness.make_undisturbed(with_strace)
         with ProcessPoolExecutor(os.cpu_count(), FORK) as pool:
-            there = {(row["step"], row["fault"]) for row in rows}
-            todo = {
-                (given[0], name): (call, *given) for name, call, given in faults(harness, chosen.quick, with_strace)
-            }
-            todo = [job for key, job in todo.items() if key not in there and chosen.only in " ".join(key)]
-            for done in [pool.submit(*job) for job in todo]:
-                rows.append(asdict(done.result()))
+            todo = [job for job in jobs if job[:2] not in there and chosen.only in " ".join(job[:2])]
+            for done in as_completed([pool.submit(harness.row, *job) for job in todo]):
+                if error := done.exception():  # its row is tried again by the next call
+                    failed = True
+                    print(f"no row: {error!r}", file=sys.stderr, flush=True)
+                    continue
+                rows.append(done.result())
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+                rows.sort(key=lambda row: list(STEPS).index(row["step"]))
                 chosen.output.parent.mkdir(parents=True, exist_ok=True)
                 chosen.output.write_text(json.dumps(rows, indent=2) + "\n")
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    total = {key: sum(row[key] for row in rows) for key in list(rows[0])[2:] if key != "lost_steps"}
+    total = {key: sum(row[key] for row in rows) for key in COUNTS if key != "lost_steps"}
     print(", ".join(f"{value} {key}" for key, value in total.items()))
     bad = total["corrupted"] + total["tracebacks"] + total["hangs"] + total["left"]
-    sys.exit(bad > 0 or total["survived"] < total["injected"])
+    sys.exit(failed or bad > 0 or total["survived"] < total["injected"])
 
 
 if __name__ == "__main__":

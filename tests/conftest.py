@@ -1,14 +1,18 @@
 """Small worlds and models, made once; everything on the CPU."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 os.environ["CLIPGEN_PROGRESS"] = "0"
 
@@ -158,3 +162,60 @@ def smoke_run(clipgen, tmp_path_factory):
     done = clipgen("run", "--preset", "smoke", "--run", "smoke", results=results)
     assert done.returncode == 0, done.stderr[-3000:]
     return results / "smoke"
+
+
+def saved(image, kind, **options):
+    """The bytes of a file of one image."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+class Faulty:
+    """A store that calls `fault(n)` with the n-th batch, from 0; where that returns True the embeddings are NaN."""
+
+    def __init__(self, store, fault):
+        self.store, self.fault, self.count = store, fault, -1
+        self.meta, self.tokens, self.mean_embed = store.meta, store.tokens, store.mean_embed
+
+    def __len__(self):
+        return len(self.store)
+
+    def embeds(self, rows):
+        self.count += 1
+        return self.store.embeds(rows) * (float("nan") if self.fault(self.count) else 1.0)
+
+
+@pytest.fixture
+def two_classes(tmp_path):
+    """Dark and bright noise in class folders, eight images each in train and val."""
+    for split in ("train", "val"):
+        for name, level in (("dark", 40), ("bright", 215)):
+            (tmp_path / "classes" / split / name).mkdir(parents=True)
+            for i in range(8):
+                noise = np.random.default_rng([i, level, split == "val"]).integers(-30, 31, (64, 64, 3))
+                image = Image.fromarray((level + noise).astype(np.uint8))
+                image.save(tmp_path / "classes" / split / name / f"{i}.png")
+    return tmp_path / "classes"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder for runs in place of the project's results/; it is not there yet."""
+    monkeypatch.setattr("clipgen_lib.runtime.runs.RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def class_folders(world, tmp_path):
+    """`class_folders({"train/dog": 4, ...})`: a folder of such folders, each with so many images of the world."""
+
+    def make(sizes):
+        paths = iter(sorted((world / "train").glob("*.png")))
+        for name, size in sizes.items():
+            (tmp_path / "classes" / name).mkdir(parents=True)
+            for path in islice(paths, size):
+                shutil.copy(path, tmp_path / "classes" / name)
+        return tmp_path / "classes"
+
+    return make

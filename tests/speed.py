@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -56,29 +57,38 @@ def timed(action: Callable[..., object], *arguments: object, factor: float = 1.0
     return lambda seconds: [factor * x for x in timer.blocked_autorange(min_run_time=seconds).times]
 
 
-@dataclass(frozen=True)
-class ClockedRun(Run):
-    """A run whose log notes the time after each step instead of writing it down, and ends the training after a while."""
-
-    least: float = 1.0  # seconds
-    times: list[float] = field(default_factory=list)
-
-    def log(self, stage: str, step: int, **scalars: float) -> None:
-        self.times.append(time.perf_counter())
-        if len(self.times) > 4 and self.times[-1] - self.times[2] > self.least:
-            raise TimeoutError
-
-
 def training(train: Callable[..., object], device: str, **arguments: object) -> Way:
     """A training as it is (data, clipping, optimiser, EMA, log) as a way; a call is a step, the first three do not count."""
 
     def way(seconds: float) -> list[float]:
+        times: list[float] = []
+
+        class ClockedRun(Run):
+            """Notes the time after each step instead of writing it down, and ends the training after a while."""
+
+            def log(self, stage: str, step: int, **scalars: float) -> None:
+                times.append(time.perf_counter())
+                if len(times) > 4 and times[-1] - times[2] > seconds:
+                    raise TimeoutError
+
         with tempfile.TemporaryDirectory() as place, suppress(TimeoutError):
-            run = ClockedRun(Path(place), device=device, least=seconds)
-            train(run, **arguments)
-        return np.diff(run.times[2:]).tolist()
+            train(ClockedRun(Path(place), device=device), **arguments)
+        return np.diff(times[2:]).tolist()
 
     return way
+
+
+@contextmanager
+def photos(n: int, width: int = 64, height: int = 64) -> Iterator[Path]:
+    """A folder of n JPEG files of smooth random colours, of which 16 differ, in a temporary folder."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (16, height // 8, width // 8, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "images"
+        folder.mkdir()
+        for i in range(n):
+            Image.fromarray(small[i % 16]).resize((width, height), Image.BICUBIC).save(folder / f"{i:06d}.jpg")
+        yield folder
 
 
 class Table:
@@ -180,9 +190,8 @@ def transformer(table: Table) -> None:
     preset = endless(Preset(transformer=MODEL, vqgan=codes), 4, table.precision)
     preset = replace(preset, transformer_train=replace(preset.transformer_train, embedding_weight=0.0))
     vqgan = VQGAN(codes).to(table.device).eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as place:
-        images = open_images(photos(Path(place) / "images", 64, 64, 64), "train", 64)
-        store = extract(images, vqgan, clip, Path(place) / "store")
+    with photos(64) as folder:
+        store = extract(open_images(folder, "train", 64), vqgan, clip, folder.with_name("store"))
         inputs = {"store": store, "val_store": store, "preset": preset, "frozen": Frozen(vqgan, clip)}
         ours = training(train_transformer, table.device, **inputs)
         table.compare("transformer", f"batch 4, {table.dtypes[-1]}", ours, {GPT2: gpt2_training(4, table)})
@@ -212,14 +221,12 @@ def vqgan(table: Table) -> None:
     clip = ClipEmbedder.load("shapes", device=table.device)
     for name, batch in (("laptop", 16), ("gpu64", 3)):
         preset = endless(load_preset(name), batch, table.precision)
-        with tempfile.TemporaryDirectory() as place:
-            images = open_images(photos(Path(place) / "images", 64, 64, 64), "train", 64)
+        with photos(64) as folder:
+            images = open_images(folder, "train", 64)
             inputs = {"images": images, "val_images": images, "preset": preset, "clip": clip}
+            peers = {"bare forward and backward passes": bare_passes(preset, clip, table)}
             ours = training(stage1.train_vqgan, table.device, **inputs)
-            peer = bare_passes(preset, clip, table)
-            table.compare(
-                "vqgan", f"{name}, batch {batch}, {table.dtypes[-1]}", ours, {"bare forward and backward passes": peer}
-            )
+            table.compare("vqgan", f"{name}, batch {batch}, {table.dtypes[-1]}", ours, peers)
 
 
 def bare_passes(preset: Preset, clip: ClipEmbedder, table: Table) -> Way:
@@ -248,33 +255,22 @@ def bare_passes(preset: Preset, clip: ClipEmbedder, table: Table) -> Way:
     return timed(step)
 
 
-def photos(folder: Path, n: int, width: int, height: int) -> Path:
-    """A folder of n JPEG files of smooth random colours, of which 16 differ."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (16, height // 8, width // 8, 3), dtype=np.uint8)
-    for i in range(n):
-        Image.fromarray(small[i % 16]).resize((width, height), Image.BICUBIC).save(folder / f"{i:06d}.jpg")
-    return folder
-
-
 def extraction(table: Table) -> None:
     """Files to a token store beside both encoders alone on the same images in memory."""
-    extraction_row(table, "laptop", 1_024, 64, (64, 64))
-    extraction_row(table, "laptop", 256, 64, (640, 480))
-    extraction_row(table, "gpu64", 48, 4, (64, 64))
+    extraction_row(table, "laptop", 1_024, 64)
+    extraction_row(table, "laptop", 256, 64, 640, 480)
+    extraction_row(table, "gpu64", 48, 4)
 
 
-def extraction_row(table: Table, preset: str, n: int, batch: int, size: tuple[int, int]) -> None:
+def extraction_row(table: Table, preset: str, n: int, batch: int, width: int = 64, height: int = 64) -> None:
     vqgan = VQGAN(load_preset(preset).vqgan).to(table.device).eval().requires_grad_(False)
-    clip, numbers = ClipEmbedder.load("shapes", device=table.device), iter(range(ENDLESS))
-    with tempfile.TemporaryDirectory() as place:
-        folder = photos(Path(place) / "images", n, *size)
+    clip, numbers = ClipEmbedder.load("shapes", device=table.device), count()
+    with photos(n, width, height) as folder:
         images = open_images(folder)
         batches = [to_float(x).to(table.device) for _, x in ordered_batches(images, range(len(images)), batch)]
-        ours = timed(lambda: extract(open_images(folder), vqgan, clip, Path(place) / str(next(numbers))))
+        ours = timed(lambda: extract(open_images(folder), vqgan, clip, folder.with_name(f"store{next(numbers)}")))
         bare = timed(lambda: [(vqgan.encode(x), clip.images(x)) for x in batches])
-        table.compare("extraction", f"{preset}, {len(images)} JPEGs of {size[0]}x{size[1]}", ours, {ENCODERS: bare})
+        table.compare("extraction", f"{preset}, {len(images)} JPEGs of {width}x{height}", ours, {ENCODERS: bare})
 
 
 def frechet(table: Table) -> None:
@@ -285,26 +281,21 @@ def frechet(table: Table) -> None:
     rng, scale = np.random.default_rng(0), np.linspace(0.1, 2, dim)
     sets = [rng.normal(size=(2 * dim, dim)) * scale for _ in range(2)]
     moments = [part for x in sets for part in (x.mean(0), np.cov(x, rowvar=False))]
-    values = {}
-    ours = timed(lambda: values.update(ours=frechet_distance(*moments)))
-    peer = timed(lambda: values.update(peer=calculate_frechet_distance(*moments)))
+    ours, peer = timed(frechet_distance, *moments), timed(calculate_frechet_distance, *moments)
     table.compare("frechet", f"{dim:,} dimensions", ours, {"pytorch-fid": peer}, rounds=1)
-    if (difference := abs(values["ours"] / values["peer"] - 1)) > 1e-6:
+    if (difference := abs(frechet_distance(*moments) / calculate_frechet_distance(*moments) - 1)) > 1e-6:
         raise SystemExit(f"the Frechet distances differ by {difference:.2g} of their value")
 
 
 def start(table: Table) -> None:
     """Whole processes, from their start to their end."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    run = partial(subprocess.run, capture_output=True, check=True)
+    python = lambda *words: timed(partial(subprocess.run, capture_output=True, check=True), [sys.executable, *words])
+    nothing, networks = {"python -c pass": python("-c", "pass")}, "import torch, torchvision, open_clip"
     code = 'from clipgen_lib import TextToImage; TextToImage.from_pretrained("shapes")("a small red star")'
-    python, networks = [sys.executable, "-c", "pass"], [sys.executable, "-c", "import torch, torchvision, open_clip"]
-    for name, ours, peer, command in (
-        ("import clipgen_lib", [sys.executable, "-c", "import clipgen_lib"], "python -c pass", python),
-        ("clipgen --help", [sys.executable, "-m", "clipgen_lib", "--help"], "python -c pass", python),
-        ("first image", [sys.executable, "-c", code], "import torch, torchvision, open_clip", networks),
-    ):
-        table.compare("start", name, timed(run, ours), {peer: timed(run, command)})
+    table.compare("start", "import clipgen_lib", python("-c", "import clipgen_lib"), nothing)
+    table.compare("start", "clipgen --help", python("-m", "clipgen_lib", "--help"), nothing)
+    table.compare("start", "first image", python("-c", code), {networks: python("-c", networks)})
 
 
 SECTIONS = (sampling, transformer, vqgan, extraction, frechet, start)

@@ -1,7 +1,7 @@
 """The notebooks in a real browser: JupyterLab as README starts it and a headless Chromium, to images that are there.
 
 Needs playwright (extra `test`) and a Chromium that the system has; it is skipped, and says so, where either is not.
-CLIPGEN_BROWSER names the browser's file; CLIPGEN_SCREENSHOT a PNG file to write the page to.
+CLIPGEN_BROWSER names the browser's file.
 """
 
 import io
@@ -14,20 +14,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from clipgen_lib.runtime.runs import write_json
 from clipgen_lib.text_to_image import PRETRAINED
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-MINUTE = 60_000  # milliseconds
-PROMPT = "a large green heart"
 
 
 @pytest.fixture
@@ -36,12 +36,13 @@ def page():
     browser = os.environ.get("CLIPGEN_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("the quickstart was not tried in a browser: install chromium, or name one by CLIPGEN_BROWSER")
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="the quickstart was not tried in a browser: install playwright"
-    )
+    why = "the quickstart was not tried in a browser: install playwright"
+    sync_api = pytest.importorskip("playwright.sync_api", reason=why)
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])  # as root there is none
-        yield opened.new_page(viewport={"width": 1280, "height": 800})
+        page = opened.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(10 * 60_000)  # milliseconds
+        yield page
         opened.close()
 
 
@@ -52,46 +53,38 @@ def lab(tmp_path_factory):
     The project is a copy of its notebooks; `quickstart.ipynb` is the quickstart without its outputs.
     """
     base = tmp_path_factory.mktemp("lab")
-    project, settings, notebook = base / "project", base / "settings/@jupyterlab", nbformat.read(NOTEBOOKS[0], 4)
+    project, settings = base / "project", base / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab"
     shutil.copytree(NOTEBOOKS[0].parent, project / "notebooks")
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     nbformat.write(notebook, project / "notebooks" / "quickstart.ipynb")
     write_json(settings / "notebook-extension/tracker.jupyterlab-settings", {"windowingMode": "none"})
-    news = {"fetchNews": "false", "checkForUpdates": False}
-    write_json(settings / "apputils-extension/notification.jupyterlab-settings", news)
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    write_json(settings / "apputils-extension/notification.jupyterlab-settings", quiet)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = f"--no-browser --allow-root --port={port} --ServerApp.port_retries=0 --IdentityProvider.token=quickstart"
     command = [Path(sys.executable).with_name("jupyter"), "lab", "notebooks", "--ip=127.0.0.1", *options.split()]
-    folders = {
-        "JUPYTER_CONFIG_DIR": "config",
-        "JUPYTER_RUNTIME_DIR": "runtime",
-        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-        "JUPYTERLAB_SETTINGS_DIR": "settings",
-        "CLIPGEN_RESULTS": "results",
-    }
-    environment = os.environ | {key: str(base / folder) for key, folder in folders.items()}
+    places = "JUPYTER_CONFIG_DIR JUPYTER_RUNTIME_DIR JUPYTERLAB_WORKSPACES_DIR JUPYTERLAB_SETTINGS_DIR CLIPGEN_RESULTS"
+    environment = os.environ | {place: str(base / place) for place in places.split()}
     with open(base / "server.log", "w") as log:
         server = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(f"http://127.0.0.1:{port}/api", server, base / "server.log")
+        for _ in range(600):  # half seconds
+            assert server.poll() is None, (base / "server.log").read_text()
+            with suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5)
+                break
+            time.sleep(0.5)
+        else:
+            pytest.fail(f"JupyterLab did not start: {(base / 'server.log').read_text()}")
         yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?reset&token=quickstart"
     finally:
         server.terminate()  # and with it its kernels
         server.wait(timeout=30)
-
-
-def wait_for(address, server, log, seconds=300):
-    for _ in range(2 * seconds):
-        assert server.poll() is None, log.read_text()
-        try:
-            return urllib.request.urlopen(address, timeout=5)
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.5)
-    raise AssertionError(f"JupyterLab did not start: {log.read_text()}")
 
 
 FIRST_IMAGE = ".jp-OutputArea-output img.widget-image"
@@ -108,14 +101,11 @@ def test_every_image_of_a_saved_notebook_is_there(page, lab, path):
     cells = nbformat.read(path, as_version=4).cells
     saved = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
     page.goto(lab(path.name))
-    page.wait_for_function(
-        "([cells, texts]) => document.querySelectorAll('.jp-Notebook .jp-Cell').length === cells"
-        " && document.querySelectorAll('.jp-MarkdownOutput').length === texts",
-        arg=[len(cells), sum(cell.cell_type == "markdown" for cell in cells)],
-        timeout=5 * MINUTE,
-    )
+    texts = sum(cell.cell_type == "markdown" for cell in cells)
+    for selector, number in ((".jp-Notebook .jp-Cell", len(cells)), (".jp-MarkdownOutput", texts)):
+        page.wait_for_function(f"document.querySelectorAll('{selector}').length === {number}")
     images = "[...document.querySelectorAll('.jp-Notebook img')]"
-    page.wait_for_function(f"{images}.length >= {saved} && {images}.every(image => image.complete)", timeout=5 * MINUTE)
+    page.wait_for_function(f"{images}.length >= {saved} && {images}.every(image => image.complete)")
     widths = page.evaluate(f"{images}.map(image => [image.naturalWidth, image.getAttribute('src').slice(0, 60)])")
     assert len(widths) == saved and all(width > 0 for width, _ in widths), widths
 
@@ -124,11 +114,11 @@ def test_a_prompt_typed_in_a_browser_gives_a_new_image(page, lab):
     if not (PRETRAINED["shapes"] / "model.safetensors").is_file():
         pytest.skip("the quickstart was not tried in a browser: data/shapes_generator holds no weights")
     page.goto(lab("quickstart.ipynb"))
-    page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=5 * MINUTE)  # without a kernel JupyterLab runs nothing
+    page.get_by_text(re.compile(r"\| Idle$")).wait_for()  # without a kernel JupyterLab runs nothing
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent)"
-    page.wait_for_function(f"{prompts}.every(text => /\\d/.test(text))", timeout=10 * MINUTE)
+    page.wait_for_function(f"{prompts}.every(text => /\\d/.test(text))")
     assert page.locator("[data-mime-type$='stderr'], [data-mime-type$='error']").count() == 0
 
     page.keyboard.press("Control+b")  # the notebook alone, without the list of files
@@ -141,18 +131,14 @@ def test_a_prompt_typed_in_a_browser_gives_a_new_image(page, lab):
         new MutationObserver(() => window.seen.push(image.src)).observe(image, {attributeFilter: ['src']}); }""",
         FIRST_IMAGE,
     )
-    field.fill(PROMPT)
+    field.fill("a large green heart")
     field.press("Enter")
-    page.wait_for_function(
-        "([s, old]) => document.querySelector(s).src !== old", arg=[FIRST_IMAGE, source], timeout=5 * MINUTE
-    )
-    page.locator("button:not([disabled])", has_text="Generate").wait_for(timeout=5 * MINUTE)
-    page.get_by_text(re.compile(r"^CLIP -?0\.\d\d$")).nth(7).wait_for(timeout=5 * MINUTE)
+    page.wait_for_function(f"document.querySelector('{FIRST_IMAGE}').src !== '{source}'")
+    page.locator("button:not([disabled])", has_text="Generate").wait_for()
+    page.get_by_text(re.compile(r"^CLIP -?0\.\d\d$")).nth(7).wait_for()
     after = first_image(page)
     assert after.shape == before.shape and np.abs(after.astype(int) - before).mean() > 1 and after.std() > 5
     assert page.evaluate("new Set(window.seen).size") > 3, "images appear while they are generated"
-    if target := os.environ.get("CLIPGEN_SCREENSHOT"):
-        page.screenshot(path=target)
 
     def fill(label, value):
         page.get_by_label(label, exact=True).fill(value)
@@ -160,12 +146,12 @@ def test_a_prompt_typed_in_a_browser_gives_a_new_image(page, lab):
 
     fill("temperature", "0")
     button.click()
-    page.get_by_text("temperature is 0.0: use a value above 0").wait_for(timeout=5 * MINUTE)
+    page.get_by_text("temperature is 0.0: use a value above 0").wait_for()
     assert np.array_equal(first_image(page), after)
 
     fill("temperature", "1"), fill("images", "64"), fill("rerank", "64")
     button.click()
-    page.locator(FIRST_IMAGE).nth(63).wait_for(timeout=5 * MINUTE)
+    page.locator(FIRST_IMAGE).nth(63).wait_for()
     page.get_by_role("button", name="Stop", exact=True).click()
-    page.get_by_text("stopped: the images before are back").wait_for(timeout=5 * MINUTE)
+    page.get_by_text("stopped: the images before are back").wait_for()
     assert page.locator(FIRST_IMAGE).count() == 8 and np.array_equal(first_image(page), after)

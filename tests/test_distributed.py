@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, Faulty
 
 from clipgen_lib import cli
 from clipgen_lib.clip_embed import ClipEmbedder
@@ -27,49 +27,29 @@ from clipgen_lib.train_vqgan import train_vqgan
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
 
-ROOT = Path(__file__).parents[1]
-
-
-class Dying:
-    """A store in the second process of a launch of which nothing is left after some batches."""
-
-    def __init__(self, store, batches):
-        self.store, self.batches = store, batches
-        self.meta, self.embeds, self.mean_embed = store.meta, store.embeds, store.mean_embed
-
-    def __len__(self):
-        return len(self.store)
-
-    def tokens(self, rows):
-        self.batches -= 1
-        if self.batches < 0 and distributed.rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.store.tokens(rows)
-
 
 @pytest.fixture
 def stages(images, preset, vqgan, clip, store, tmp_path):
     """Both trainings as functions of a run's name; float32, everything that is random or reduced between processes switched on."""
     few = {"steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "precision": "no"}
+    random = {"flip": True, "random_crop": True, "adversarial_ramp": (0.0, 0.1), "adversarial_weight": 1.0}
     preset = replace(
         preset,
         vqgan=replace(preset.vqgan, l2_norm=False, codebook_update="ema", restart_after=2),
-        vqgan_train=replace(
-            preset.vqgan_train, **few, flip=True, random_crop=True, adversarial_ramp=(0.0, 0.1), adversarial_weight=1.0
-        ),
+        vqgan_train=replace(preset.vqgan_train, **few, **random),
         transformer_train=replace(preset.transformer_train, **few, embedding_share=0.25, noise_cos=0.5, accumulate=2),
     )
 
     def run(name):
         return replace(open_run(name, tmp_path), seed=1)
 
-    def stage_one(name):
-        train_vqgan(run(name), (images, images), preset, clip)
+    def train_stage_two(name, own=store):
+        train_transformer(run(name), (own, store), preset, Frozen(vqgan, clip))
 
-    def stage_two(name, own=None):
-        train_transformer(run(name), (own or store, store), preset, Frozen(vqgan, clip))
-
-    return {"vqgan": stage_one, "transformer": stage_two, "store": store}
+    return {
+        "vqgan": lambda name: train_vqgan(run(name), (images, images), preset, clip),
+        "transformer": train_stage_two,
+    }
 
 
 @pytest.mark.parametrize("stage", ["vqgan", "transformer"])
@@ -87,10 +67,14 @@ def test_two_processes_have_the_losses_of_one(stages, stage, tmp_path):
     assert open_run("two", tmp_path).metrics(f"{stage}_val")[-1]["step"] == 6
 
 
-def test_a_killed_process_ends_all_and_another_number_of_them_resumes(stages, tmp_path):
+def test_a_killed_process_ends_all_and_another_number_of_them_resumes(stages, store, tmp_path):
+    def kill(batch):
+        if batch == 3 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     stages["transformer"]("whole")
     with pytest.raises(ClipgenError, match="one of 2 processes failed: .*(SIGKILL|has ended)"):
-        distributed.launch(stages["transformer"], "parts", Dying(stages["store"], 3), processes=2)
+        distributed.launch(stages["transformer"], "parts", Faulty(store, kill), processes=2)
     folder = tmp_path / "parts" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["transformer-00000002.safetensors"]
     stages["transformer"]("parts")
@@ -108,19 +92,17 @@ def test_launches_that_cannot_be_are_one_sentence(monkeypatch):
 
 
 def test_one_process_needs_no_launch():
-    x = torch.arange(3.0)
+    x, layer = torch.arange(3.0), torch.nn.Linear(1, 1)
     assert distributed.all_reduce_sum(x) is x and distributed.all_reduce_mean(x) is x
-    assert distributed.broadcast("a") == "a"
-    assert distributed.training_device("cpu") == torch.device("cpu")
-    (module,) = distributed.data_parallel(layer := torch.nn.Linear(1, 1))
-    assert module is layer
-    assert list(distributed.microbatches([1, 2, 3], module)) == [1, 2, 3]
+    assert distributed.broadcast("a") == "a" and distributed.training_device("cpu") == torch.device("cpu")
+    (module,) = distributed.data_parallel(layer)
+    assert module is layer and list(distributed.microbatches([1, 2, 3], module)) == [1, 2, 3]
 
 
 # ---------------------------------------------------------------------------------------------- commands
 
 
-def a_run(results, data):
+def make_run(results):
     """A run of preset smoke with untrained weights, whose logits are far from even."""
     preset, clip = load_preset("smoke"), ClipEmbedder.load("shapes")
     folder = open_run("run", results).path
@@ -131,14 +113,6 @@ def a_run(results, data):
     save_weights(folder / "vqgan", vqgan)
     trained_with = {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}
     save_weights(folder / "transformer", transformer, trained_with=trained_with)
-
-
-def commands(data, results):
-    """What is asked of the command line."""
-    options = ["--run", "run", "--preset", "smoke", "--data", str(data), "--device", "cpu"]
-    yield ["extract", *options]
-    yield ["evaluate", *options]
-    yield ["generate", "a red circle", "--run", "run", "-n", "5", "--device", "cpu", "-o", f"{results}/out.png"]
 
 
 def launched(processes, data, results):
@@ -169,7 +143,7 @@ def test_every_command_does_in_two_processes_what_it_does_in_one(world, tmp_path
         (data / split / images.paths[5].name).write_bytes(b"broken")
     for processes in (1, 2):
         results = tmp_path / str(processes)
-        a_run(results, data)
+        make_run(results)
         said.append(launched(processes, data, results))
         paths = sorted(path for path in results.rglob("*") if path.is_file())
         files.append({path.relative_to(results).as_posix(): path.read_bytes() for path in paths})
@@ -185,17 +159,19 @@ def test_every_command_does_in_two_processes_what_it_does_in_one(world, tmp_path
 
 
 @pytest.mark.slow
-def test_notebooks_share_the_work_by_one_parameter(tmp_path):
+def test_notebooks_share_the_work_by_one_parameter(clipgen, tmp_path):
     """01 to 03 in kernels of their own, each of which forks two processes."""
-    command = [sys.executable, "-m", "clipgen_lib", "run", "--preset", "smoke", "--run", "two", "-p", "PROCESSES=2"]
-    for name in ("01", "02", "03"):
-        command += ["--notebook", name]
-    subprocess.run(command, env={**os.environ, "CLIPGEN_RESULTS": str(tmp_path)}, check=True)
+    notebooks = [word for name in ("01", "02", "03") for word in ("--notebook", name)]
+    done = clipgen("run", "--preset", "smoke", "--run", "two", "-p", "PROCESSES=2", *notebooks, results=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     summary = open_run("two", tmp_path).summary()
     assert {"vqgan", "transformer"} <= summary.keys() and (tmp_path / "two" / "figures" / "previews.png").exists()
 
 
 if __name__ == "__main__":  # in the processes of a launch
     distributed.join("cpu")
-    for command in commands(*sys.argv[1:]):
+    data, results = sys.argv[1:]
+    options = ["--run", "run", "--preset", "smoke", "--data", data, "--device", "cpu"]
+    generate = ["generate", "a red circle", "--run", "run", "-n", "5", "--device", "cpu", "-o", f"{results}/out.png"]
+    for command in (["extract", *options], ["evaluate", *options], generate):
         cli.main(command, standalone_mode=False)

@@ -29,7 +29,7 @@ from clipgen_lib.evaluate import (
 )
 from clipgen_lib.metrics import oracle
 from clipgen_lib.metrics.captions import caption_facts, caption_list, read_captions, texts_of
-from clipgen_lib.metrics.distances import frechet_distance
+from clipgen_lib.metrics.distances import frechet_distance, reconstruction_scores
 from clipgen_lib.metrics.features import FeatureNetwork, feature_network
 from clipgen_lib.metrics.report import score_table, table
 from clipgen_lib.metrics.statistics import set_scores, set_statistics
@@ -50,15 +50,15 @@ def stand_ins(protocol, clip):
 class Scenes(torch.nn.Module):
     """A perfect generator: the scene of a text, and where embeddings come in the scene of a seed. It notes its batches."""
 
-    def __init__(self, clip, vqgan, seeds=20):
+    def __init__(self, clip, vqgan):
         super().__init__()
         self.vqgan, self.settings = vqgan, SampleConfig(batch_size=4)
-        self.clip, self.device, self.calls, self.n = clip, torch.device("cpu"), [], seeds
+        self.clip, self.device, self.calls = clip, torch.device("cpu"), []
 
     def generate_each(self, prompts, seeds, **settings):
         self.calls.append(list(seeds))
-        one = oracle.prompts("one", self.n, 0)
-        known = {p.text: p for kind in ("one", "two", "held_out") for p in oracle.prompts(kind, self.n, 0)}
+        one = oracle.prompts("one", 20, 0)
+        known = {p.text: p for kind in ("one", "two", "held_out") for p in oracle.prompts(kind, 20, 0)}
         asked = [one[s] for s in seeds] if isinstance(prompts, torch.Tensor) else [known[text] for text in prompts]
         return from_arrays(np.stack([shapes.render(p.scene) for p in asked]))
 
@@ -69,9 +69,6 @@ def contents(folder):
 
 def tensor_of(images):
     return torch.cat([to_float(batch) for _, batch in ordered_batches(images, range(len(images)), 20)])
-
-
-# ---------------------------------------------------------------------------------------------- generate
 
 
 def test_a_file_that_exists_is_not_generated_again(clip, vqgan, tmp_path):
@@ -96,10 +93,10 @@ def test_images_of_other_facts_are_not_taken_for_these(generator, tmp_path):
         assert contents(folder)["00000.png"] != before["00000.png"]
     generate_images(generator, texts[:1], folder)
     assert sorted(contents(folder)) == ["00000.png", "captions.txt", "generated.json"]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "photo.jpg").write_bytes(b"")
+    (folder / "generated.json").unlink()  # without it an image is anybody's
     with pytest.raises(ClipgenError, match="were not generated here: give a new or empty folder"):
-        generate_images(generator, texts, tmp_path / "mine")
+        generate_images(generator, texts, folder)
+    assert sorted(contents(folder)) == ["00000.png", "captions.txt"]
 
 
 def test_the_files_are_the_images(generator, tmp_path):
@@ -107,16 +104,10 @@ def test_the_files_are_the_images(generator, tmp_path):
     paths = generate_images(generator, texts, tmp_path / "g", seed=7)
     wanted = to_arrays(generator.generate_each(texts, [7, 8, 9]))
     assert all(np.array_equal(np.asarray(Image.open(path)), a) for path, a in zip(paths, wanted, strict=True))
-
-    class Broken(Scenes):
-        def generate_each(self, prompts, seeds, **settings):
-            return super().generate_each(prompts, seeds) * torch.nan
-
+    broken = Scenes(generator.clip, generator.vqgan)
+    broken.generate_each = lambda prompts, seeds: torch.full((len(seeds), 3, 64, 64), torch.nan)
     with pytest.raises(ClipgenError, match="NaN or infinite pixels"):
-        generate_images(Broken(generator.clip, generator.vqgan), [oracle.prompts("one", 1, 0)[0].text], tmp_path / "n")
-
-
-# ---------------------------------------------------------------------------------------------- a run
+        generate_images(broken, texts, tmp_path / "n")
 
 
 def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
@@ -150,49 +141,36 @@ def test_missing_weights_leave_the_rest(generator, world, clip, preset, tmp_path
     assert "missing: protocol 'dmgan'" in table({"run": "x", "evaluation": numbers})
 
 
-class Colours(torch.nn.Module):
+class Colours(torch.nn.Linear):
     """A classifier of class folders `dark` and `bright` that needs no training."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def read(self, images):
         return ["bright" if x.mean() > 0 else "dark" for x in images]
 
 
 def test_classes_and_images_without_captions(clip, vqgan, tmp_path):
+    data, plain = tmp_path / "data", tmp_path / "plain"
+    (plain / "train").mkdir(parents=True)
     for name, level in (("dark", 40), ("bright", 215)):
-        (tmp_path / "data" / "val" / name).mkdir(parents=True)
-        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        (data / "val" / name).mkdir(parents=True)
         for i in range(6):
             noise = np.random.default_rng([i, level]).integers(-30, 31, (64, 64, 3))
-            Image.fromarray((level + noise).astype(np.uint8)).save(tmp_path / "data" / "val" / name / f"{i}.png")
-            shutil.copy(tmp_path / "data" / "val" / name / f"{i}.png", tmp_path / "data" / "train" / name)
-
-    class Dark(Scenes):
-        def generate_each(self, prompts, seeds, **settings):
-            return torch.full((len(seeds), 3, 64, 64), -0.7) + torch.tensor(seeds).view(-1, 1, 1, 1) / 500
-
+            Image.fromarray((level + noise).astype(np.uint8)).save(data / "val" / name / f"{i}.png")
+            shutil.copy(data / "val" / name / f"{i}.png", plain / "train" / f"{name}{i}.png")
+    shutil.copytree(data / "val", data / "train")
+    shutil.copytree(plain / "train", plain / "val")  # without class folders there is neither class nor caption
+    (plain / "val" / "bright0.png").write_bytes(b"broken")
+    dark, judges = Scenes(clip, vqgan), Evaluators(clip, Colours(1, 1))
+    shade = lambda seeds: torch.tensor(seeds).view(-1, 1, 1, 1) / 500 - 0.7
+    dark.generate_each = lambda prompts, seeds: shade(seeds).expand(-1, 3, 64, 64)
     config = EvaluateConfig(n=12, blur=(0,), protocol="clip")
-    evaluators = Evaluators(clip, Colours())
-    images = open_images(tmp_path / "data", "val")
-    numbers, _ = evaluate_generator(Dark(clip, vqgan), images, evaluators, config, tmp_path / "g")
+    numbers, _ = evaluate_generator(dark, open_images(data, "val"), judges, config, tmp_path / "g")
     assert numbers["classes"]["accuracy"] == 0.5 and numbers["classes"]["real"] == 1.0 and numbers["classes"]["n"] == 12
     assert numbers["condition"] == "captions" and "class accuracy" in score_table(numbers)
-    for path in (tmp_path / "data").rglob("*.png"):  # without class folders there is neither class nor caption
-        path.rename(path.parent.parent / f"{path.parent.name}{path.name}")
-    for folder in [path for path in (tmp_path / "data").glob("*/*") if path.is_dir()]:
-        folder.rmdir()
-    (tmp_path / "data" / "val" / "bright0.png").write_bytes(b"broken")
-    images = open_images(tmp_path / "data", "val")
-    numbers, shown = evaluate_generator(Dark(clip, vqgan), images, evaluators, config, tmp_path / "h")
+    numbers, shown = evaluate_generator(dark, open_images(plain, "val"), judges, config, tmp_path / "h")
     assert "caps" not in numbers and "classes" not in numbers and "no captions" in numbers["condition"]
     assert numbers["n"] == numbers["n_reference"] == 11 and shown["captions"] == "" and len(shown["prompts"]) == 11
     assert any("bright0.png" in w for w in numbers["warnings"])
-
-
-# ---------------------------------------------------------------------------------------------- the oracle
 
 
 def test_the_oracle_gives_a_perfect_generator_full_marks(clip, vqgan, tmp_path):
@@ -215,29 +193,25 @@ def test_reconstructions_by_hand(vqgan, world, tmp_path, monkeypatch):
     assert 0 < evaluate_vqgan(vqgan, images, lpips=stand_in)["lpips"] < 2
     assert scores["n"] == 12 and 0 < scores["codebook_usage"] <= 1
     x = tensor_of(images)
-    a, b = ((t.clamp(-1, 1) + 1) * 127.5 for t in (x, vqgan.decode(vqgan.encode(x))))
-    wanted = (20 * torch.log10(255 / (a - b.round()).pow(2).mean((1, 2, 3)).sqrt())).mean()
+    wanted = reconstruction_scores(x, vqgan.decode(vqgan.encode(x)))["psnr"].mean()
     assert scores["psnr"] == pytest.approx(wanted.item(), abs=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------- any folder
 
 
 @pytest.fixture
 def folders(world, tmp_path):
     """Two folders of 20 images each, and a caption file of the first."""
     images = open_images(world, "train")
-    for row, path in enumerate(images.paths):
-        folder = tmp_path / ("a" if row < 20 else "b")
-        folder.mkdir(exist_ok=True)
-        shutil.copy(path, folder / path.name)
+    for name, paths in (("a", images.paths[:20]), ("b", images.paths[20:])):
+        (tmp_path / name).mkdir()
+        for path in paths:
+            shutil.copy(path, tmp_path / name)
     pairs = zip(images.paths, images.captions, strict=True)
     (tmp_path / "captions.txt").write_text(caption_list((path.name, texts[0]) for path, texts in pairs))
     return tmp_path
 
 
 def score(folders, clip, reference="b", protocol="clip", size=0, captions=None):
-    images, listed = open_folder(folders / "a", size), ""
+    images = open_folder(folders / "a", size)
     texts = texts_of(images, captions) if captions else {}
     listed = caption_list((images.names[row], text) for row, text in texts.items())
     reference = open_reference(folders / reference, images.size)
@@ -250,10 +224,10 @@ def test_a_folder_scores_as_its_tensors_do(folders, clip):
     network = stand_ins("inception", clip)
     ours, theirs = (set_statistics([x], network, (0, 2)) for x in tensors)
     wanted, found = set_scores(ours, theirs), score(folders, clip, protocol="inception")
-    assert found["fid"] == pytest.approx(wanted["fid"], rel=1e-5) and found["inception_score"]["mean"] > 1
-    assert found["floor"] == pytest.approx(wanted["floor"], rel=1e-5)
-    assert found["kid"]["mean"] == pytest.approx(wanted["kid"]["mean"], rel=1e-4)
-    assert found["manifold"] == wanted["manifold"]
+    for key in ("fid", "floor"):
+        assert found[key] == pytest.approx(wanted[key], rel=1e-5)
+    assert found["kid"] == pytest.approx(wanted["kid"], rel=1e-4) and found["manifold"] == wanted["manifold"]
+    assert found["inception_score"]["mean"] > 1
     moments = [(x.mean(0), np.cov(x.T)) for x in (network(x).double().numpy() for x in tensors)]
     assert found["fid"]["0"] == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-4)
 
@@ -282,21 +256,19 @@ def test_statistics_as_reference(folders, clip):
 
 
 def test_mistakes_with_folders_are_one_sentence(folders, clip, tmp_path):
-    for n, name in enumerate(("none", "one")):
-        (tmp_path / name).mkdir()
-        for i in range(n):
-            Image.new("RGB", (64, 64)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "few").mkdir()
+    for n in (0, 1):
         with pytest.raises(ClipgenError, match=f"holds {n} images, too few"):
-            open_folder(tmp_path / name)
+            open_folder(tmp_path / "few")
+        Image.new("RGB", (64, 64)).save(tmp_path / "few" / f"{n}.png")
     Image.new("RGB", (80, 60)).save(tmp_path / "a" / "large.png")
     with pytest.raises(ClipgenError, match=r"2 different sizes \(64x64, 80x60, ...\): say by --size"):
         score(folders, clip)
     assert score(folders, clip, size=32)["card"]["resolution"] == 32
     (tmp_path / "short.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ClipgenError, match="short.npz holds no mean and covariance"):
-        score(folders, clip, reference="short.npz", size=64)
-    with pytest.raises(ClipgenError, match="nowhere"):
-        score(folders, clip, reference="nowhere", size=64)
+    for reference, sentence in (("short.npz", "short.npz holds no mean and covariance"), ("nowhere", "nowhere")):
+        with pytest.raises(ClipgenError, match=sentence):
+            score(folders, clip, reference=reference, size=64)
 
 
 def test_an_image_with_nan_pixels_is_left_out_and_named(folders, clip):
@@ -315,14 +287,15 @@ def test_captions_in_chinese_and_of_300_words(folders, clip):
     (folders / "odd.txt").write_text(caption_list(zip(names, texts, strict=False)), encoding="utf-8")
     found = score(folders, clip, captions=folders / "odd.txt")
     assert found["judged"] == 3 and np.isfinite(found["caps"]) and found["truncated_captions"] == 1
-    assert any("17 of 20 images have no caption" in w for w in found["warnings"])
-    assert any(f"1 captions are longer than CLIP's {clip.tokenizer.context_length}" in w for w in found["warnings"])
+    warnings = "\n".join(found["warnings"])
+    assert "17 of 20 images have no caption" in warnings
+    assert f"1 captions are longer than CLIP's {clip.tokenizer.context_length}" in warnings
 
 
 def test_the_command(folders, world):
     run = lambda *arguments: CliRunner().invoke(cli.main, ["evaluate", *map(str, arguments)])
-    wanted = ("--images", folders / "a", "--reference", world, "--captions", folders / "captions.txt")
-    done = run(*wanted, "-o", folders / "r.json")
+    images = ("--images", folders / "a")
+    done = run(*images, "--reference", world, "--captions", folders / "captions.txt", "-o", folders / "r.json")
     assert done.exit_code == 0, done.output
     assert "missing: protocol 'inception' needs pt_inception" in done.output and "clip-FID" in done.output
     scores = json.loads((folders / "r.json").read_text())
@@ -330,9 +303,7 @@ def test_the_command(folders, world):
     of_coco = scores["clip"]  # a COCO root has captions of its own
     assert of_coco["caps_ceiling"] > of_coco["caps_floor"] and "real with own captions" in done.output
     assert of_coco["card"]["reference"]["split"] == "val" and of_coco["n_reference"] == 12
-    assert "give --reference" in run("--images", folders / "a").output
-    assert "name it by --images" in run("--protocol", "clip").output
-    wrong = run("--images", folders / "a", "--reference", folders / "b", "--protocol", "vgg")
-    assert wrong.exit_code == 1 and "vgg" in wrong.output and "inception" in wrong.output
-    alone = run("--images", folders / "a", "--reference", folders / "b", "--protocol", "dmgan")
-    assert alone.exit_code == 1 and "needs inception_v3" in alone.output
+    assert "give --reference" in run(*images).output and "name it by --images" in run("--protocol", "clip").output
+    for protocol, sentence in (("vgg", "'vgg': it should be 'inception'"), ("dmgan", "needs inception_v3")):
+        wrong = run(*images, "--reference", folders / "b", "--protocol", protocol)
+        assert wrong.exit_code == 1 and sentence in wrong.output

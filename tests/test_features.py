@@ -22,33 +22,21 @@ def random_images(n, side=40, seed=0):
     return np.stack([np.asarray(Image.fromarray(c).resize((side, side), Image.Resampling.BICUBIC)) for c in coarse])
 
 
-def folder_of(path, arrays):
-    path.mkdir()
-    for i, array in enumerate(arrays):
-        Image.fromarray(array).save(path / f"{i:04}.png")
-    return path
-
-
-# ---------------------------------------------------------------------------------------------- what each prepares
-
-
 @pytest.mark.parametrize("side", [64, 400])
 def test_clean_is_pillows_bicubic_on_floats(side):
     arrays = random_images(2, side)
-    found = prepare("clean", from_arrays(arrays)) * 128 + 128
-    for image, array in zip(found, arrays, strict=True):
-        for channel in range(3):
-            plane = Image.fromarray(array[..., channel].astype(np.float32))
-            wanted = np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
-            assert plane.mode == "F" and np.abs(image[channel].numpy() - wanted).max() < 0.01
+    found = prepare("clean", from_arrays(arrays)).flatten(0, 1) * 128 + 128
+    for plane, array in zip(found, arrays.transpose(0, 3, 1, 2).reshape(-1, side, side), strict=True):
+        wanted = Image.fromarray(array.astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
+        assert wanted.mode == "F" and np.abs(plane.numpy() - np.asarray(wanted).clip(0, 255)).max() < 0.01
 
 
 def test_dmgan_is_pillows_resize_and_torchvisions_scaling():
     arrays = random_images(2, 100)
     found = prepare("dmgan", from_arrays(arrays))
     wanted = np.asarray(Image.fromarray(arrays[1]).resize((299, 299), Image.Resampling.BILINEAR)) / 255
-    for channel, (std, mean) in enumerate(((0.229, 0.485), (0.224, 0.456), (0.225, 0.406))):
-        assert np.allclose(found[1, channel], wanted[..., channel] * (std / 0.5) + (mean - 0.5) / 0.5, atol=1e-6)
+    std, mean = np.array([0.229, 0.224, 0.225]), np.array([0.485, 0.456, 0.406])
+    assert np.allclose(found[1].permute(1, 2, 0), wanted * (std / 0.5) + (mean - 0.5) / 0.5, atol=1e-6)
 
 
 def test_the_others_leave_the_resize_to_their_network():
@@ -57,40 +45,32 @@ def test_the_others_leave_the_resize_to_their_network():
     assert prepare("torchmetrics", x).dtype == torch.uint8 and torch.equal(to_float(prepare("torchmetrics", x)), x)
 
 
-# ---------------------------------------------------------------------------------------------- parity
-
-
 def test_the_same_images_by_pytorch_fid(tmp_path):
-    """Folders of PNG through pytorch-fid's own pass and through ours, by one network object."""
+    """Files of PNG through pytorch-fid's own pass and through ours, by one network object."""
     network, moments, theirs = StandIn(), [], []
     for seed in (0, 1):
-        folder = folder_of(tmp_path / str(seed), random_images(60, seed=seed))
-        files = sorted(folder.glob("*.png"))
+        files, arrays = [tmp_path / f"{seed}-{i}.png" for i in range(60)], random_images(60, seed=seed)
+        for file, array in zip(files, arrays, strict=True):
+            Image.fromarray(array).save(file)
         theirs += calculate_activation_statistics(files, network, batch_size=20, dims=12, num_workers=0)
-        batches = (
-            from_arrays(np.stack([np.asarray(Image.open(file)) for file in files[i : i + 16]]))
-            for i in range(0, 60, 16)
-        )
-        moments += set_statistics(batches, FeatureNetwork("inception", network, "stand-in", "0"), (0,)).moments(0)
+        ours = FeatureNetwork("inception", network, "stand-in", "0")
+        moments += set_statistics(from_arrays(arrays).split(16), ours, (0,)).moments(0)
     assert all(np.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(moments, theirs, strict=True))
-    wanted = calculate_frechet_distance(*theirs)
-    assert frechet_distance(*theirs) == pytest.approx(wanted, rel=1e-6)  # the same statistics
-    assert frechet_distance(*moments) == pytest.approx(wanted, rel=1e-4)  # float32 pixels, summed in another order
-
-
-# ---------------------------------------------------------------------------------------------- weights
+    # float32 pixels, summed in another order; on the same statistics test_distances.py compares the distances
+    assert frechet_distance(*moments) == pytest.approx(calculate_frechet_distance(*theirs), rel=1e-4)
 
 
 @pytest.mark.parametrize("protocol", WEIGHTS)
 def test_missing_weights_are_one_sentence(clip, tmp_path, monkeypatch, protocol):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = "inception_v3_google-0cc3c7bd.pth" if protocol == "dmgan" else "pt_inception-2015-12-05-6726825d.pth"
+    folder = tmp_path / "hub" / "checkpoints"
     with pytest.raises(MissingWeights) as error:
         feature_network(protocol, clip)
     text = str(error.value)
-    assert file in text and "SHA-256" in text and str(tmp_path / "hub" / "checkpoints") in text and "\n" not in text
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "hub" / "checkpoints" / file).write_bytes(b"something else")
+    assert file in text and "SHA-256" in text and str(folder) in text and "\n" not in text
+    folder.mkdir(parents=True)
+    (folder / file).write_bytes(b"something else")
     with pytest.raises(ClipgenError, match="delete it and fetch it again"):
         feature_network(protocol, clip)
 
@@ -133,7 +113,4 @@ def test_networks_load_from_their_files(clip, random_inceptions, monkeypatch, pr
     features = network(x)
     assert features.shape == (2, 2048) and features.dtype == torch.float32 and torch.isfinite(features).all()
     assert torch.allclose(network(x[:1]), features[:1], atol=1e-4)  # in eval mode: a row does not see the others
-    if classes:
-        assert network.logits(features).shape == (2, classes)
-    else:
-        assert network.head is None
+    assert network.logits(features).shape == (2, classes) if classes else network.head is None

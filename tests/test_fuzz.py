@@ -15,16 +15,19 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from conftest import saved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import ClassifierConfig, Preset, from_dict, load_preset
 from clipgen_lib.data.datasets import open_images
+from clipgen_lib.data.images import MAX_ASPECT, load_image
 from clipgen_lib.metrics.captions import read_captions, split_prompts, texts_of
 from clipgen_lib.metrics.classifier import Classifier
 from clipgen_lib.metrics.statistics import read_statistics
@@ -66,33 +69,30 @@ ODD = st.recursive(
 )
 
 
+def places(node):
+    """Every place in a JSON value: a list or object, and the key in it."""
+    keys = sorted(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    return [(node, key) for key in keys] + [place for key in keys for place in places(node[key])]
+
+
 def mutated(draw, valid):
     """A copy of a JSON value with up to three places of it replaced, dropped or joined by others."""
     content = copy.deepcopy(valid)
-
-    def odd():
-        return copy.deepcopy(draw(ODD))  # what is drawn may be changed in the next round, and is hypothesis' own
-
     for _ in range(draw(st.integers(0, 3))):
-        node = content
-        while True:
-            places = sorted(node) if isinstance(node, dict) else list(range(len(node)))
-            if not places:
-                break
-            place = draw(st.sampled_from(places))
-            if isinstance(node[place], (dict, list)) and draw(st.integers(0, 3)):
-                node = node[place]
-                continue
-            action = draw(st.sampled_from(["replace", "replace", "drop", "add"]))
-            if action == "drop":
-                del node[place]
-            elif action == "replace":
-                node[place] = odd()
-            elif isinstance(node, dict):
-                node[draw(st.text(max_size=8))] = odd()
-            else:
-                node.append(odd())
+        known = places(content)
+        if not known:
             break
+        node, key = known[draw(st.integers(0, len(known) - 1))]
+        odd = copy.deepcopy(draw(ODD))  # what is drawn may be changed in the next round, and is hypothesis' own
+        action = draw(st.sampled_from(["replace", "replace", "drop", "add"]))
+        if action == "drop":
+            del node[key]
+        elif action == "replace":
+            node[key] = odd
+        elif isinstance(node, dict):
+            node[draw(st.text(max_size=8))] = odd
+        else:
+            node.append(odd)
     return content
 
 
@@ -109,20 +109,24 @@ def damaged(draw, whole: bytes) -> bytes:
     if kind == "spliced":
         content[at : at + draw(st.integers(0, 20))] = draw(st.binary(max_size=20))
     for _ in range(draw(st.integers(1, 6)) if kind == "changed" else 0):
-        # headers are short and at the beginning: look there more often
-        content[draw(st.integers(0, min(len(whole), 120) - 1) | st.integers(0, len(whole) - 1))] = draw(
-            st.integers(0, 255)
-        )
+        near = st.integers(0, min(len(whole), 120) - 1)  # headers are short and at the beginning: look there more often
+        content[draw(near | st.integers(0, len(whole) - 1))] = draw(st.integers(0, 255))
     return bytes(content)
 
 
 def write(path: Path, content) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode("utf-8", "surrogatepass"))
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     return path
 
 
-# ---------------------------------------------------------------------------------------------- configs and json
+def read_back(read, path, content):
+    """What is read of a file of that content, None where it is refused."""
+    write(path, content)
+    return outcome(lambda: read(path), path.parent, str(path))
+
+
+# ---------------------------------------------------------------------------------------------- configs and files
 
 
 def config_from_json(data, folder):
@@ -147,35 +151,26 @@ def json_file(data, folder):
     content = json.dumps(asdict(load_preset("smoke"))).encode()
     hostile = [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5_000, b'{"a": ' + b"9" * 5_000 + b"}"]
     hostile += [b"\xff\xfe{}", b"NaN", b"{}x", b""]
-    path = write(
-        folder / "x.json",
-        data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else damaged(data.draw, content),
-    )
-    assert isinstance(outcome(lambda: read_json(path), folder, str(path)), (dict, type(None)))
+    content = data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else damaged(data.draw, content)
+    assert isinstance(read_back(read_json, folder / "x.json", content), (dict, type(None)))
 
-
-# ---------------------------------------------------------------------------------------------- weights
 
 STATE = {"step": 3, "model": {"a": torch.arange(6.0).view(2, 3), 7: [torch.ones(1), "x", None]}}
+HOSTILE_STATES = ["[" * 100_000, '{"tensor": "000009"}', '{"tensor": ["x"]}', '{"pairs": 5}', '{"pairs": [[1]]}']
+HOSTILE_STATES += ['{"pairs": [[[1], 2]]}', "5", ""]
 
 
 def checkpoint(data, folder):
-    save_checkpoint(folder / "whole", STATE, {"kind": "test"})
-    path = write(folder / "c.safetensors", damaged(data.draw, (folder / "whole").read_bytes()))
-    found = outcome(lambda: load_checkpoint(path), folder, str(path))
-    assert found is None or all(isinstance(part, dict) for part in found)
-
-
-def checkpoint_of_hostile_json(data, folder):
-    skeleton = {"pairs": [["a", {"tensor": "000000"}], [7, [{"pairs": [["b", 1]]}, "text"]]]}
-    hostile = ["[" * 100_000, '{"tensor": "000009"}', '{"tensor": ["x"]}', '{"pairs": 5}', '{"pairs": [[1]]}']
-    hostile += ['{"pairs": [[[1], 2]]}', "5", ""]
-    state = (
-        data.draw(st.sampled_from(hostile)) if data.draw(st.booleans()) else json.dumps(mutated(data.draw, skeleton))
-    )
-    meta = data.draw(st.sampled_from(["{}", "{}", "{}", "[]", "", "{" * 100_000]))
-    path = write(folder / "c.safetensors", save({"000000": torch.ones(2)}, {"state": state, "meta": meta}))
-    found = outcome(lambda: load_checkpoint(path), folder, str(path))
+    """Damaged bytes, or whole safetensors around a JSON that describes something else."""
+    if data.draw(st.booleans()):
+        save_checkpoint(folder / "whole", STATE, {"kind": "test"})
+        content = damaged(data.draw, (folder / "whole").read_bytes())
+    else:
+        skeleton = {"pairs": [["a", {"tensor": "000000"}], [7, [{"pairs": [["b", 1]]}, "text"]]]}
+        state = data.draw(st.sampled_from([json.dumps(mutated(data.draw, skeleton))] * 8 + HOSTILE_STATES))
+        meta = data.draw(st.sampled_from(["{}", "{}", "{}", "[]", "", "{" * 100_000]))
+        content = save({"000000": torch.ones(2)}, {"state": state, "meta": meta})
+    found = read_back(load_checkpoint, folder / "c.safetensors", content)
     assert found is None or all(isinstance(part, dict) for part in found)
 
 
@@ -192,7 +187,7 @@ def safetensors_header(data, folder):
             "shape": data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 6, 24, 48, 2**40, 2**62]), max_size=4)),
             "data_offsets": [0, 24],
         }
-    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    text = json.dumps(header).encode()
     length = data.draw(st.sampled_from([len(text)] * 5 + [0, 2**63, len(text) + 9]))
     write(folder / "model.safetensors", struct.pack("<Q", length) + text + bytes(32))
 
@@ -204,38 +199,12 @@ def safetensors_header(data, folder):
     assert module is None or (module.weight == 0).all()
 
 
-def classifier_folder(data, folder):
-    config = {"config": asdict(ClassifierConfig(width=8)), "names": ["a cat", "a dog"]}
-    save_weights(folder / "classifier", SMALLEST)
-    write(folder / "classifier" / "config.json", mutated(data.draw, config))
-    loaded = outcome(lambda: Classifier.load(folder / "classifier"), folder, str(folder), "ClassifierConfig")
-    assert loaded is None or len(loaded.names) == 2
-
-
-def clip_folder(data, folder):
-    shutil.copytree(DATA / "shapes_clip", folder / "clip")
-    config = json.loads((folder / "clip" / "open_clip_config.json").read_text())
-    write(folder / "clip" / "open_clip_config.json", mutated(data.draw, config))
-    clip = outcome(lambda: ClipEmbedder.load(str(folder / "clip")), folder, str(folder), "CLIP")
-    assert clip is None or clip.texts(["a red circle"]).shape == (1, clip.dim)
-
-
-def clip_merges(data, folder):
-    shutil.copytree(DATA / "shapes_clip", folder / "clip")
-    path = folder / "clip" / "bpe_merges.txt.gz"
-    write(path, damaged(data.draw, path.read_bytes()))
-    outcome(lambda: ClipEmbedder.load(str(folder / "clip")), folder, str(folder))
-
-
 def metrics(data, folder):
     lines = [{"stage": "vqgan", "step": 1, "loss": 0.5}, {"stage": "vqgan", "step": 2, "loss": None}]
-    content = "".join(json.dumps(mutated(data.draw, line)) + "\n" for line in lines).encode("utf-8", "surrogatepass")
-    write(folder / "metrics.jsonl", damaged(data.draw, content))
+    content = "".join(json.dumps(mutated(data.draw, line)) + "\n" for line in lines)
+    write(folder / "metrics.jsonl", damaged(data.draw, content.encode()))
     found = outcome(lambda: Run(folder).metrics("vqgan"), folder, str(folder))
     assert all(line["stage"] == "vqgan" and isinstance(line["step"], int) for line in found)
-
-
-SMALLEST = Classifier(ClassifierConfig(width=8), ["a cat", "a dog"])
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -249,24 +218,32 @@ def whole(name: str) -> Path:
     """A whole folder of each kind, made once."""
     folder, smoke = WHOLE / name, load_preset("smoke")
     torch.manual_seed(0)
+    if name == "classifier":
+        save_weights(folder, Classifier(ClassifierConfig(width=8), ["a cat", "a dog"]))
+    if name == "clip":
+        config = json.loads((DATA / "shapes_clip" / "open_clip_config.json").read_text())
+        config["model_cfg"]["vision_cfg"] |= {"width": 8, "layers": [1, 1, 1, 1]}
+        config["model_cfg"]["text_cfg"] |= {"width": 16, "heads": 1, "layers": 1}
+        write(folder / "open_clip_config.json", config)
+        weights = open_clip.CLIP(**config["model_cfg"]).state_dict()
+        save_file({key: value.clone() for key, value in weights.items()}, folder / "open_clip_model.safetensors")
+        shutil.copy(DATA / "shapes_clip" / "bpe_merges.txt.gz", folder)
     if name == "vqgan":
         save_weights(folder, VQGAN(replace(smoke.vqgan, channels=8, z_channels=16, codebook_size=32, code_dim=8)))
     if name == "transformer":
-        save_weights(
-            folder, ImageTransformer(replace(smoke.transformer, layers=1, width=32), 32, smoke.vqgan.side**2, 256)
-        )
+        config = replace(smoke.transformer, layers=1, width=32)
+        save_weights(folder, ImageTransformer(config, 32, smoke.vqgan.side**2, 256))
     if name == "generator":
         vqgan, transformer = VQGAN.load(whole("vqgan")), ImageTransformer.load(whole("transformer"))
-        source = {"name": "shapes", "pretrained": None}
-        TextToImage.from_parts(vqgan, transformer, clip(), source, smoke.sample).export(folder)
+        clip = str(whole("clip"))
+        source = {"name": clip, "pretrained": None}
+        TextToImage.from_parts(vqgan, transformer, ClipEmbedder.load(clip), source, smoke.sample).export(folder)
+    if name == "images":
+        for place in ("train/a.png", "train/b.png", "val/a.png", "val/b.png"):
+            write(folder / place, saved(Image.new("RGB", (8, 8), "red"), "PNG"))
     if name == "run":
         in_results(WHOLE, lambda: Workbench.open("smoke", "run"))
     return folder
-
-
-@cache
-def clip() -> ClipEmbedder:
-    return ClipEmbedder.load()
 
 
 def in_results(results: Path, call):
@@ -286,15 +263,20 @@ def with_one_file_mutated(data, name: str, folder: Path) -> Path:
     return folder / name
 
 
+LOADS = {  # how a folder is read, and what must hold of it
+    "classifier": lambda place: len(Classifier.load(place).names) == 2,
+    "clip": lambda place: ClipEmbedder.load(str(place)).texts(["a red circle"]).shape == (1, 256),
+    "generator": lambda place: TextToImage.from_pretrained(place).clip.dim == 256,
+    "transformer": ImageTransformer.load,
+    "vqgan": VQGAN.load,
+}
+
+
 def model_folder(data, folder):
-    loads = {
-        "vqgan": VQGAN.load,
-        "transformer": ImageTransformer.load,
-        "generator": lambda place: TextToImage.from_pretrained(place).clip,
-    }
-    name = data.draw(st.sampled_from(sorted(loads)))
+    name = data.draw(st.sampled_from(sorted(LOADS)))
     place = with_one_file_mutated(data, name, folder)
-    outcome(lambda: loads[name](place), folder, str(folder), "Config", "Sizes", "CLIP", "image_size", "codebook_update")
+    named = (str(folder), "Config", "Sizes", "CLIP", "image_size", "codebook_update")
+    assert outcome(lambda: LOADS[name](place), folder, *named) is not False
 
 
 def run_folder(data, folder):
@@ -308,18 +290,63 @@ def run_folder(data, folder):
 def statistics_file(data, folder):
     stream = io.BytesIO()
     np.savez(stream, mu=np.zeros(2), sigma=np.eye(2))
-    path = write(folder / "x.npz", damaged(data.draw, stream.getvalue()))
-    found = outcome(lambda: read_statistics(path), folder, str(path))
+    found = read_back(read_statistics, folder / "x.npz", damaged(data.draw, stream.getvalue()))
     assert found is None or found.sigma.shape == (len(found.mu),) * 2
 
 
-# ---------------------------------------------------------------------------------------------- texts
+# ---------------------------------------------------------------------------------------------- images and texts
+
+
+@cache
+def whole_images() -> list[bytes]:
+    """Small whole images of every format and of modes that are rare, one of them animated, three of them turned by EXIF."""
+    values = np.arange(12 * 9 * 3, dtype=np.uint8).reshape(9, 12, 3)
+    rgb, exif, grey = Image.fromarray(values), Image.Exif(), values[:, :, 0].astype(np.float32)
+    exif[0x0112] = 6
+    files = [saved(rgb, kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")]
+    files += [saved(rgb, kind, exif=exif) for kind in ("JPEG", "WEBP", "PNG")]
+    modes = (("LA", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("RGBA", "WEBP"), ("1", "PNG"), ("L", "PPM"))
+    files += [saved(rgb.convert(mode), kind) for mode, kind in modes]
+    files += [saved(rgb.convert("P"), kind, transparency=3) for kind in ("PNG", "GIF")]
+    files += [saved(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)])]
+    files += [saved(rgb, "TIFF", compression=name) for name in ("tiff_lzw", "jpeg")]
+    files += [saved(Image.fromarray(values[:, :, 0].astype(np.uint16) * 200), "PNG")]
+    floats = (grey, np.where(grey < 9, np.nan, 1).astype(np.float32))
+    return files + [saved(Image.fromarray(array), "TIFF") for array in floats]
+
+
+def image_bytes(data, folder):
+    content = damaged(data.draw, data.draw(st.sampled_from(whole_images())))
+    size = data.draw(st.sampled_from([1, 8, 31]))
+    with np.errstate(all="ignore"):
+        found = outcome(lambda: load_image(content, size, "the file"), folder, "the file ")
+    if found is not None:
+        assert found.dtype == torch.uint8 and found.shape[0] == 3 and min(found.shape[1:]) == size
+        assert max(found.shape[1:]) <= MAX_ASPECT * size + 1
+
+
+def image_metadata(data, folder):
+    """COCO's annotations or metadata.jsonl with odd entries or bytes."""
+    root = shutil.copytree(whole("images"), folder / "images")
+    entries = [{"id": i, "file_name": f"{name}.png", "text": "a"} for i, name in enumerate("abc")]
+    if data.draw(st.booleans()):
+        content = {"images": entries, "annotations": [{"image_id": 0, "caption": "a"}]}
+        path = write(root / "annotations" / "captions_val.json", mutated(data.draw, content))
+    else:
+        lines = "".join(json.dumps(mutated(data.draw, entry)) + "\n" for entry in entries)
+        path = write(root / "val" / "metadata.jsonl", damaged(data.draw, lines.encode()))
+
+    def captions():
+        images = open_images(root, "val", 8)
+        return images.captions if images.has_captions else []
+
+    found = outcome(captions, folder, path.name)
+    assert found is None or all(isinstance(text, str) for texts in found for text in texts)
 
 
 def caption_list(data, folder):
     lines = b"a.png\ta cat\nb/c.png\ta dog on a mat\n./d\ttwo dogs\n/\tnothing\n..\tabove\n"
-    path = write(folder / "captions.txt", damaged(data.draw, lines))
-    found = outcome(lambda: read_captions(path), folder, str(path))
+    found = read_back(read_captions, folder / "captions.txt", damaged(data.draw, lines))
     assert found is None or all(name and text and "\n" not in text for name, text in found.items())
 
 
@@ -328,15 +355,12 @@ def caption_json(data, folder):
         "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b/c.png"}],
         "annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "caption": "a dog"}],
     }
-    path = write(
-        folder / "captions.json",
-        mutated(data.draw, data.draw(st.sampled_from([coco, {"a.png": "a cat", "c": "a dog"}]))),
-    )
-    found = outcome(lambda: read_captions(path), folder, str(path))
+    content = data.draw(st.sampled_from([coco, {"a.png": "a cat", "c": "a dog"}]))
+    path = folder / "captions.json"
+    found = read_back(read_captions, path, mutated(data.draw, content))
     assert found is None or all(isinstance(text, str) for text in found.values())
-    pictures = small_folder(folder / "images", ["a.png"])
-    rows = outcome(lambda: texts_of(open_images(pictures, "train", 8), path), folder, str(path))
-    assert rows is None or (set(rows) <= {0} and all(rows.values()))
+    rows = outcome(lambda: texts_of(open_images(whole("images"), "train", 8), path), folder, str(path))
+    assert rows is None or (set(rows) <= {0, 1} and all(rows.values()))
 
 
 def prompts(data, folder):
@@ -345,57 +369,29 @@ def prompts(data, folder):
     assert found is None or all(p and "|" not in p and p == " ".join(p.split()) for p in found)
 
 
-def small_folder(folder: Path, names: list[str]) -> Path:
-    for name in names:
-        (folder / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), "red").save(folder / "train" / name, "PNG")
-    shutil.copytree(folder / "train", folder / "val", dirs_exist_ok=True)
-    return folder
-
-
 # ---------------------------------------------------------------------------------------------- all of them
 
 
-QUICK = {
-    config_from_json: 200,
-    preset_with_overrides: 200,
-    json_file: 100,
-    checkpoint: 150,
-    checkpoint_of_hostile_json: 100,
-    safetensors_header: 150,
-    classifier_folder: 12,
-    caption_list: 100,
-    caption_json: 100,
-    prompts: 80,
-    metrics: 100,
-    clip_folder: 25,
-    clip_merges: 10,
-    model_folder: 60,
-    run_folder: 60,
-    statistics_file: 60,
+QUICK = {  # examples -> properties
+    300: [image_bytes],
+    200: [config_from_json, preset_with_overrides],
+    250: [checkpoint],
+    150: [safetensors_header],
+    100: [json_file, metrics, model_folder, caption_list, caption_json],
+    80: [prompts],
+    60: [run_folder, statistics_file, image_metadata],
 }
-
-
-def attempt(check, examples: int) -> None:
-    @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(st.data())
-    def one(data):
-        with tempfile.TemporaryDirectory() as folder:
-            check(data, Path(folder))
-
-    one()
+SAME_EVERY_TIME = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of files that are damaged on purpose
-@pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
-def test_readers(check):
-    attempt(check, QUICK[check])
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples, check", [(number, check) for number, checks in QUICK.items() for check in checks])
+def test_readers(examples, check, times):
+    @settings(max_examples=times * examples, **SAME_EVERY_TIME)
+    @given(st.data())
+    def attempt(data):
+        with tempfile.TemporaryDirectory() as folder:
+            check(data, Path(folder))
 
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
-def test_readers_at_length(check):
-    attempt(check, 20 * QUICK[check])
+    attempt()

@@ -14,6 +14,10 @@ def rendered(prompts):
     return np.stack([shapes.render(p.scene) for p in prompts])
 
 
+def pairs(prompts):
+    return {(obj.shape, obj.colour) for p in prompts for obj in p.claim.objects}
+
+
 @pytest.mark.parametrize("wild", [False, True])
 def test_it_reads_scenes_it_has_not_seen(wild):
     objects = correct = 0
@@ -48,10 +52,7 @@ def test_prompts_say_all_that_is_scored():
         (obj,) = prompt.claim.objects
         assert prompt.text.split()[1:] == [obj.size, obj.colour, obj.shape]
     assert all(p.claim.relation in p.text for p in two) and oracle.prompts("one", 5) == one[:5]
-    pairs = [(p.claim.objects[0].shape, p.claim.objects[0].colour) for p in held]
-    assert set(pairs) <= set(HELD_OUT) and not {(t.shape, t.colour) for p in one for t in p.claim.objects} & set(
-        HELD_OUT
-    )
+    assert pairs(held) <= set(HELD_OUT) and not pairs(one) & set(HELD_OUT)
     with pytest.raises(ValueError, match="one, two or held_out"):
         oracle.prompts("three", 1)
     with pytest.raises(ValueError, match="64x64x3"):

@@ -1,11 +1,10 @@
 """Figures hold the data they are given; how they look is seen in the notebooks."""
 
-from pathlib import Path
-
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -23,6 +22,12 @@ def closed():
     plots.plt.close("all")
 
 
+def shown(figure):
+    """The pixels of a figure, (H, W, 4)."""
+    figure.canvas.draw()
+    return np.array(figure.canvas.buffer_rgba())
+
+
 def test_curves_draw_what_was_logged_and_nothing_else():
     metrics = [{"step": 1, "nll": 3.0, "lr": None}, {"step": 2, "nll": 2.0, "lr": None}]
     figure = plots.curves(metrics, {"NLL": ("nll",), "rate": ("lr",), "none": ("other",)}, "run, step 2")
@@ -32,13 +37,11 @@ def test_curves_draw_what_was_logged_and_nothing_else():
 
 
 def test_token_numbers_contrast_with_their_patches():
-    tokens = torch.arange(16).view(4, 4)
-    texts = plots.token_grid(IMAGES[0], tokens, "tokens").axes[1].texts
-    assert [int(text.get_text()) for text in texts] == list(range(16))
-    assert {text.get_color() for text in texts} == {"black", "white"}
-    shown = plots.plt.gcf().axes[1].images[0].get_array()
-    luminance = np.asarray(shown)[..., :3] @ (0.299, 0.587, 0.114)
-    for text, light in zip(texts, luminance.flatten(), strict=True):
+    axis = plots.token_grid(IMAGES[0], torch.arange(16).view(4, 4), "tokens").axes[1]
+    assert [int(text.get_text()) for text in axis.texts] == list(range(16))
+    assert {text.get_color() for text in axis.texts} == {"black", "white"}
+    luminance = np.asarray(axis.images[0].get_array())[..., :3] @ (0.299, 0.587, 0.114)
+    for text, light in zip(axis.texts, luminance.flatten(), strict=True):
         assert (text.get_color() == "black") == (light > 0.5)
 
 
@@ -58,12 +61,6 @@ def test_a_table_is_drawn_row_by_row():
     curves = {"plain": {"1": {"fid_0": {"mean": 10.0}, "caps": {"mean": 0.5}}}}
     line = plots.tradeoff(curves, "fid_0", "caps", "trade-off").axes[0].lines[0]
     assert line.get_xydata().tolist() == [[10.0, 0.5]]
-
-
-def shown(figure):
-    """The pixels of a figure, (H, W, 4)."""
-    figure.canvas.draw()
-    return np.array(figure.canvas.buffer_rgba())
 
 
 def test_texts_of_users_are_drawn_as_they_are_and_log_axes_as_numbers():
@@ -87,35 +84,25 @@ def test_a_character_takes_a_font_that_has_it_or_a_box_that_is_told(recwarn):
 
 
 def test_columns_stand_under_their_labels():
-    figure = plots.rows({"a": IMAGES[:3], "b": IMAGES[3:]}, "rows", ["1", "2", "3"])
-    sheet, places = figure.axes[0].images[0].get_array(), figure.axes[0].get_xticks()
-    assert np.array_equal(places, [8, 26, 44]) and figure.axes[0].get_yticks().tolist() == [8, 26]
-    assert np.array_equal(sheet[18:34, 18:34], to_arrays(IMAGES[4:5])[0])
+    axis = plots.rows({"a": IMAGES[:3], "b": IMAGES[3:]}, "rows", ["1", "2", "3"]).axes[0]
+    assert axis.get_xticks().tolist() == [8, 26, 44] and axis.get_yticks().tolist() == [8, 26]
+    assert np.array_equal(axis.images[0].get_array()[18:34, 18:34], to_arrays(IMAGES[4:5])[0])
 
 
 def test_a_saved_figure_is_shown_whatever_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    kept = Image.open(Path(__file__).parents[1] / "results" / "reference" / "figures" / "images.png").convert("RGB")
+    kept = Image.open(ROOT / "results" / "reference" / "figures" / "images.png").convert("RGB")
     assert np.abs(np.asarray(plots.saved("images").convert("RGB"), int) - kept).mean() < 2
     assert "none/figures/images.png is not in results/" in plots.saved("images", "none")
 
 
-def test_every_other_figure_is_a_figure(tmp_path):
-    Image.new("RGB", (40, 10)).save(tmp_path / "strip.png")
+def test_what_is_not_measured_or_infinite_is_said():
     evaluation = {"fid": {"0": 2.0}, "rfid": {"0": 1.0}, "floor": {"0": 0.5}, "protocol": "clip", "n": 9}
-    caps = {"caps": 0.5, "caps_floor": 0.1, "caps_ceiling": 0.9}
-    embeds = torch.nn.functional.normalize(torch.randn(3, 20, 8), dim=-1)
-    figures = [
-        plots.image(np.zeros((8, 8, 3), np.uint8), "one"),
-        plots.contact_sheet(IMAGES, ["a long prompt " * 9] * 6, "samples", columns=4),
-        plots.strips({"a": tmp_path / "strip.png"}, "strips"),
-        plots.distances(evaluation, "without captions"),
-        plots.distances(evaluation | caps, "with captions"),
-        plots.oracle({"text": {"one": {"n": 4, "colour": 0.5}}}, "oracle"),
-        plots.gap(*embeds, "gap"),
-        plots.fid_over_n({"10": 5.0, "20": 4.0}, "bias"),
-        plots.corruptions(
-            {"none": {"fid": 0.0, "inf": 1.0}, "noise": {"fid": 9.0, "inf": float("inf")}}, "corruptions"
-        ),
-    ]
-    assert all(isinstance(figure, Figure) for figure in figures)
+    assert plots.distances(evaluation, "without captions").axes[1].get_title() == "no captions, so no CapS"
+    scores = {"none": {"fid": 0.0, "inf": 1.0}, "noise": {"fid": 9.0, "inf": float("inf")}}
+    assert [text.get_text() for text in plots.corruptions(scores, "corruptions").axes[1].texts] == ["1", "infinite"]
+
+
+def test_a_long_prompt_is_cut():
+    title = plots.contact_sheet(IMAGES, ["a long prompt " * 9] * 6, "samples", columns=4).axes[0].get_title()
+    assert title.count("\n") == 2 and title.endswith(" ...")

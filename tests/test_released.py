@@ -54,10 +54,9 @@ def steps(style, channels, mult, blocks, z, dim):
                 yield resampling, name(side, level, resampling, 0, next(flat)), width, width
 
     def middle(side):
-        inner = ("block_1", "attn_1", "block_2") if style == "taming" else "012"
-        return [
-            (kind, f"{side}.mid.{p}", *widths[-1:] * 2) for kind, p in zip(("res", "attn", "res"), inner, strict=True)
-        ]
+        names = ("block_1", "attn_1", "block_2") if style == "taming" else "012"
+        for kind, inner in zip(("res", "attn", "res"), names, strict=True):
+            yield kind, f"{side}.mid.{inner}", widths[-1], widths[-1]
 
     def end(side, width, out):
         norm, conv = ("final.0", "final.2") if hfai else ("norm_out", "conv_out")
@@ -83,21 +82,19 @@ def place(root, name, module):
 
 
 class Res(nn.Module):
-    NAMES = {"hfai": ("block.0", "block.2", "block.3", "block.6", "shortcut")}
-
     def __init__(self, style, a, b, epsilon):
         super().__init__()
-        norms = nn.GroupNorm(32, a, epsilon), nn.GroupNorm(32, b, epsilon)
-        convs = nn.Conv2d(a, b, 3, padding=1), nn.Conv2d(b, b, 3, padding=1)
-        names = self.NAMES.get(style, ("norm1", "conv1", "norm2", "conv2", "nin_shortcut"))
-        self.layers = [
-            place(self, *pair) for pair in zip(names, (norms[0], convs[0], norms[1], convs[1]), strict=False)
-        ]
-        self.beside = [place(self, names[4], nn.Conv2d(a, b, 1))] if a != b else [nn.Identity()]
+        names = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
+        if style == "hfai":
+            names = ("block.0", "block.2", "block.3", "block.6", "shortcut")
+        layers = [nn.GroupNorm(32, a, epsilon), nn.Conv2d(a, b, 3, padding=1)]
+        layers += [nn.GroupNorm(32, b, epsilon), nn.Conv2d(b, b, 3, padding=1)]
+        layers += [nn.Conv2d(a, b, 1)] if a != b else []
+        self.layers = [place(self, *pair) for pair in zip(names, layers, strict=False)]
 
     def forward(self, x):
-        norm1, conv1, norm2, conv2 = self.layers
-        return self.beside[0](x) + conv2(F.silu(norm2(conv1(F.silu(norm1(x))))))
+        norm1, conv1, norm2, conv2, *shortcut = self.layers
+        return nn.Sequential(*shortcut)(x) + conv2(F.silu(norm2(conv1(F.silu(norm1(x))))))
 
 
 class Attn(nn.Module):
@@ -198,21 +195,16 @@ def on_meta(make):
 
 DISCRIMINATOR = 78_841_287 - 76_073_859
 MASKS = 24 * 256 * 256
-GUMBEL = {"codes": 8_192, "mult": (1, 1, 2, 4), "gumbel": True}
-LLAMAGEN = {"codes": 16_384, "dim": 8}
+taming, llamagen = partial(PublishedVQGAN, "taming"), partial(PublishedVQGAN, "llamagen", 16_384, dim=8)
+gumbel, f8 = partial(taming, 8_192, mult=(1, 1, 2, 4), gumbel=True), partial(llamagen, mult=(1, 2, 2, 4))
 RELEASED = {  # name in the manifests, the published model, tensors that are not parameters of the generator, all parameters
-    "taming-f16-1024": ("taming_f16_1024", partial(PublishedVQGAN, "taming", 1_024), 0, 72_141_699),
-    "taming-f16-16384": ("taming_f16_16384", partial(PublishedVQGAN, "taming", 16_384), 0, 76_073_859),
-    "taming-gumbel-f8": ("taming_gumbel_f8", partial(PublishedVQGAN, "taming", **GUMBEL), 0, 68_995_971),
+    "taming-f16-1024": ("taming_f16_1024", partial(taming, 1_024), 0, 72_141_699),
+    "taming-f16-16384": ("taming_f16_16384", partial(taming, 16_384), 0, 76_073_859),
+    "taming-gumbel-f8": ("taming_gumbel_f8", gumbel, 0, 68_995_971),
     "hfai-vqgan-coco": ("hfai_vqgan_coco", partial(PublishedVQGAN, "hfai", 16_384), DISCRIMINATOR, 78_841_287),
     "hfai-gpt-coco": ("hfai_gpt_coco", PublishedGPT, MASKS, 338_242_560),
-    "llamagen-f16": ("llamagen_vq_f16", partial(PublishedVQGAN, "llamagen", **LLAMAGEN), 65_536, 71_948_939),
-    "llamagen-f8": (
-        "llamagen_vq_f8",
-        partial(PublishedVQGAN, "llamagen", **LLAMAGEN, mult=(1, 2, 2, 4)),
-        65_536,
-        70_175_371,
-    ),
+    "llamagen-f16": ("llamagen_vq_f16", llamagen, 65_536, 71_948_939),
+    "llamagen-f8": ("llamagen_vq_f8", f8, 65_536, 70_175_371),
 }
 
 
@@ -229,11 +221,11 @@ def count(module):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_shapes_are_those_of_the_published_file(name, facts):
-    manifest = json.loads((facts / "manifests.json").read_text())[RELEASED[name][0]]
-    published = {key: tuple(shape) for key, shape in manifest["tensors"].items()}
-    ours = {key: tuple(x.shape) for key, x in on_meta(RELEASED[name][1]).items()}
-    assert manifest["parameters"] == RELEASED[name][3]
-    assert {key: shape for key, shape in published.items() if not key.startswith("discriminator.")} == ours
+    key, make, _, total = RELEASED[name]
+    manifest = json.loads((facts / "manifests.json").read_text())[key]
+    published = {key: shape for key, shape in manifest["tensors"].items() if not key.startswith("discriminator.")}
+    assert manifest["parameters"] == total
+    assert published == {key: list(x.shape) for key, x in on_meta(make).items()}
 
 
 @pytest.mark.parametrize("name", released.RELEASES)
@@ -266,17 +258,9 @@ def test_the_coco_preset_is_the_size_of_the_released_models():
 # ---------------------------------------------------------------------------------------------- the same function
 
 SMALL = {"channels": 32, "mult": (1, 2, 4), "blocks": 1, "z": 12, "dim": 6}
-SIZES = {
-    "channels": 32,
-    "channel_mult": (1, 2, 4),
-    "res_blocks": 1,
-    "z_channels": 12,
-    "codebook_size": 40,
-    "code_dim": 6,
-}
-SMALL_CONFIG = VQGANConfig(image_size=32, l2_norm=False, **SIZES)
+_SIZES = {"channels": 32, "channel_mult": (1, 2, 4), "res_blocks": 1, "z_channels": 12, "code_dim": 6}
+SMALL_CONFIG = VQGANConfig(image_size=32, l2_norm=False, codebook_size=40, **_SIZES)
 SMALL_GPT = TransformerConfig(layers=2, width=32, heads=4)
-published_gpt = partial(PublishedGPT, codes=40, layers=2, width=32, length=16, heads=4)
 FAMILIES = {
     "taming": ("taming", released.TAMING, SMALL_CONFIG),
     "gumbel": ("taming", released.TAMING, replace(SMALL_CONFIG, codebook_update="gumbel")),
@@ -301,10 +285,8 @@ def test_a_vqgan_computes_the_published_formulas(name, tmp_path):
     if style == "hfai":  # faint first features: there the epsilon of the norms counts
         reference.encoder.conv_in.weight *= 0.02
         reference.encoder.conv_in.bias *= 0.02
-    images, tensors = (
-        torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1,
-        reference.state_dict(),
-    )
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    tensors = reference.state_dict()
     module = released.build(partial(VQGAN, config), family, tensors)
     latents, tokens, reconstruction = reference(images)
     assert len(tokens.unique()) > 8 and reconstruction.std() > 0.1
@@ -314,15 +296,6 @@ def test_a_vqgan_computes_the_published_formulas(name, tmp_path):
     if style == "hfai":  # and what goes wrong without the epsilon
         plain = released.build(partial(VQGAN, config), family._replace(epsilon=1e-6), tensors)
         assert (plain(images)[0] - reconstruction).abs().max() > 1e-3
-
-
-def test_the_transformer_computes_the_published_formulas():
-    reference, rng = filled(published_gpt(dim=8)), torch.Generator().manual_seed(1)
-    module = released.build(partial(ImageTransformer, SMALL_GPT, 40, 16, 8), released.HFAI_GPT, reference.state_dict())
-    embeds = F.normalize(torch.randn(3, 8, generator=rng), dim=1)
-    tokens = torch.randint(0, 40, (3, 16), generator=rng)
-    wanted = reference(embeds, tokens)
-    assert wanted.std() > 0.1 and (module(embeds, tokens) - wanted).abs().max() < 1e-4
 
 
 def read_small(path):
@@ -350,7 +323,7 @@ def test_hfai_models_as_the_original_computes_them(facts):
 
 class Code:
     def __reduce__(self):
-        return os.system, ("echo this must never run",)
+        return os.system, ("true",)
 
 
 @pytest.fixture
@@ -359,12 +332,13 @@ def small(clip):
     make = partial(ImageTransformer, SMALL_GPT, 40, 16, clip.dim)
     vqgan = released.RELEASES["hfai-vqgan-coco"]._replace(build=partial(VQGAN, replace(SMALL_CONFIG, image_size=16)))
     gpt = released.RELEASES["hfai-gpt-coco"]._replace(build=make)
-    return (vqgan, filled(PublishedVQGAN("hfai", 40, **SMALL))), (gpt, filled(published_gpt(dim=clip.dim)))
+    published_gpt = filled(PublishedGPT(codes=40, layers=2, width=32, length=16, heads=4, dim=clip.dim))
+    return (vqgan, filled(PublishedVQGAN("hfai", 40, **SMALL))), (gpt, published_gpt)
 
 
-def test_broken_and_foreign_files_are_one_sentence(small, tmp_path, capfd):
+def test_broken_and_foreign_files_are_one_sentence(small, tmp_path):
     path, source = tmp_path / "vqgan_coco.pt", "get it from github.com/HFAiLab/clip-gen"
-    (vqgan, published), (_, published_gpt) = small
+    (vqgan, published), (_, gpt) = small
     published = published.state_dict() | {"discriminator.head.weight": torch.zeros(3)}
 
     def refused(reason, path=path):
@@ -376,21 +350,20 @@ def test_broken_and_foreign_files_are_one_sentence(small, tmp_path, capfd):
     assert str(tmp_path) in refused("vqgan_coco.pt is missing", tmp_path)
     torch.save({"model": published, "epoch": 3}, path)
     whole = path.read_bytes()
-    codebook = released.load_released(vqgan, path).quantizer.codebook
-    assert torch.equal(codebook, published["quantizer.embedding.weight"])
+    released.load_released(vqgan, path)
     for damaged in (b"", whole[:5], whole[: len(whole) // 2], whole[:-3], b"<!DOCTYPE html><html>not found</html>"):
         path.write_bytes(damaged)
         assert str(path) in refused("cut short, damaged or no weights at all")
     for layout in (True, False):
         torch.save({"model": published, "more": Code()}, path, _use_new_zipfile_serialization=layout)
         refused("it holds code, posix.system, which is not run")
-    assert "must never run" not in capfd.readouterr().out
-    torch.save(published, path)
-    refused("no tensors under 'model'")
-    torch.save({"model": published_gpt.state_dict()}, path)
-    refused("Missing key(s)")
-    tensors = tmp_path / "vqgan.safetensors"
-    save_file(published, tensors)
+    for content, reason in (
+        (published, "no tensors under 'model'"),
+        ({"model": gpt.state_dict()}, "Missing key(s)"),
+    ):
+        torch.save(content, path)
+        refused(reason)
+    save_file(published, tensors := tmp_path / "vqgan.safetensors")
     assert released.load_released(vqgan, tensors).config == replace(SMALL_CONFIG, image_size=16)
     tensors.write_bytes(tensors.read_bytes()[:-9])
     refused("cut short", tensors)
@@ -404,16 +377,16 @@ def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path, monkeypatch)
     """Published checkpoints of taming keep a callback's state under its class, which need not be installed."""
     module = ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
-        monkeypatch.setitem(sys.modules, name, module)
     tensors = PublishedVQGAN("taming", 40, **SMALL).state_dict() | {"loss.discriminator.main.0.weight": torch.zeros(3)}
-    torch.save({"state_dict": tensors, "callbacks": {module.ModelCheckpoint: {"best": 0.0}}}, tmp_path / "last.ckpt")
-    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
-        monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as installed:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+            installed.setitem(sys.modules, name, module)
+        callbacks = {module.ModelCheckpoint: {"best": 0.0}}
+        torch.save({"state_dict": tensors, "callbacks": callbacks}, tmp_path / "last.ckpt")
     assert released.read_tensors(tmp_path / "last.ckpt", "state_dict").keys() == tensors.keys()
 
 
-def test_a_released_generator_generates_and_is_saved(small, clip, tmp_path):
+def test_a_released_generator_computes_the_published_formulas_and_is_saved(small, clip, tmp_path):
     for release, published in small:
         torch.save({"model": published.state_dict(), "epoch": 3}, tmp_path / release.file)
     parts = [released.load_released(release, tmp_path) for release, _ in small]
@@ -422,10 +395,10 @@ def test_a_released_generator_generates_and_is_saved(small, clip, tmp_path):
     images = generator(["a red circle", "a blue star"], n=2, seed=5)
     assert images.shape == (2, 2, 3, 16, 16) and not torch.equal(images[0], images[1])
     (_, published_vqgan), (_, published_gpt) = small
-    text, tokens = clip.texts(["a red circle"]), torch.randint(0, 40, (1, 16))
-    assert (generator.transformer(text, tokens) - published_gpt(text, tokens)).abs().max() < 1e-4
-    wanted = published_vqgan.decoded(tokens.view(1, 4, 4)).clamp(-1, 1)
-    assert (generator.vqgan.decode(tokens.view(1, 4, 4)) - wanted).abs().max() < 1e-4
+    texts, tokens = clip.texts(["a red circle", "a blue star", "a pink ring"]), torch.randint(0, 40, (3, 16))
+    logits, decoded = published_gpt(texts, tokens), published_vqgan.decoded(tokens.view(3, 4, 4)).clamp(-1, 1)
+    assert logits.std() > 0.1 and (generator.transformer(texts, tokens) - logits).abs().max() < 1e-4
+    assert (generator.vqgan.decode(tokens.view(3, 4, 4)) - decoded).abs().max() < 1e-4
     generator.save_pretrained(tmp_path / "model")
     again = TextToImage.from_pretrained(str(tmp_path / "model"))
     assert torch.equal(again("a red circle", seed=3), generator("a red circle", seed=3))

@@ -22,31 +22,24 @@ def test_lines_only_for_what_was_measured():
         ["FID-k,", "reference", "halves", "1.25", "0.5"],
     ]
     assert text.endswith("warning: few images") and "CapS" not in text and "KID" not in text
-    empty = {**SCORES, "fid": {}, "floor": {}, "missing": ["protocol 'inception' needs a file"]}
-    assert "k =" not in score_table(empty) and "missing: protocol 'inception'" in score_table(empty)
+    empty = score_table({**SCORES, "fid": {}, "floor": {}, "missing": ["protocol 'inception' needs a file"]})
+    assert "k =" not in empty and "missing: protocol 'inception'" in empty
 
 
 def test_captions_stand_between_their_references():
     fit = {"caps": 0.3, "caps_shuffled": 0.1, "clip_score": 30.0, "r_precision": 0.5, "judged": 20, "judge": "shapes"}
-    assert "with captions of other images 0.100" in score_table(SCORES | fit)
-    assert "chance about 0.05" in score_table(SCORES | fit)
+    text = score_table(SCORES | fit)
+    assert "with captions of other images 0.100" in text and "chance about 0.05" in text
     real = {"caps_ceiling": 0.8, "caps_floor": 0.05, "r_precision_real": 0.9}
     assert "0.300   (real with own captions 0.800, with others' 0.050)" in score_table(SCORES | fit | real)
 
 
 def test_the_table_of_a_run():
-    one = {"n": 16, "colour": 0.75, "shape": 0.5}
-    card = {"protocol": "clip", "k": [0, 1], "scored": {"name": "a", "n": 24}, "captions": None}
-    summary = {
-        "run": "x",
-        "preset": "smoke",
-        "seed": 1,
-        "evaluation": SCORES | {"card": card},
-        "oracle": {"text": {"one": one}},
-        "export": {"oracle": {"16": {"one": one}}},
-    }
-    text = table(summary)
+    kinds = {"one": {"n": 16, "colour": 0.75, "shape": 0.5}}
+    scores = SCORES | {"card": {"protocol": "clip", "k": [0, 1], "scored": {"name": "a", "n": 24}, "captions": None}}
+    summary = {"run": "x", "preset": "smoke", "seed": 1, "evaluation": scores}
+    text = table(summary | {"oracle": {"text": kinds}, "export": {"oracle": {"16": kinds}}})
     assert text.startswith("run x   preset smoke   seed 1") and "scored" not in text
     assert text.count("colour 75.0%   shape 50.0%   (n = 16)") == 2 and "export, best of 16 one" in text
-    lines = [" ".join(line.split()) for line in score_table(summary["evaluation"]).splitlines()]
+    lines = [" ".join(line.split()) for line in score_table(scores).splitlines()]
     assert {"k 0, 1", "scored name a, n 24", "captions none"} <= set(lines)

@@ -1,21 +1,17 @@
 import pytest
 import torch
 
+from clipgen_lib import sample
 from clipgen_lib.config import SampleConfig
 from clipgen_lib.runtime.runs import ClipgenError
-from clipgen_lib.sample import (
-    best_of,
-    filter_logits,
-    generate,
-    generate_tokens,
-    guidance_at,
-    mean_of_nearest,
-    sample_token,
-    seeded_uniforms,
-    slerp,
-)
+from clipgen_lib.sample import filter_logits, generate, guidance_at, mean_of_nearest, slerp
 
 PLAIN = SampleConfig(guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def embeds(clip):
+    return clip.texts(["a red circle", "a blue star"])
 
 
 def filter_by_sorting(logits, temperature, top_k, top_p):
@@ -47,49 +43,39 @@ def test_impossible_filters_are_refused(bad):
         filter_logits(torch.zeros(1, 4), **bad)
 
 
-def test_pick_follows_the_distribution():
+def test_sampled_tokens_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
     uniform = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
-    picked = sample_token(probabilities.log().expand(10_000, 4), uniform)
-    shares = torch.bincount(picked, minlength=4) / 10_000
+    tokens = sample.sample_token(probabilities.log().expand(10_000, 4), uniform)
+    shares = torch.bincount(tokens, minlength=4) / 10_000
     assert torch.allclose(shares, probabilities, atol=1e-3) and shares[1] == 0
 
 
-def test_guided_sampling_differs_and_unguided_does_not(transformer, clip):
-    embeds = clip.texts(["a red circle", "a blue star"])
-    plain = generate(transformer, embeds, [0, 1], PLAIN)
-    assert plain.shape == (2, 64) and plain.dtype == torch.int64
-    assert not torch.equal(plain, generate(transformer, embeds, [0, 1], SampleConfig(guidance=3.0)))
-    assert not torch.equal(plain, generate(transformer, embeds, [5, 6], PLAIN))
-
-
-def test_guided_sampling_is_that_of_a_loop_without_a_cache_with_schedule_and_known_tokens(transformer, clip):
-    embeds, noise = clip.texts(["a red circle", "a blue star"]), seeded_uniforms([3, 4], 64, torch.device("cpu"))
-    tokens = torch.zeros(2, 64, dtype=torch.long)
+def test_guided_sampling_is_that_of_a_loop_without_a_cache_with_schedule_and_known_tokens(transformer, embeds):
+    noise, tokens = sample.seeded_uniforms([3, 4], 64, torch.device("cpu")), torch.zeros(2, 64, dtype=torch.long)
     tokens[:, :5] = known = torch.arange(10).view(2, 5)
     settings = SampleConfig(guidance=4.0, guidance_schedule="cosine", top_p=0.8)
     with torch.inference_mode():
         for i in range(5, 64):
             c, u = (transformer(e, tokens[:, : i + 1])[:, -1] for e in (embeds, torch.zeros_like(embeds)))
             logits = u + guidance_at(i, 64, settings) * (c - u)
-            tokens[:, i] = sample_token(filter_logits(logits, top_p=0.8), noise[:, i])
+            tokens[:, i] = sample.sample_token(filter_logits(logits, top_p=0.8), noise[:, i])
     assert torch.equal(generate(transformer, embeds, [3, 4], settings, known=known), tokens)
 
 
 def test_guidance_schedules_by_hand():
-    def scales(**settings):
-        chosen = SampleConfig(guidance=3.0, **settings)
-        return [round(guidance_at(i, 5, chosen), 6) for i in range(5)]
-
-    assert scales() == [3, 3, 3, 3, 3]
-    assert scales(guidance_schedule="linear") == [1, 1.5, 2, 2.5, 3]
-    assert scales(guidance_schedule="cosine") == [1, 1.292893, 2, 2.707107, 3]
-    assert scales(guidance_interval=(0.25, 0.5)) == [1, 3, 3, 1, 1]
+    for settings, scales in (
+        ({}, [3, 3, 3, 3, 3]),
+        ({"guidance_schedule": "linear"}, [1, 1.5, 2, 2.5, 3]),
+        ({"guidance_schedule": "cosine"}, [1, 1.292893, 2, 2.707107, 3]),
+        ({"guidance_interval": (0.25, 0.5)}, [1, 3, 3, 1, 1]),
+    ):
+        config = SampleConfig(guidance=3.0, **settings)
+        assert [round(guidance_at(i, 5, config), 6) for i in range(5)] == scales
     assert guidance_at(0, 1, SampleConfig(guidance=3.0)) == 3
 
 
-def test_a_schedule_of_scale_one_is_no_guidance(transformer, clip):
-    embeds = clip.texts(["a red circle", "a blue star"])
+def test_a_schedule_of_scale_one_is_no_guidance(transformer, embeds):
     plain = generate(transformer, embeds, [1, 2], PLAIN)
     for settings in (
         {"guidance": 1.0, "guidance_schedule": "linear"},
@@ -100,15 +86,12 @@ def test_a_schedule_of_scale_one_is_no_guidance(transformer, clip):
     assert torch.equal(guided[:, :32], plain[:, :32]) and not torch.equal(guided, plain)
 
 
-def test_projection_is_the_mean_of_the_nearest(clip):
-    bank = torch.nn.functional.normalize(torch.randn(50, clip.dim, generator=torch.Generator().manual_seed(0)), dim=1)
-    embeds = clip.texts(["a red circle", "a blue star"])
-    for k in (1, 4):
-        found = mean_of_nearest(embeds, bank, k)
-        assert torch.allclose(found.norm(dim=1), torch.ones(2))
-        for row, embed in zip(found, embeds, strict=True):
-            near = bank[(bank @ embed).argsort(descending=True)[:k]]
-            assert torch.allclose(row, near.mean(0) / near.mean(0).norm(), atol=1e-6)
+@pytest.mark.parametrize("k", [1, 4])
+def test_projection_is_the_mean_of_the_nearest(embeds, k):
+    bank = torch.nn.functional.normalize(torch.randn(50, 256, generator=torch.Generator().manual_seed(0)), dim=1)
+    for row, embed in zip(mean_of_nearest(embeds, bank, k), embeds, strict=True):
+        mean = bank[(bank @ embed).argsort(descending=True)[:k]].mean(0)
+        assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
     assert torch.allclose(mean_of_nearest(bank[:3], bank, 1), bank[:3], atol=1e-6)
 
 
@@ -125,19 +108,9 @@ def test_known_tokens_stay_and_the_rest_goes_on_from_them(transformer, clip, gui
         assert torch.equal(found[:, :32], other[:, :32]) and not torch.equal(found[:, 32:], plain[:, 32:])
 
 
-def test_known_tokens_that_do_not_fit(transformer, clip):
-    embeds, whole = clip.texts(["a red circle"]), torch.zeros(1, 64, dtype=torch.long)
-    for known in (whole, whole[:, :8].repeat(2, 1)):
-        with pytest.raises(ClipgenError, match="a row for each of the 1"):
-            generate(transformer, embeds, [0], PLAIN, known=known)
-    for wrong in (-1, transformer.codebook_size):
-        with pytest.raises(ClipgenError, match="outside 0 to 31"):
-            generate(transformer, embeds, [0], PLAIN, known=whole[:, :8] + wrong)
-
-
 def test_tokens_come_one_by_one(transformer, clip):
     embeds, settings = clip.texts(["a red circle", "a blue star", "x"]), SampleConfig(guidance=2.0, batch_size=2)
-    previews = [tokens.clone() for tokens in generate_tokens(transformer, embeds, [1, 2, 3], settings)]
+    previews = [tokens.clone() for tokens in sample.generate_tokens(transformer, embeds, [1, 2, 3], settings)]
     whole = generate(transformer, embeds, [1, 2, 3], settings)
     assert len(previews) == 2 * 64 and torch.equal(previews[-1], whole)
     for step, preview in enumerate(previews, start=1):  # two rows in the first batch, one in the second
@@ -145,8 +118,8 @@ def test_tokens_come_one_by_one(transformer, clip):
         assert torch.equal(preview, torch.where(sampled, whole, -1))
 
 
-def test_slerp_goes_along_the_great_circle(clip):
-    a, b = clip.texts(["a red circle"]), clip.texts(["a blue star"])
+def test_slerp_goes_along_the_great_circle(embeds):
+    a, b = embeds.split(1)
     assert torch.equal(slerp(a, b, 0), a) and torch.equal(slerp(a, b, 1), b)
     points = torch.cat([slerp(a, b, share) for share in (0, 0.25, 0.5, 0.75, 1)])
     assert torch.allclose(points.norm(dim=1), torch.ones(5), atol=1e-6)
@@ -159,16 +132,16 @@ def test_slerp_goes_along_the_great_circle(clip):
         slerp(a, -a, 0.5)
 
 
-def test_the_best_candidate_is_the_most_similar(clip):
-    candidates, embeds = list(torch.rand(4, 2, 3, 64, 64) * 2 - 1), clip.texts(["a red circle", "a blue star"])
-    best = best_of(clip, candidates, embeds)
-    for p, embed in enumerate(embeds):
-        scores = torch.stack([clip.images(images[p : p + 1])[0] @ embed for images in candidates])
-        assert torch.equal(best[p], candidates[scores.argmax()][p])
-
-
-def test_calls_that_make_no_sense(transformer, clip):
-    with pytest.raises(ClipgenError, match="one for each"):
-        generate(transformer, clip.texts(["x"]), [0, 1], PLAIN)
+def test_calls_that_make_no_sense(transformer, embeds):
+    whole, size = torch.zeros(2, 64, dtype=torch.long), transformer.codebook_size
+    for seeds, known, sentence in (
+        ([0], None, "one for each"),
+        ([0, 1], whole, "a row for each of the 2"),
+        ([0, 1], whole[:1, :8], "a row for each of the 2"),
+        ([0, 1], whole[:, :8] - 1, "outside 0 to 31"),
+        ([0, 1], whole[:, :8] + size, "outside 0 to 31"),
+    ):
+        with pytest.raises(ClipgenError, match=sentence):
+            generate(transformer, embeds, seeds, PLAIN, known=known)
     with pytest.raises(ClipgenError, match="eval"):
-        generate(transformer.train(), clip.texts(["x"]), [0], PLAIN)
+        generate(transformer.train(), embeds, [0, 1], PLAIN)

@@ -1,12 +1,16 @@
+import copy
 import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import Killed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,24 +20,23 @@ from clipgen_lib.runtime.runs import ClipgenError, Stopped
 from clipgen_lib.store import TokenStore, encode_batch_size, extract, nearest
 
 
-@pytest.fixture
-def store(images, vqgan, clip, tmp_path):
-    return extract(images, vqgan, clip, tmp_path / "store")
-
-
 def test_rows_are_what_the_encoders_say(store, images, vqgan, clip):
-    assert len(store) == 40 and store.meta["L"] == 64 and store.meta["D"] == clip.dim
-    row = 7
-    x = to_float(crop(images[row], 64))[None]
-    assert torch.equal(store.tokens(np.array([row]))[0], vqgan.encode(x).flatten())
-    assert torch.allclose(store.embeds(np.array([row])), clip.images(x), atol=2e-3)  # float16 on disk
+    assert len(store) == store.n_unmirrored == 40 and store.meta["L"] == 64 and store.meta["D"] == clip.dim
+    x, row = to_float(crop(images[7], 64))[None], np.array([7])
+    assert torch.equal(store.tokens(row)[0], vqgan.encode(x).flatten())
+    assert torch.allclose(store.embeds(row), clip.images(x), atol=2e-3)  # float16 on disk
     assert torch.allclose(store.embeds(slice(None)).norm(dim=1), torch.ones(40), atol=1e-6)
     assert torch.equal(store.tokens(slice(None))[[5, 3]], store.tokens(np.array([5, 3])))
     assert torch.allclose(store.mean_embed(), store.embeds(slice(None)).mean(0), atol=1e-6)
-    assert list(store.arrays["rows"]) == list(range(40)) and store.n_unmirrored == 40
-    names = {"meta.json", "tokens.u16", "embeds.f16", "rows.i32"}
-    assert {path.name for path in store.folder.iterdir()} == names
-    assert (store.folder / "tokens.u16").stat().st_size == 40 * 64 * 2
+    assert list(store.arrays["rows"]) == list(range(40)) and (store.folder / "tokens.u16").stat().st_size == 40 * 64 * 2
+    assert {path.name for path in store.folder.iterdir()} == {"meta.json", "tokens.u16", "embeds.f16", "rows.i32"}
+
+
+def test_nearest(store):
+    embed = store.embeds(np.array([11]))[0]
+    found, similarity = store.nearest(embed, 5), store.embeds(slice(None)) @ embed
+    assert found[0] == 11 and len(found) == 5 and similarity[found[-1]] >= similarity.sort().values[-5] - 1e-6
+    assert nearest(store.embeds(slice(0, 3)), embed[None], 5).shape == (1, 3)
 
 
 def test_mirrored_rows_follow(images, vqgan, clip, tmp_path):
@@ -43,75 +46,19 @@ def test_mirrored_rows_follow(images, vqgan, clip, tmp_path):
     assert torch.equal(store.tokens(np.array([43]))[0], vqgan.encode(mirrored).flatten())
 
 
-def test_other_weights_are_refused(store, vqgan, clip):
+def test_other_weights_and_other_images_are_refused(store, world, vqgan, clip):
     TokenStore.open(store.folder, vqgan, clip)
-    with torch.no_grad():
-        vqgan.quant_conv.bias += 1e-3
-    with pytest.raises(ClipgenError, match="is of another VQGAN"):
-        TokenStore.open(store.folder, vqgan, clip)
-    with pytest.raises(ClipgenError, match="is of another CLIP"):
-        TokenStore.open(store.folder, clip=SimpleNamespace(weights_hash="0" * 16))
-
-
-def test_other_images_are_refused(store, world, vqgan, clip):
     with pytest.raises(ClipgenError, match="made from other images"):
         extract(open_images(world, "val"), vqgan, clip, store.folder)
-
-
-def rewritten(path, content):
-    later = path.stat().st_mtime + 1  # a store is verified once for each state of its files, and clocks tick slowly
-    path.write_bytes(content)
-    os.utime(path, (later, later))
-
-
-DAMAGE = {
-    "one token": lambda whole: whole[:40] + bytes([whole[40] ^ 1]) + whole[41:],
-    "zeros": lambda whole: bytes(len(whole)),
-    "NaN": lambda whole: whole[:-2] + b"\xff\x7f",
-    "longer": lambda whole: whole + b"xx",
-    "shorter": lambda whole: whole[:100],
-}
-
-
-@pytest.mark.parametrize("name", ["tokens.u16", "embeds.f16", "rows.i32"])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_stores_are_refused(store, name, damage):
-    path = store.folder / name
-    rewritten(path, DAMAGE[damage](whole := path.read_bytes()))
-    with pytest.raises(ClipgenError, match="damaged store .*hash differs.*: delete its folder and extract again"):
-        TokenStore.open(store.folder)
-    rewritten(path, whole)
-    assert len(TokenStore.open(store.folder)) == 40
-
-
-def test_what_is_no_store_is_one_sentence(store, tmp_path):
-    with pytest.raises(ClipgenError, match="no finished token store"):
-        TokenStore.open(tmp_path / "none")
-    (store.folder / "tokens.u16").unlink()
-    with pytest.raises(ClipgenError, match="tokens.u16 is missing: delete its folder and extract again"):
-        TokenStore.open(store.folder)
-    os.mkfifo(store.folder / "tokens.u16")
-    with pytest.raises(ClipgenError, match="damaged store"):
-        TokenStore.open(store.folder)
-
-
-@pytest.mark.parametrize(
-    "entries",
-    [{"N": 39}, {"L": 10**400}, {"L": "64"}, {"D": 2.5}, {"K": 10**7}, {"N": True}, {"flip": True}, {"skipped": []}]
-    + [{"hash": None}, {"vqgan_hash": "0" * 16}],
-)
-def test_a_store_of_other_facts_is_one_sentence(store, entries):
-    meta = json.loads((store.folder / "meta.json").read_text())
-    (store.folder / "meta.json").write_text(json.dumps({**meta, **entries}))
-    with pytest.raises(ClipgenError, match="damaged .*: delete its folder and extract again$"):
-        TokenStore.open(store.folder)
+    other = copy.deepcopy(vqgan)
+    with torch.no_grad():
+        other.quant_conv.bias += 1e-3
+    for kind, weights in (("VQGAN", (other, clip)), ("CLIP", (None, SimpleNamespace(weights_hash="0" * 16)))):
+        with pytest.raises(ClipgenError, match=f"is of another {kind}"):
+            TokenStore.open(store.folder, *weights)
 
 
 # ---------------------------------------------------------------------------------------------- interruptions
-
-
-class Killed(BaseException):
-    pass
 
 
 class Codes(torch.nn.Module):
@@ -130,16 +77,11 @@ class Codes(torch.nn.Module):
         return ((x[:, :, ::8, ::8].mean(1) + 1) * 127).long()
 
 
-class Embeds:
+def embeds(weights_hash="1" * 16, dim=4):
     """A stand-in CLIP."""
-
-    dim, device, name = 4, torch.device("cpu"), "stand-in"
-
-    def __init__(self, weights_hash="1" * 16):
-        self.weights_hash = weights_hash
-
-    def images(self, x):
-        return torch.nn.functional.normalize(x[:, :, :32].mean((2, 3)).repeat(1, 2)[:, :4] + 1.01)
+    images = lambda x: torch.nn.functional.normalize(x[:, :, :32].mean((2, 3)).repeat(1, 2)[:, :4] + 1.01)
+    facts = {"dim": dim, "device": torch.device("cpu"), "name": "stand-in", "weights_hash": weights_hash}
+    return SimpleNamespace(**facts, images=images)
 
 
 def kill():
@@ -150,62 +92,72 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def extracted(images, folder, codes=None):
+    """The files of a store that the stand-ins make, with mirrored rows."""
+    return contents(extract(images, codes or Codes(), embeds(), folder, flip=True).folder)
+
+
 @pytest.fixture
 def broken(images, tmp_path):
     """The images as a folder, one of which cannot be read."""
     for split in ("train", "val"):
-        (tmp_path / "p" / split).mkdir(parents=True)
-        for row, path in enumerate(images.paths):
-            content = path.read_bytes()
-            (tmp_path / "p" / split / path.name).write_bytes(content[:60] if row == 30 else content)
+        shutil.copytree(images.root / "train", tmp_path / "p" / split)
+        os.truncate(tmp_path / "p" / split / "000000000030.png", 60)
     return open_images(tmp_path / "p", "train", 64)
 
 
+@pytest.mark.parametrize("seconds", [0, 5])
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_killed_and_started_again_it_is_the_same(images, broken, tmp_path, is_whole):
+def test_killed_and_started_again_it_is_the_same(images, broken, tmp_path, monkeypatch, is_whole, seconds):
+    monkeypatch.setattr("clipgen_lib.store.SAVE_SECONDS", seconds)  # with 0 each batch is a chunk
     images = images if is_whole else broken
-    store = extract(images, Codes(), Embeds(), tmp_path / "whole", flip=True)
-    whole = contents(store.folder)
-    assert len(store) == (80 if is_whole else 78)
-    assert list(store.meta["skipped"]) == ([] if is_whole else ["train/000000000030.png"])
+    whole = extracted(images, tmp_path / "whole")
+    store = TokenStore.open(tmp_path / "whole")
+    assert len(store) == 78 + 2 * is_whole and list(store.meta["skipped"]) == (
+        [] if is_whole else ["train/000000000030.png"]
+    )
     assert list(store.arrays["rows"]) == 2 * [row for row in range(40) if is_whole or row != 30]
-    for at in (1, 2, 9, 20):
+    for at in (1, 2, 9, 20) if seconds else (9,):
         folder = tmp_path / f"killed-{at}"
         for again in (at, 2):  # twice, the second time in what the first has left
             with pytest.raises(Killed):
-                extract(images, Codes(again, kill), Embeds(), folder, flip=True)
+                extracted(images, folder, Codes(again, kill))
         assert not folder.exists()
-        extract(images, Codes(), Embeds(), folder, flip=True)
-        assert contents(folder) == whole and not folder.with_name(f"{folder.name}.partial").exists()
+        last, partial = Codes(), folder.with_name(f"{folder.name}.partial")
+        assert extracted(images, folder, last) == whole and len(last.calls) == (20 if seconds else 11)
+        assert not partial.exists()
+        shutil.copytree(tmp_path / "whole", partial)  # as after a kill at the very end
+        assert extracted(images, folder) == whole and not partial.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_batch_and_stops(broken, tmp_path, number):
-    whole = contents(extract(broken, Codes(), Embeds(), tmp_path / "whole", flip=True).folder)
+    whole = extracted(broken, tmp_path / "whole")
     first, second = Codes(8, lambda: os.kill(os.getpid(), number)), Codes()
     with pytest.raises(Stopped, match="the same command resumes") as stopped:
-        extract(broken, first, Embeds(), tmp_path / "store", flip=True)
+        extracted(broken, tmp_path / "store", first)
     assert stopped.value.exit_code == 128 + number and len(first.calls) == 8
-    assert contents(extract(broken, second, Embeds(), tmp_path / "store", flip=True).folder) == whole
+    assert extracted(broken, tmp_path / "store", second) == whole
     assert sum(first.calls) + sum(second.calls) == 78  # every image once
 
 
-def test_another_extraction_begins_anew(images, tmp_path):
-    stop = Codes(5, lambda: os.kill(os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("of", ["the last chunk", "some chunks", "other weights"])
+def test_what_lacks_is_encoded_again(images, tmp_path, monkeypatch, of):
+    """A chunk that is cut short or gone, here and there, and all chunks of other weights."""
+    monkeypatch.setattr("clipgen_lib.store.SAVE_SECONDS", 0)
+    whole = extracted(images, tmp_path / "whole")
+    clip, last = embeds(("2" if of == "other weights" else "1") * 16), Codes()
     with pytest.raises(Stopped):
-        extract(images, stop, Embeds(), tmp_path / "store")
-    again = Codes()
-    store = extract(images, again, Embeds("2" * 16), tmp_path / "store")
-    assert store.meta["clip_hash"] == "2" * 16 and sum(again.calls) == 40
-
-
-def test_a_partial_file_of_another_size_begins_anew(images, tmp_path):
-    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
-    with pytest.raises(Stopped):
-        extract(images, Codes(5, lambda: os.kill(os.getpid(), signal.SIGINT)), Embeds(), tmp_path / "store")
-    embeds = tmp_path / "store.partial" / "embeds.f16"
-    embeds.write_bytes(embeds.read_bytes()[:20])
-    assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
+        extracted(images, tmp_path / "store", Codes(15, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    chunks = sorted((tmp_path / "store.partial").glob("*.zip"))
+    assert len(chunks) == 15
+    for chunk in chunks[2:4] if of == "some chunks" else ():
+        chunk.unlink()
+    os.truncate(chunks[14], chunks[14].stat().st_size - 1)
+    store = extract(images, last, clip, tmp_path / "store", flip=True)
+    assert len(last.calls) == {"the last chunk": 6, "some chunks": 8, "other weights": 20}[of]
+    assert store.meta["clip_hash"] == clip.weights_hash
+    assert (contents(store.folder) == whole) == (of != "other weights")
 
 
 def test_one_process_at_a_time_extracts(images, tmp_path):
@@ -213,81 +165,83 @@ def test_one_process_at_a_time_extracts(images, tmp_path):
     folder, refused = tmp_path / "store", []
 
     def second():
-        with pytest.raises(ClipgenError, match="token store is being made .*: wait for it") as error:
-            extract(images, Codes(), Embeds(), folder)
-        refused.append(str(error.value))
+        with pytest.raises(ClipgenError, match=f"token store is being made .* {os.getpid()} .*: wait for it") as error:
+            extracted(images, folder)
+        refused.append(error)
 
-    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
-    store = extract(images, Codes(5, second), Embeds(), folder)
-    assert str(os.getpid()) in refused[0] and contents(store.folder) == whole
-
-
-class FailingDisk(ImageSet):
-    """Images on a disk that fails from the 20th on."""
-
-    def __getitem__(self, row):
-        if row >= 20:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().__getitem__(row)
+    assert extracted(images, folder, Codes(5, second)) == extracted(images, tmp_path / "whole") and len(refused) == 1
 
 
 def test_a_read_error_ends_no_extraction_as_if_it_were_done(images, tmp_path):
-    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "whole").folder)
+    class FailingDisk(ImageSet):
+        def __getitem__(self, row):
+            if row >= 20:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().__getitem__(row)
+
+    whole = extracted(images, tmp_path / "whole")
     failing = FailingDisk(images.name, images.split, images.root, images.paths, images.size)
     with pytest.raises(ClipgenError, match="Input/output error"):
-        extract(failing, Codes(), Embeds(), tmp_path / "store")
-    assert not (tmp_path / "store").exists()
-    assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
+        extracted(failing, tmp_path / "store")
+    assert not (tmp_path / "store").exists() and extracted(images, tmp_path / "store") == whole
 
 
-@pytest.mark.parametrize("left", ["store.partial/tokens.u16", "store/progress/done"])
-def test_what_a_process_killed_at_its_end_left_is_deleted(images, tmp_path, left):
-    whole = contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder)
-    (tmp_path / left).parent.mkdir()
-    (tmp_path / left).touch()
-    assert contents(extract(images, Codes(), Embeds(), tmp_path / "store").folder) == whole
-    assert not (tmp_path / left).parent.exists()
-
-
-def test_a_folder_of_other_files_is_left_alone(images_folder, images, tmp_path):
+def test_what_cannot_become_a_store_is_one_sentence(images_folder, images, tmp_path):
     with pytest.raises(ClipgenError, match="other files than a finished token store"):
-        extract(images, Codes(), Embeds(), images_folder)
+        extracted(images, images_folder)
     assert len(list(images_folder.iterdir())) == 40
-
-
-def test_a_full_disk_is_one_sentence(images, tmp_path):
-    class Vast(Embeds):
-        dim = 2**44  # more than any disk has
-
     with pytest.raises(ClipgenError, match=r"no room for .*store.partial \([.e+\d]+ GB are missing\): free some"):
-        extract(images, Codes(), Vast(), tmp_path / "store")
+        extract(images, Codes(), embeds(dim=2**44), tmp_path / "store")  # more than any disk has
     assert not (tmp_path / "store.partial").exists()
+    for path in images_folder.iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(ClipgenError, match="none of the 24 images"):
+        extracted(open_images(images_folder), tmp_path / "store")
 
 
-def test_no_readable_image_is_one_sentence(tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / "p" / split).mkdir(parents=True)
-        (tmp_path / "p" / split / "0.png").write_bytes(b"broken")
-    with pytest.raises(ClipgenError, match="none of the 1 images"):
-        extract(open_images(tmp_path / "p"), Codes(), Embeds(), tmp_path / "store")
+AGAIN = ": delete its folder and extract again$"
 
 
-def test_batches_fit_the_caches_or_the_gpu():
-    config = SimpleNamespace(channels=128, image_size=64, patch=1)
-    assert encode_batch_size(config) == 4 and encode_batch_size(config, "cuda") == 256
-    config.patch = 4
-    assert encode_batch_size(config) == 32
-    config.image_size = 256
-    assert encode_batch_size(config, "cuda") == 16
+@pytest.mark.parametrize("name", ["tokens.u16", "embeds.f16", "rows.i32"])
+def test_damaged_stores_are_refused(images, tmp_path, name):
+    path = extract(images, Codes(), embeds(), tmp_path / "store").folder / name
+    whole, later = path.read_bytes(), itertools.count(path.stat().st_mtime + 1)
+    one = whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]
+    for content in (one, bytes(len(whole)), whole[:-2] + b"\xff\x7f", whole + b"xx", whole[:100]):
+        for written in (content, whole):
+            path.write_bytes(written)
+            os.utime(path, (next(later),) * 2)  # it is verified once for each state, and clocks tick slowly
+            if written != whole:
+                with pytest.raises(ClipgenError, match=f"damaged store .*hash differs.*{AGAIN}"):
+                    TokenStore.open(path.parent)
+        assert len(TokenStore.open(path.parent)) == 40
 
 
-def test_nearest(store):
-    embed = store.embeds(np.array([11]))[0]
-    found = store.nearest(embed, 5)
-    assert found[0] == 11 and len(found) == 5
-    similarity = store.embeds(slice(None)) @ embed
-    assert similarity[found[-1]] >= similarity.sort().values[-5] - 1e-6
-    assert nearest(store.embeds(slice(0, 3)), embed[None], 5).shape == (1, 3)
+def test_what_is_no_store_is_one_sentence(images, tmp_path):
+    def refused(sentence):
+        with pytest.raises(ClipgenError, match=sentence):
+            TokenStore.open(tmp_path / "store")
+
+    refused("no finished token store")
+    store = extract(images, Codes(), embeds(), tmp_path / "store", flip=True)
+    tokens, meta = store.folder / "tokens.u16", store.folder / "meta.json"
+    facts = [("N", 39), ("N", True), ("L", 10**400), ("L", "64"), ("D", 2.5), ("K", 10**7), ("flip", False)]
+    for key, value in [*facts, ("skipped", []), ("hash", None), ("vqgan_hash", "0" * 16)]:
+        meta.write_text(json.dumps({**store.meta, key: value}))
+        refused(f"damaged .*{AGAIN}")
+    meta.write_text(json.dumps(store.meta))
+    tokens.unlink()
+    refused(f"tokens.u16 is missing{AGAIN}")
+    os.mkfifo(tokens)
+    refused("damaged store")
+    meta.write_text("{")
+    refused(f"meta.json is not valid JSON .*{AGAIN}")
+
+
+@pytest.mark.parametrize("side, patch, on_cpu, on_gpu", [(64, 1, 4, 256), (64, 4, 32, 256), (256, 4, 4, 16)])
+def test_batches_fit_the_caches_or_the_gpu(side, patch, on_cpu, on_gpu):
+    config = SimpleNamespace(channels=128, image_size=side, patch=patch)
+    assert (encode_batch_size(config), encode_batch_size(config, "cuda")) == (on_cpu, on_gpu)
 
 
 # ---------------------------------------------------------------------------------------------- any bytes
@@ -303,8 +257,8 @@ def test_whatever_lies_in_a_store_is_one_sentence(data, tmp_path_factory):
     content = json.dumps(meta).encode()
     content = data.draw(st.sampled_from([content, content, content[: len(content) // 2], b"[]", b"[" * 9_999, b"\xff"]))
     (folder / "meta.json").write_bytes(content)
-    for name, size in (("tokens.u16", 12), ("embeds.f16", 12), ("rows.i32", 12)):
-        (folder / name).write_bytes(bytes(data.draw(st.sampled_from([size, size, size, 0, 5]))))
+    for name in ("tokens.u16", "embeds.f16", "rows.i32"):
+        (folder / name).write_bytes(bytes(data.draw(st.sampled_from([12, 12, 12, 0, 5]))))
     with pytest.raises(ClipgenError) as error:
         TokenStore.open(folder)
     assert str(folder) in str(error.value) and len(str(error.value).replace(str(folder), "")) < 600

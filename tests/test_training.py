@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Killed
 
 from clipgen_lib.config import FitConfig, TransformerConfig, TransformerTrainConfig, VQGANConfig
 from clipgen_lib.runtime.checkpoints import load_checkpoint
@@ -35,11 +36,9 @@ def test_every_trained_parameter_once_and_decay_where_it_belongs(kind):
         optimizer = build_optimizer(module, kind, 1e-3, 0.9, 0.1)
         listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
         assert sorted(listed) == sorted(id(p) for p in module.parameters() if p.requires_grad)
-        spared = names_in(module, optimizer, lambda group: group["weight_decay"] == 0)
-        assert all(
-            p.ndim < 2 or "codebook" in n or "positions" in n for n, p in module.named_parameters() if n in spared
-        )
-        assert all(n in spared for n, p in module.named_parameters() if p.ndim < 2)
+        for name in (spared := names_in(module, optimizer, lambda group: group["weight_decay"] == 0)):
+            assert module.get_parameter(name).ndim < 2 or "codebook" in name or "positions" in name
+        assert {name for name, p in module.named_parameters() if p.ndim < 2} <= spared
 
 
 def test_muon_steps_are_orthogonal_in_hidden_layers_only():
@@ -54,17 +53,17 @@ def test_muon_steps_are_orthogonal_in_hidden_layers_only():
     optimizer.step()
     hidden = names_in(transformer, optimizer, lambda group: not group["use_fallback"])
     assert hidden == {f"blocks.0.{n}.weight" for n in ("qkv", "proj", "fc1", "fc2")}
-    step = {n: p.detach() - before[n] for n, p in transformer.named_parameters() if n in hidden}
 
     def spread(matrix):
         values = torch.linalg.svdvals(matrix)
         return (values[0] / values[4]).item()  # the largest to the fifth; further ones are lost in bfloat16
 
-    for name, parameter in transformer.named_parameters():
-        if name in hidden:
-            assert spread(step[name]) < 0.2 * spread(parameter.grad), name
-    # the scale of the arXiv 2502.16982 form is 0.2 lr, AdamW's first step on every entry is lr
-    assert all(0.01 < step[name].pow(2).mean().sqrt().item() < 0.04 for name in hidden)
+    for name in hidden:
+        parameter = transformer.get_parameter(name)
+        step = parameter.detach() - before[name]
+        assert spread(step) < 0.2 * spread(parameter.grad), name
+        # the scale of the arXiv 2502.16982 form is 0.2 lr, AdamW's first step on every entry is lr
+        assert 0.01 < step.pow(2).mean().sqrt().item() < 0.04
     outer = (transformer.head.weight.detach() - before["head.weight"]).abs()
     assert outer.min() > 0.09 and outer.max() < 0.11
 
@@ -75,10 +74,8 @@ def test_unknown_optimizer_is_one_sentence():
 
 
 def test_learning_rate_by_hand():
-    assert learning_rate(0, 100, 1.0, 10) == pytest.approx(0.1)
-    assert learning_rate(9, 100, 1.0, 10) == pytest.approx(1.0)
-    assert learning_rate(55, 100, 1.0, 10, floor=0.0) == pytest.approx(0.5)
-    assert learning_rate(100, 100, 1.0, 10, floor=0.02) == pytest.approx(0.02)
+    rates = [learning_rate(step, 100, 1.0, 10, floor=0.02) for step in (0, 9, 55, 100)]
+    assert rates == pytest.approx([0.1, 1.0, 0.51, 0.02])
 
 
 def test_seeds_differ_and_rows_cover_the_batch():
@@ -100,11 +97,14 @@ def test_moving_average_by_hand():
 
 @pytest.fixture
 def state(tmp_path):
-    """The state of a training of one layer, in a folder of its own."""
+    """The state of a training of one layer, in a folder of its own, saved after the given steps."""
 
-    def make(name="r", seed=0, **changes):
+    def make(name="r", seed=0, steps=(), **changes):
         model, run = torch.nn.Linear(200, 200), replace(open_run(name, tmp_path), seed=seed)
-        return TrainingState(run, "layer", FitConfig(**changes), {"model": model}, {"data": "x"})
+        made = TrainingState(run, "layer", FitConfig(**changes), {"model": model}, {"data": "x"})
+        for step in steps:
+            made.save(step, 1.0)
+        return made
 
     return make
 
@@ -124,33 +124,35 @@ def test_the_last_checkpoints_and_the_best_stay(state):
 
 
 def test_a_training_resumes_its_own_state_only(state):
-    first = state()
-    first.save(7)
-    again = state(log_every=1)
+    first, again = state(steps=[7]), state(log_every=1)  # how it is logged may change
     assert again.resume() == 7 and state("other").resume() == 0
     assert torch.equal(again.parts["model"].weight, first.parts["model"].weight)
     with pytest.raises(ClipgenError, match="belongs to another training .differs in seed, train.lr"):
         state(seed=1, lr=0.5).resume()
 
 
-def test_damaged_checkpoints_take_no_place_of_later_ones(state):
-    """The last two cut: the one before is resumed, and a stop one step later is not pruned in favour of those."""
-    training = state()
-    for step in (2, 4, 6):
-        training.save(step, 1.0)
-    for path in training.paths()[1:]:
-        path.write_bytes(b"cut")
-    with pytest.warns(UserWarning, match="resumes from step 2"):
+def test_damaged_checkpoints_are_set_aside_for_the_one_before(state):
+    """One cut, one with another bit: the one before is resumed, and they take no place of one saved after it."""
+    training = state(steps=[2, 4, 6])
+    before, changed, cut = training.paths()
+    content = bytearray(changed.read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    cut.write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match="resumes from step 2") as told:
         assert training.resume() == 2
+    assert all(path.name in str(warning.message) for path, warning in zip((cut, changed), told, strict=True))
     training.save(3)
     assert kept(training) == [2, 3] and len(list(training.folder.glob("*.damaged"))) == 2
+    for path in training.paths():
+        path.write_bytes(b"")
+    with pytest.raises(ClipgenError, match="is damaged"):
+        training.resume()
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(state):
     """A link to itself stands for a disk that fails: the state before is not taken for it."""
-    training = state()
-    for step in (2, 4):
-        training.save(step, 1.0)
+    training = state(steps=[2, 4])
     last = training.paths()[-1].rename(training.folder / "aside")
     (link := training.folder / "layer-00000004.safetensors").symlink_to(link)
     with pytest.raises(ClipgenError, match="layer-00000004.safetensors cannot be read"):
@@ -161,8 +163,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(state):
 
 def test_a_full_disk_keeps_the_checkpoint_before(state):
     """A limit on the size of files stands for the end of the disk: writing fails in the same place and way."""
-    training, limits = state(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    training.save(3)
+    training, limits = state(steps=[3]), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(ClipgenError, match="no room for .*layer-00000006"):
@@ -186,14 +187,21 @@ def test_log_lines_are_means_of_what_is_finite(tmp_path):
 def test_gradients_are_clipped_and_a_step_that_is_not_finite_is_not_taken(tmp_path):
     log, weight = Log(open_run("r", tmp_path), "layer", steps=3), torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    for step, scale in enumerate((1.0, float("nan"), float("inf"))):
+
+    def step(number, scale):
         loss = (weight * torch.tensor([3.0, 4.0])).sum() * scale
         loss.backward()
         log.add(loss=loss)
-        assert optimizer_step(log, step, 0.5, gradient=optimizer) == (step == 0)
-        assert torch.allclose(weight.detach(), torch.tensor([-0.3, -0.4])) and weight.grad is None
-    assert log.scalars["gradient"][0].item() == pytest.approx(5.0)
-    assert log.skipped == 2
+        return optimizer_step(log, number, 0.5, gradient=optimizer)
+
+    for number, scale in enumerate((1.0, float("nan"), float("inf"))):
+        assert step(number, scale) == (number == 0) and weight.grad is None
+    assert log.scalars["gradient"][0].item() == pytest.approx(5.0) and log.skipped == 2
+    with pytest.raises(
+        ClipgenError, match="layer loss or its gradient was not finite at 3 steps in a row before step 4"
+    ):
+        step(3, float("nan"))
+    assert torch.allclose(weight.detach(), torch.tensor([-0.3, -0.4]))
 
 
 def test_fit_resumed_is_uninterrupted_and_learns(tmp_path):
@@ -203,22 +211,17 @@ def test_fit_resumed_is_uninterrupted_and_learns(tmp_path):
 
         def loss_of(step):
             if step == steps_before:
-                raise KeyboardInterrupt
+                raise Killed
             x = torch.randn(32, 4, generator=torch.Generator().manual_seed(step))
             return (model(x) - x @ target).pow(2).mean(), {}
 
         run, config = open_run(name, tmp_path), FitConfig(steps=20, warmup=2, lr=0.05, log_every=5, save_every=4)
         fit(run, "layer", model, config, loss_of, {"data": "x"})
-        return model, run
+        return model, run.metrics("layer")
 
-    whole, run = train("whole")
-    assert run.metrics("layer")[-1]["loss"] < 0.3 * run.metrics("layer")[0]["loss"]
-    with pytest.raises(KeyboardInterrupt):
+    whole, lines = train("whole")
+    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    with pytest.raises(Killed):
         train("parts", 10)
-    parts, run = train("parts")
-    assert torch.equal(whole.weight, parts.weight) and [line["step"] for line in run.metrics("layer")] == [
-        5,
-        10,
-        15,
-        20,
-    ]
+    parts, lines = train("parts")
+    assert torch.equal(whole.weight, parts.weight) and [line["step"] for line in lines] == [5, 10, 15, 20]

@@ -10,6 +10,7 @@ from clipgen_lib.sample import CachedDecoder
 from clipgen_lib.transformer import ImageTransformer, KVCache
 
 SMALL = TransformerConfig(layers=2, width=32, heads=2, condition_tokens=1)
+either_conditioning = pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
 
 
 def build(**changes):
@@ -22,31 +23,33 @@ def build(**changes):
     return model.eval()
 
 
-def inputs(batch=3):
-    rng = torch.Generator().manual_seed(2)
-    embeds = torch.nn.functional.normalize(torch.randn(batch, 8, generator=rng), dim=1)
-    return embeds, torch.randint(0, 20, (batch, 9), generator=rng)
+@pytest.fixture
+def embeds():
+    return torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), dim=1)
 
 
-@pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 20, (3, 9), generator=torch.Generator().manual_seed(2))
+
+
+@either_conditioning
 @pytest.mark.parametrize("condition_tokens", [1, 4])
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 4], [9]])
-def test_cached_and_uncached_agree(conditioning, condition_tokens, chunks):
-    model, (embeds, tokens) = build(conditioning=conditioning, condition_tokens=condition_tokens), inputs()
+def test_cached_and_uncached_agree(conditioning, condition_tokens, chunks, embeds, tokens):
+    model = build(conditioning=conditioning, condition_tokens=condition_tokens)
     whole, cache, parts, known = model(embeds, tokens), KVCache(model, 3), [], 0
     for chunk in chunks:
         known += chunk
         parts.append(model(embeds, tokens[:, :known], cache))
-    assert whole.shape == (3, 9, 20)
-    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+    assert whole.shape == (3, 9, 20) and torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("conditioning", ["prefix", "adaln", "words"])
 @pytest.mark.parametrize("known", [0, 1, 5])
-def test_decoding_agrees_with_forward(conditioning, known):
-    model, (embeds, tokens) = build(conditioning=conditioning, condition_tokens=4), inputs()
-    if conditioning == "words":
-        embeds = torch.arange(12).view(3, 4) % 8
+def test_decoding_agrees_with_forward(conditioning, known, embeds, tokens):
+    model = build(conditioning=conditioning, condition_tokens=4)
+    embeds = torch.arange(12).view(3, 4) % 8 if conditioning == "words" else embeds
     with torch.inference_mode():
         whole, decoder = model(embeds, tokens), CachedDecoder(model)
         for _ in range(2):  # a second batch begins anew
@@ -56,8 +59,8 @@ def test_decoding_agrees_with_forward(conditioning, known):
         assert torch.allclose(decoder.start(embeds[:1], tokens[:1, :0]), whole[:1, 0], atol=1e-5)
 
 
-def test_decoding_in_bfloat16_is_near_float32():
-    model, (embeds, tokens) = build(condition_tokens=4), inputs()
+def test_decoding_in_bfloat16_is_near_float32(embeds, tokens):
+    model = build(condition_tokens=4)
     with torch.inference_mode():
         whole, decoder = model(embeds, tokens), CachedDecoder(model.bfloat16())
         parts = [decoder.start(embeds, tokens[:, :2])] + [decoder.step(tokens[:, i]) for i in range(2, 8)]
@@ -65,57 +68,49 @@ def test_decoding_in_bfloat16_is_near_float32():
     assert found.dtype == torch.float32 and (found - whole[:, 2:]).abs().max() < 0.02 * whole.abs().max()
 
 
-def test_position_i_sees_only_what_comes_before():
-    model, (embeds, tokens) = build(), inputs()
-    before = model(embeds, tokens)
-    changed = tokens.clone()
+def test_position_i_sees_only_what_comes_before(embeds, tokens):
+    model, changed, last = build(), tokens.clone(), tokens.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 20
-    after = model(embeds, changed)
+    before, after = model(embeds, tokens), model(embeds, changed)
     assert torch.equal(before[:, :6], after[:, :6]) and not torch.allclose(before[:, 6:], after[:, 6:])
-    changed = tokens.clone()
-    changed[:, -1] = 0
-    assert torch.equal(model(embeds, changed), before)  # the last token is predicted, never read
+    last[:, -1] = 0
+    assert torch.equal(model(embeds, last), before)  # the last token is predicted, never read
 
 
-@pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
-def test_every_position_sees_the_condition(conditioning):
-    model, (embeds, tokens) = build(conditioning=conditioning, condition_tokens=2), inputs()
+@either_conditioning
+def test_every_position_sees_the_condition(conditioning, embeds, tokens):
+    model = build(conditioning=conditioning, condition_tokens=2)
     assert ((model(embeds, tokens) - model(embeds.flip(0), tokens)).abs().amax(-1)[0] > 1e-4).all()
 
 
-def test_adaptive_blocks_begin_as_nothing():
-    torch.manual_seed(0)
-    model, (embeds, tokens) = ImageTransformer(replace(SMALL, conditioning="adaln"), 20, 9, 8).eval(), inputs()
+def test_adaptive_blocks_begin_as_nothing(embeds, tokens):
+    model = ImageTransformer(replace(SMALL, conditioning="adaln"), 20, 9, 8)
     # no gate is open, the condition has no effect
     assert torch.equal(model(embeds, tokens), model(embeds.flip(0), tokens))
     model(embeds, tokens).pow(2).mean().backward()
     assert model.blocks[0].modulation.weight.grad.abs().sum() > 0  # but the gates learn
 
 
-def test_mode_does_not_change_meaning():
-    model, (embeds, tokens) = build(), inputs()
-    assert torch.allclose(model.train()(embeds, tokens), model.eval()(embeds, tokens), atol=1e-6)
-    dropping = build(dropout=0.5)
-    assert not torch.allclose(dropping.train()(embeds, tokens), dropping.eval()(embeds, tokens))
+def test_mode_does_not_change_meaning(embeds, tokens):
+    for model, is_same in ((build(), True), (build(dropout=0.5), False)):
+        assert torch.allclose(model.train()(embeds, tokens), model.eval()(embeds, tokens), atol=1e-6) == is_same
 
 
-@pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
-def test_gradient_checkpointing_gives_the_same_gradients(conditioning):
+@either_conditioning
+def test_gradient_checkpointing_gives_the_same_gradients(conditioning, embeds, tokens):
     gradients = []
     for checkpointing in (False, True):
         model = build(conditioning=conditioning, gradient_checkpointing=checkpointing).train()
-        embeds, tokens = inputs()
         model(embeds, tokens).pow(2).mean().backward()
         gradients.append(model.blocks[0].qkv.weight.grad)
     assert torch.allclose(*gradients, atol=1e-7)
 
 
-def test_too_many_tokens_is_one_sentence():
+def test_too_many_tokens_is_one_sentence(embeds):
     with pytest.raises(ClipgenError, match="12 tokens for a transformer of 9"):
-        build()(inputs()[0], torch.zeros(3, 12, dtype=torch.long))
+        build()(embeds, torch.zeros(3, 12, dtype=torch.long))
 
 
-def test_saved_and_loaded_is_bit_equal(tmp_path):
-    model, (embeds, tokens) = build(), inputs()
-    save_weights(tmp_path / "t", model, trained_with={"vqgan": "x"})
+def test_saved_and_loaded_is_bit_equal(embeds, tokens, tmp_path):
+    save_weights(tmp_path / "t", model := build(), trained_with={"vqgan": "x"})
     assert torch.equal(ImageTransformer.load(tmp_path / "t")(embeds, tokens), model(embeds, tokens))

@@ -21,6 +21,8 @@ from ..runtime.runs import ClipgenError
 from .datasets import ImageSet
 from .images import BadImage, crop
 
+Batch = tuple[list[int], torch.Tensor]  # rows that could be read, (len(rows), 3, S, S) uint8
+
 
 @lru_cache(maxsize=4)
 def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -28,20 +30,15 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The rows of a training batch: a permutation of n rows for each epoch, laid end to end, cut into batches.
-
-    Returns:
-        (batch_size,) int64.
-    """
+    """The rows of a training batch, (batch_size,) int64: a permutation of n rows for each epoch, end to end, cut into batches."""
     epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
     return np.concatenate([_epoch_order(n, seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
 class _Squares(NamedTuple):
-    rows: list[int]  # those that could be read
-    images: torch.Tensor  # (len(rows), 3, S, S) uint8
+    rows: list[int]  # of a Batch
+    images: torch.Tensor
     failed: list[tuple[int, str]]  # row, why not
-    stop: str = ""  # why reading cannot go on; raised here and not in a worker, from where torch brings a traceback
 
 
 class _Reader(Dataset):
@@ -50,7 +47,7 @@ class _Reader(Dataset):
     def __init__(self, images: ImageSet, seed: int = 0, flip: bool = False, random_crop: bool = False):
         self.images, self.seed, self.flip, self.random_crop = images, seed, flip, random_crop
 
-    def __getitem__(self, key: tuple[Sequence[int], Sequence[int]]) -> _Squares:
+    def __getitem__(self, key: tuple[Sequence[int], Sequence[int]]) -> _Squares | ClipgenError:
         good, squares, failed, size = [], [], [], self.images.size
         for row, position in zip(*key, strict=True):
             try:
@@ -59,7 +56,7 @@ class _Reader(Dataset):
             except BadImage as error:
                 failed.append((row, str(error)))
             except ClipgenError as error:
-                return _Squares([], torch.empty(0), failed, str(error))
+                return error  # not raised in a worker, from where torch brings a traceback
         # in a worker default_collate stacks straight into the memory that is shared
         stacked = default_collate(squares) if good else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return _Squares(good, stacked, failed)
@@ -79,8 +76,8 @@ def _load(reader: _Reader, keys: Iterable[tuple[Sequence[int], Sequence[int]]], 
     generator, images = torch.Generator().manual_seed(0), reader.images
     with dead_workers_told(images, workers):
         for found in DataLoader(reader, batch_size=None, sampler=keys, num_workers=workers, generator=generator):
-            if found.stop:
-                raise ClipgenError(found.stop)
+            if isinstance(found, ClipgenError):
+                raise found
             images.skipped |= {images.names[row]: why for row, why in found.failed}
             yield found
 
@@ -89,10 +86,8 @@ def training_batches(images: ImageSet, config: VQGANTrainConfig, seed: int, star
     """Batches start..config.steps-1 of an endless shuffled stream: (batch_size / processes, 3, S, S) uint8.
 
     Order, crops and mirroring depend on seed and step alone; process r takes the r-th even share of each batch. An
-    unreadable image is recorded in `images.skipped` and another image of the share takes its place.
-
-    Raises:
-        ClipgenError: no image of a whole share can be decoded, one cannot be read at all, or a worker process was killed.
+    unreadable image is recorded in `images.skipped` and another image of the share takes its place. Raises ClipgenError
+    where no image of a whole share can be decoded, one cannot be read at all, or a worker process was killed.
     """
     size, world = config.batch_size, distributed.world_size()
     if size % world:
@@ -103,22 +98,16 @@ def training_batches(images: ImageSet, config: VQGANTrainConfig, seed: int, star
         for step in range(start, config.steps)
     )
     reader = _Reader(images, seed, config.flip, config.random_crop)
-    for rows, squares, failed, _ in _load(reader, keys, config.workers):
+    for rows, squares, failed in _load(reader, keys, config.workers):
         if not rows:
-            why = f"{len(failed)} images of {images.root} could be read ({failed[0][1]})"
-            raise ClipgenError(f"none of {why}: check the data")
+            what = f"none of {len(failed)} images of {images.root} could be read ({failed[0][1]})"
+            raise ClipgenError(f"{what}: check the data")
         again = torch.arange(len(failed)) % len(rows)
         yield torch.cat([squares, squares[again]]) if failed else squares
 
 
-def ordered_batches(
-    images: ImageSet, rows: Sequence[int], batch_size: int, workers: int = 0
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Centre crops of the given rows in order: (rows that could be read, (b, 3, S, S) uint8), unreadable ones left out.
-
-    Raises:
-        ClipgenError: none of them can be read.
-    """
+def ordered_batches(images: ImageSet, rows: Sequence[int], batch_size: int, workers: int = 0) -> Iterator[Batch]:
+    """Centre crops of the given rows in order, unreadable ones left out. Raises ClipgenError where none can be read."""
     batches, count = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], 0
     for kept, squares in image_batches(images, batches, workers):
         count += len(kept)
@@ -126,16 +115,13 @@ def ordered_batches(
             yield kept, squares
     if len(rows) and not count:
         why = next(reversed(images.skipped.values()))
-        raise ClipgenError(
-            f"none of {len(rows)} {images.split} images of {images.root} could be read ({why}): check the data"
-        )
+        what = f"none of {len(rows)} {images.split} images of {images.root} could be read ({why})"
+        raise ClipgenError(f"{what}: check the data")
 
 
-def image_batches(
-    images: ImageSet, batches: Iterable[Sequence[int]], workers: int = 0
-) -> Iterator[tuple[list[int], torch.Tensor]]:
+def image_batches(images: ImageSet, batches: Iterable[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
     """The same of batches of any sizes, all by one loader."""
-    for rows, squares, *_ in _load(_Reader(images), ((rows, rows) for rows in batches), workers):
+    for rows, squares, _ in _load(_Reader(images), ((rows, rows) for rows in batches), workers):
         yield rows, squares
 
 
@@ -147,14 +133,10 @@ def augmented_rows(
     Each is cropped to between half and all of its area and resized back, and mirrored or not, as seed and step say.
 
     Returns:
-        The rows that could be read, (b,), and their images, (b, 3, S, S) uint8; the others are in `images.skipped`.
-
-    Raises:
-        ClipgenError: none of them is an image, or one cannot be read at all.
+        The rows that could be read, (b,), and their images, (b, 3, S, S) uint8; the others are in `images.skipped`. Raises
+        ClipgenError where none of them is an image, or one cannot be read at all.
     """
-    crops = v2.Compose(
-        [v2.RandomResizedCrop(images.size, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip(0.5 * flip)]
-    )
+    crops = v2.Compose([v2.RandomResizedCrop(images.size, (0.5, 1.0)), v2.RandomHorizontalFlip(0.5 * flip)])
     good = {}
     with torch.random.fork_rng(devices=[]):  # torchvision takes numbers from the global generator
         torch.manual_seed((seed << 32) + step)
@@ -181,9 +163,8 @@ def dead_workers_told(images: ImageSet, workers: int) -> Iterator[None]:
         if not re.search(r"DataLoader worker \(pid", str(error)):
             raise
         why = str(error).splitlines()[0]
-        raise ClipgenError(
-            f"a process that reads images of {images.root} was killed, most often for want of memory or of /dev/shm ({why}): take fewer workers than {workers}, or give more of both"
-        ) from None
+        what = f"a process that reads images of {images.root} was killed, most often for want of memory or of /dev/shm"
+        raise ClipgenError(f"{what} ({why}): take fewer workers than {workers}, or give more of both") from None
     finally:
         if len(images.skipped) > before:
             why = f"the last: {next(reversed(images.skipped.values()))}"

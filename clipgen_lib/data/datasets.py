@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..config import ShapesConfig
@@ -54,9 +56,7 @@ class ImageSet(Dataset):
         source: paths below `root`, or an opened `datasets.Dataset` with one column, the encoded images.
         describe: () -> (captions, classes) of the rows, each None where there are none; called when they are asked for.
 
-    Attributes:
-        names: row -> its path below `root`, or the name of its image in the archive.
-        skipped: name -> why it was left out; grows as images turn out to be unreadable.
+    `names` are paths below `root`, or names in the archive. `skipped`, name -> why it was left out, grows as images fail.
     """
 
     def __init__(
@@ -64,10 +64,8 @@ class ImageSet(Dataset):
     ):
         self.name, self.split, self.root, self.size, self._describe = name, split, root, size, describe
         self.table = None if isinstance(source, list) else source
-        if self.table is None:
-            self.names = [p.relative_to(root).as_posix() if isinstance(p, Path) else p for p in source]
-        else:
-            self.names = _member_names(source)
+        names = source if self.table is None else _member_names(source)
+        self.names = [p.relative_to(root).as_posix() if isinstance(p, Path) else p for p in names]
         self.skipped: dict[str, str] = {}
         self._cache: dict[int, torch.Tensor] = {}
         self._cached_bytes = 0
@@ -152,8 +150,7 @@ def open_images(
         size: short side in pixels.
         world, seed: size and seed of the Shapes world.
 
-    Raises:
-        ClipgenError: nothing there, no images, unknown split, metadata or an archive that cannot be read.
+    Raises ClipgenError where there is nothing, no image, no such split, or metadata or an archive that cannot be read.
     """
     if str(path) == "shapes":
         root = MADE_DATA / f"shapes-{world.n_train}-{world.n_val}-{seed}"
@@ -165,18 +162,40 @@ def open_images(
     if any(root.glob("annotations/captions_*.json")):
         return _open_coco(root, split, size, root.resolve().name, named.get("year", ""))
     if archives := _archives(root):
+        first = Path(next(iter(archives.values()))[0])
         if root.is_dir() and (names := list_folder(root).names):
-            raise ClipgenError(
-                f"{root} holds {len(names):,} images and the archive {archives[0].name}: give each a folder of its own"
-            )
-        kind = {".tar": "webdataset", ".parquet": "parquet"}[archives[0].suffix.lower()]
-        return _open_table(root, kind, split, size, named, _by_split(root, archives))
+            what = f"{root} holds {len(names):,} images and the archive {first.name}"
+            raise ClipgenError(f"{what}: give each a folder of its own")
+        kind = {".tar": "webdataset", ".parquet": "parquet"}[first.suffix.lower()]
+        return _open_table(root, kind, split, size, named, archives)
     if root.is_dir():
         return _open_folder(root, split, size, named)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not os.path.lexists(root):
-        return _open_table(root, text, split, size, named)
+        return _open_table(root, text, split, size, named, {})
     hint = "unpack the archive and give its folder" if root.is_file() else "check the path, or use 'shapes'"
     raise ClipgenError(f"{root} is not a folder of images: {hint}")
+
+
+def open_folder(root: Path, size: int = 0) -> ImageSet:
+    """Every image of a folder's listing, without splits and captions, to be scored; `size` 0 takes the images' own.
+
+    Raises ClipgenError where there is no folder, fewer than 2 images, or images of different sizes and no `size`.
+    """
+    root, sizes = Path(root).expanduser(), set()
+    if not root.is_dir():
+        raise ClipgenError(f"{root} is not a folder of images: check the path, or unpack the archive")
+    listing = list_folder(root).without_strays()
+    tell(f"{root}: every one of {listing.describe()}")
+    if (n := len(listing.names)) < 2:
+        raise ClipgenError(f"{root} holds {n} images, too few to compare: give a folder of at least 2")
+    for name in listing.names if not size else ():
+        with suppress(OSError, Image.DecompressionBombError), Image.open(root / name) as image:  # reading will say why
+            sizes.add(image.size)
+    if not size and len(sizes) != 1:
+        some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
+        what = f"the images in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which they get"
+        raise ClipgenError(what if sizes else f"none of {n} images in {root} could be read: restore them")
+    return ImageSet(root.resolve().name, "all", root, listing.names, size or min(*sizes.pop()))
 
 
 def _split_by_hash(names: list[str], split: str, where: Path) -> np.ndarray:
@@ -207,8 +226,8 @@ def _open_coco(root: Path, split: str, size: int, name: str, year: str = "") -> 
         missing = f"none of the {len(content['images'])} images of {path.name}"
         raise ClipgenError(f"{root / chosen} holds {missing}: unpack {chosen}.zip there")
     keys = sorted(places)
-    rows = _split_by_hash([places[key] for key in keys], split, root) if is_divided else range(len(keys))
-    keys = [keys[row] for row in rows]
+    if is_divided:
+        keys = [keys[row] for row in _split_by_hash([places[key] for key in keys], split, root)]
     names, describe = [places[key] for key in keys], partial(_describe_coco, path, keys)
     images = ImageSet(name, split if is_divided else chosen, root, names, size, describe)
     images.skipped |= left_out
@@ -253,7 +272,7 @@ def _describe_coco(path: Path, keys: list[int]) -> Texts:
 
 
 def _open_folder(root: Path, split: str, size: int, named: dict[str, str]) -> ImageSet:
-    listing = list_folder(root)
+    listing = list_folder(root).without_strays()
     if not listing.names:
         raise ClipgenError(f"{root} holds no images ({listing.describe()}): give another folder")
     groups = listing.splits()
@@ -289,12 +308,8 @@ def _describe_folder(root: Path, names: list[str], listing: Listing, named: dict
 def _metadata(path: Path) -> list[dict]:
     """The entries of metadata.jsonl or metadata.csv. Raises ClipgenError where it cannot be read."""
     try:
-        lines = io.StringIO(read_text(path))
-        entries = (
-            list(csv.DictReader(lines, strict=True))
-            if path.suffix == ".csv"
-            else [json.loads(x) for x in lines if x.strip()]
-        )
+        lines, is_csv = io.StringIO(read_text(path)), path.suffix == ".csv"
+        entries = list(csv.DictReader(lines, strict=True)) if is_csv else [json.loads(x) for x in lines if x.strip()]
         if not all(isinstance(entry, dict) for entry in entries):
             raise ValueError("a line is not an object")
         if some := next((number for number, entry in enumerate(entries, 2) if None in entry), 0):
@@ -306,24 +321,25 @@ def _metadata(path: Path) -> list[dict]:
     return entries
 
 
-def _archives(path: Path) -> list[Path]:
-    """The parquet and tar files at a path: itself, or those in a folder, in its `data`, and in folders named as splits."""
-    folders = [path / top / name for top in ("", "data") for name in ("", *TRAIN_NAMES, *VAL_NAMES)]
-    files = [path] if path.is_file() else [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+def _archives(root: Path) -> dict[str, list[str]]:
+    """The parquet or tar files at a path, by the splits that their names tell (train-0001.tar, data/val-00000-of-00002.parquet).
+
+    They are the path itself, or those in a folder, in its `data`, and in folders named as splits.
+    """
+    folders = [root / top / name for top in ("", "data") for name in ("", *TRAIN_NAMES, *VAL_NAMES)]
+    files = [root] if root.is_file() else [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
     files = [f for f in files if f.suffix.lower() in (".parquet", ".tar") and f.is_file() and f.name[0] != "."]
-    return sorted(file for file in files if file.name != "metadata.parquet")
-
-
-def _by_split(root: Path, files: list[Path]) -> dict[str, list[str]]:
-    """The archives of each split that their names tell (train-0001.tar, data/val-00000-of-00002.parquet), else all."""
+    files = sorted(file for file in files if file.name != "metadata.parquet")
     groups: dict[str, list[str]] = {}
     for file in files:
         if file.suffix != files[0].suffix:
             raise ClipgenError(f"{root} holds {files[0].name} and {file.name}: give each kind its folder")
         with open(file, "rb") as stream:
+            is_tar, is_gzip = file.suffix.lower() == ".tar", stream.read(2) == b"\x1f\x8b"
             stream.seek(max(file.stat().st_size - 512, 0))
-            if file.suffix.lower() == ".tar" and stream.read().strip(b"\0"):  # tarfile would say nothing
-                raise ClipgenError(f"{file} is cut short or no tar: restore it")
+            if is_tar and stream.read().strip(b"\0"):  # tarfile would say nothing
+                cure = "is compressed: unpack it by gunzip" if is_gzip else "is cut short or no tar: restore it"
+                raise ClipgenError(f"{file} {cure}")
         parts = re.split(r"[-_./\d]+", os.path.relpath(file, root).lower())
         found = next((part for part in parts if SPLIT.fullmatch(part)), "images")
         groups.setdefault(found, []).append(str(file.absolute()))
@@ -352,14 +368,11 @@ def _check_sizes(file: Path) -> None:
                 parts = [part.dictionary_decode() if isinstance(part, pa.DictionaryArray) else part for part in parts]
                 total = max(total, sum(part.nbytes for part in parts) / len(some) * table.metadata.num_rows)
     if total > most:
-        raise ClipgenError(
-            f"{file} of {size / 1e9:.3g} GB unpacks to {total / 1e9:.3g} GB, or members of 1 GB: make it again"
-        )
+        what = f"{file} of {size / 1e9:.3g} GB unpacks to {total / 1e9:.3g} GB, or members of 1 GB"
+        raise ClipgenError(f"{what}: make it again")
 
 
-def _open_table(
-    root: Path, source: str, split: str, size: int, named: dict[str, str], files: dict | None = None
-) -> ImageSet:
+def _open_table(root: Path, source: str, split: str, size: int, named: dict[str, str], files: dict) -> ImageSet:
     """What the library `datasets` reads, a hub id or archives, as Arrow files below data/cache and an image set of them."""
     import datasets as hf
 
@@ -368,8 +381,8 @@ def _open_table(
     hf.logging.set_verbosity(hf.logging.CRITICAL)  # what it would log is in our sentence
     cache = os.environ.get("HF_DATASETS_CACHE", str(MADE_DATA / "cache"))
     try:
-        builder = hf.load_dataset_builder(source, data_files=files, cache_dir=cache)
-        for file in sum((files or {}).values(), []) if not os.path.isdir(builder.cache_dir) else ():
+        builder = hf.load_dataset_builder(source, data_files=files or None, cache_dir=cache)
+        for file in sum(files.values(), []) if not os.path.isdir(builder.cache_dir) else ():
             _check_sizes(Path(file))
         builder.download_and_prepare()
         splits = builder.as_dataset()
@@ -394,9 +407,7 @@ def _columns(table: hf.Dataset, named: dict[str, str], root: Path) -> tuple[hf.D
     """The column of encoded images, by name or by kind, and all that is no image."""
     import datasets as hf
 
-    def is_image(feature: object) -> bool:
-        return isinstance(feature, hf.Image) or isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
-
+    is_image = lambda x: isinstance(x, hf.Image) or isinstance(x, dict) and x.keys() == {"bytes", "path"}
     found = [name for name, feature in table.features.items() if is_image(feature)]
     found = found or [name for name, feature in table.features.items() if getattr(feature, "dtype", "") == "binary"]
     image = named.get("image") or ("image" if "image" in found else next(iter(found), "image"))
@@ -431,11 +442,8 @@ def _describe_table(texts: hf.Dataset, named: dict[str, str], root: Path) -> Tex
 def _read_texts(samples: dict[str, list], values: Callable[[str], list], named: dict[str, str], root: Path) -> Texts:
     """Captions and classes from columns: named by the user, else by their names, else captions of two words and more.
 
-    Args:
-        samples: some values of each column. values: column -> all of them.
-
-    Raises:
-        ClipgenError: a named column is not there.
+    In: `samples`, some values of each column, and `values`, column -> all of them. Raises ClipgenError where a named column is
+    not there.
     """
     words = {}  # of a caption, on average
     for column, some in samples.items():

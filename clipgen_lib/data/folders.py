@@ -4,6 +4,8 @@ In: a folder. Out: a `Listing`: the images below it, what their folders say of s
 Links are followed; a name that stands in a data file is only ever looked up in a listing, never opened.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import re
@@ -50,6 +52,17 @@ class Listing(NamedTuple):
             groups.setdefault(name[: max(name.find("/"), 0)] if has_train else "train", []).append(name)
         return groups
 
+    def without_strays(self) -> Listing:
+        """Without the images beside class folders, at most one in ten, with which none would have a class; metadata keep them."""
+        groups, strays = self.splits(), set()
+        for names in groups.values() or [self.names]:
+            some = {name for name in names if not _folders(name.rpartition("/")[0], bool(groups))}
+            is_few = not self.metadata and 0 < 10 * len(some) <= len(names)
+            if is_few and folder_classes([name for name in names if name not in some], bool(groups)):
+                strays |= some
+        left_out = self.left_out + Counter({"images beside class folders": len(strays)})
+        return self._replace(names=[name for name in self.names if name not in strays], left_out=left_out)
+
     def describe(self) -> str:
         """Splits, classes, captions and what is left out, in a line."""
         groups = self.splits()
@@ -57,18 +70,16 @@ class Listing(NamedTuple):
         largest = max(groups.values(), key=len, default=self.names)
         classes = sorted(set(folder_classes(largest, bool(groups)) or ()))
         captions = self.metadata[:3] or ["name.txt"] * any(name.rpartition(".")[0] in self.texts for name in self.names)
-        parts = [f"{len(self.names):,} images ({splits or 'no splits'})"]
-        parts += [f"{len(classes):,} classes" + f" ({shortened(', '.join(classes), 60)})" * bool(classes)]
-        parts += [f"captions in {', '.join(captions) or 'no file'}"]
-        left_out = ", ".join(f"{count:,} {why}" for why, count in self.left_out.most_common())
-        return ", ".join(parts) + f"; left out: {left_out or 'nothing'}"
+        named = f" ({shortened(', '.join(classes), 60)})" if classes else ""
+        left_out = ", ".join(f"{count:,} {why}" for why, count in self.left_out.most_common()) or "nothing"
+        found = f"{len(self.names):,} images ({splits or 'no splits'}), {len(classes):,} classes{named}"
+        return f"{found}, captions in {', '.join(captions) or 'no file'}; left out: {left_out}"
 
 
 def list_folder(root: Path) -> Listing:
     """All images below a folder; hidden and helper folders, and labels beside images, are left out.
 
-    Raises:
-        ClipgenError: a folder cannot be read.
+    Raises ClipgenError where a folder cannot be read.
     """
     return patiently(lambda: _walk(root), root)
 
@@ -126,8 +137,7 @@ def _split_of(place: str) -> str:
 def choose_split(there: Iterable[str], split: str, where: Path, year: str = "") -> tuple[str | None, bool]:
     """Which of the names there is meant by a split (None: all), and whether train and val are still to be divided by a hash.
 
-    Raises:
-        ClipgenError: no such split, or several of different years (train2014, train2017) and none chosen.
+    Raises ClipgenError where there is no such split, or several of different years (train2014, train2017) and none chosen.
     """
     there, known = sorted(there), {"train": TRAIN_NAMES, "val": VAL_NAMES}
 
@@ -153,25 +163,32 @@ def choose_split(there: Iterable[str], split: str, where: Path, year: str = "") 
 
 def folder_classes(names: list[str], has_splits: bool) -> list[str] | None:
     """The class of each image: its folder at the first level where they differ, the split's not counted; None without."""
-    places = [name.rpartition("/")[0] for name in names]
-    parts = {place: place.split("/") if place else [] for place in set(places)}
-    for place, folders in parts.items() if has_splits else ():
-        if split := _split_of(place):
-            folders.remove(split)
-    for level in range(min(map(len, parts.values()), default=0)):
-        if len({folders[level] for folders in parts.values()}) > 1:
-            return [parts[place][level] for place in places]
+    parts = [_folders(name.rpartition("/")[0], has_splits) for name in names]
+    for level in range(min(map(len, parts), default=0)):
+        if len({folders[level] for folders in parts}) > 1:
+            return [folders[level] for folders in parts]
     return None
+
+
+@lru_cache(maxsize=1 << 16)
+def _folders(place: str, has_splits: bool) -> list[str]:
+    """The folders on the way to a place, the split's not counted."""
+    folders = place.split("/") if place else []
+    if has_splits and (split := _split_of(place)):
+        folders.remove(split)
+    return folders
 
 
 def class_names(classes: list[str], root: Path) -> list[str]:
     """Classes as words; WordNet ids (n01440764) by ImageNet's own lists, where one lies in the folder or beside it."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in set(classes)):
         return [name.replace("_", " ").replace("-", " ") for name in classes]
+    cure = "put words.txt or LOC_synset_mapping.txt there"
     for path in (folder / file for folder in (root, root.parent) for file in SYNSETS):
         lines = [line.split(None, 1) for line in read_text(path).splitlines()] if path.is_file() else []
         known = {line[0]: line[1].split(",")[0].strip() for line in lines if len(line) == 2}
-        if known.keys() >= set(classes):
+        if not (lacking := set(classes) - known.keys()):
             return [known[name] for name in classes]
-    tell(f"prompts of {root} say WordNet ids such as {classes[0]}: put words.txt or LOC_synset_mapping.txt there")
+        cure = f"{path} has no line {min(lacking)}" if lines else cure
+    tell(f"prompts of {root} say WordNet ids such as {classes[0]}: {cure}")
     return classes

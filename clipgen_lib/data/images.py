@@ -8,7 +8,7 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -46,8 +46,7 @@ class BadImage(ClipgenError):
 def patiently(read: Callable, path: object) -> Any:
     """What `read` returns; where the disk or the memory fails it is called again, after each of PAUSES.
 
-    Raises:
-        ClipgenError: it failed each time.
+    Raises ClipgenError where it failed each time.
     """
     for pause in (*PAUSES, 0):
         try:
@@ -62,8 +61,7 @@ def patiently(read: Callable, path: object) -> Any:
 def read_text(path: Path) -> str:
     """A text file in UTF-8, with or without a byte order mark.
 
-    Raises:
-        ClipgenError: it cannot be read, is larger than 1 GB, or is in another encoding.
+    Raises ClipgenError where it cannot be read, is larger than 1 GB, or is in another encoding.
     """
     content = patiently(lambda: _content(path), path)
     try:
@@ -88,11 +86,9 @@ def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
     Errors call it `name`, or by its path.
 
     Returns:
-        (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`.
-
-    Raises:
-        BadImage: the file is not an image of these formats, is cut short, is larger than 100 megapixels or 1 GB, or is a line.
-        ClipgenError: the file cannot be read, now or some seconds later, or there is no memory for it.
+        (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`. Raises BadImage where the file is no image
+        of these formats, is cut short, is larger than 100 megapixels or 1 GB, or is a line; ClipgenError where it cannot be
+        read, now or some seconds later, or there is no memory for it.
     """
     return patiently(lambda: _load(source, size, str(name or source)), name or source)
 
@@ -108,10 +104,10 @@ def _load(source: Path | bytes, size: int, path: str) -> torch.Tensor:
         raise BadImage(f"{path} has more than 100 megapixels: shrink it") from None
     except UnidentifiedImageError:
         raise BadImage(f"{path} is not an image that Pillow can read: remove it or save it again") from None
-    except MemoryError:
-        raise
     except BadImage as error:
         raise BadImage(f"{path} {error}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # of a file of any bytes: Pillow's plugins raise whatever they stumble over
         raise BadImage(f"{path} is damaged ({reason(error)}): remove it or restore it from its source") from None
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
@@ -175,11 +171,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def eight_bit(images: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1], clamped and rounded to the 256 levels of a file, float still.
-
-    Raises:
-        ClipgenError: a pixel is not finite.
-    """
+    """Float in [-1, 1], clamped and rounded to the 256 levels of a file; raises ClipgenError where a pixel is not finite."""
     if not torch.isfinite(images).all():
         raise ClipgenError("an image has NaN or infinite pixels: check its generator and the precision it ran in")
     return to_float(to_uint8(images))
@@ -234,16 +226,23 @@ def _blurring(side: int, sigma: float, shortest: int, dtype: torch.dtype, device
     return torch.from_numpy(matrix).to(device, dtype)
 
 
+def codec(names: Iterable[str]) -> str:
+    """PNG, JPEG, ..., or mixed with their names, by the endings of file names."""
+    known, endings = Image.registered_extensions(), {Path(name).suffix for name in names}
+    codecs = sorted({known.get(ending.lower(), ending) for ending in endings})
+    return codecs[0] if len(codecs) == 1 else "mixed: " + ", ".join(codecs)
+
+
 def png(image: torch.Tensor, scale: int = 1) -> bytes:
     """A PNG file of one image (3, H, W) in [-1, 1], each pixel a square of `scale`."""
     stream = io.BytesIO()
-    _enlarged(to_arrays(image[None])[0], scale).save(stream, "PNG")
+    _enlarged(image[None], scale)[0].save(stream, "PNG")
     return stream.getvalue()
 
 
 def gif(images: torch.Tensor, scale: int = 1, milliseconds: int = 120, rest: int = 600) -> bytes:
     """A GIF file that goes through frames (B, 3, H, W) in [-1, 1], there and back for ever; it rests at either end."""
-    frames = [_enlarged(array, scale).quantize(dither=Image.Dither.NONE) for array in to_arrays(images)]
+    frames = [frame.quantize(dither=Image.Dither.NONE) for frame in _enlarged(images, scale)]
     durations = [rest] + [milliseconds] * (len(frames) - 2) + [rest]
     back, stream = slice(-2, 0, -1), io.BytesIO()
     every = {"append_images": frames[1:] + frames[back], "duration": durations + durations[back]}
@@ -251,8 +250,8 @@ def gif(images: torch.Tensor, scale: int = 1, milliseconds: int = 120, rest: int
     return stream.getvalue()
 
 
-def _enlarged(array: np.ndarray, scale: int) -> Image.Image:
-    return Image.fromarray(array.repeat(scale, 0).repeat(scale, 1))
+def _enlarged(images: torch.Tensor, scale: int) -> list[Image.Image]:
+    return [Image.fromarray(array.repeat(scale, 0).repeat(scale, 1)) for array in to_arrays(images)]
 
 
 def grid(images: torch.Tensor, columns: int, gap: int = 2) -> np.ndarray:

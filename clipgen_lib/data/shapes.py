@@ -12,7 +12,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +83,7 @@ class Claim:
     kind: str | None = None
 
 
-def random_scene(
-    rng: np.random.Generator, held_out: bool = False, n_objects: int | None = None, wild: bool = False
-) -> Scene:
+def random_scene(rng: np.random.Generator, held_out: bool, n_objects: int | None, wild: bool) -> Scene:
     """A random scene of 1 to 3 objects.
 
     With `held_out` the first object is one of the `HELD_OUT` shape-colour pairs; otherwise none of them appears.
@@ -109,8 +107,8 @@ def random_scene(
                 x, y = (float(GRID * round(v / GRID)) for v in (x, y))
             objects.append(SceneObject(*pair, size, x, y, radius))
         if _well_placed(objects):
-            break
-    return Scene(tuple(objects), _random_background(rng, wild), (int(rng.integers(2**31)),), 9.0 if wild else 0.0)
+            ground, seed = _random_background(rng, wild), (int(rng.integers(2**31)),)
+            return Scene(tuple(objects), ground, seed, jitter=9.0 if wild else 0.0)
 
 
 def _random_background(rng: np.random.Generator, wild: bool) -> Background:
@@ -171,8 +169,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     elif shape == "star":
         points = ring_of(10, [1.0, 0.42])
     elif shape == "cross":
-        arm = 0.34
-        half = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
+        half = [(-0.34, -1), (0.34, -1), (0.34, -0.34), (1, -0.34), (1, 0.34), (0.34, 0.34)]
         points = half + [(-x, -y) for x, y in half]
     else:  # heart
         angles = np.linspace(0, 2 * math.pi, 64, endpoint=False)
@@ -193,15 +190,10 @@ def _draw_mask(shape: str, x: float, y: float, radius: float, side: int, scale: 
     return np.asarray(mask.reduce(scale), dtype=np.float32) / 255
 
 
-@lru_cache(maxsize=1)
-def _pixel_grid() -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)[::-1])
-
-
 def render(scene: Scene) -> np.ndarray:
     """The image of a scene, (64, 64, 3) uint8."""
     rng = np.random.default_rng(scene.seed)
-    ground, (xs, ys) = scene.background, _pixel_grid()
+    ground, (ys, xs) = scene.background, np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)
     along = xs * math.cos(ground.angle) + ys * math.sin(ground.angle)
     level = np.full((CANVAS, CANVAS), float(TONES[ground.tone]), np.float32)
     towards_grey = 1.0 if level[0, 0] < 128 else -1.0
@@ -283,7 +275,7 @@ def captions(scene: Scene, n: int = 5) -> list[str]:
     """n different captions of a scene, the same ones at every call."""
     rng, found = np.random.default_rng([*scene.seed, 1]), {}
     while len(found) < n:
-        found.setdefault(caption(scene, rng)[0])
+        found[caption(scene, rng)[0]] = True
     return list(found)
 
 
@@ -297,11 +289,9 @@ def holds(claim: Claim, scene: Scene) -> bool:
 def match(claim: Claim, objects: tuple[SceneObject, ...], with_relation: bool = True) -> tuple[SceneObject, ...] | None:
     """The objects of an image that a claim speaks of, in the claim's order, or None where it is not true of them."""
     for chosen in itertools.permutations(objects, len(claim.objects)):
-        fits = all(
-            said in (None, getattr(there, key))
-            for wanted, there in zip(claim.objects, chosen, strict=True)
-            for key, said in (("shape", wanted.shape), ("colour", wanted.colour), ("size", wanted.size))
-        )
+        pairs = zip(claim.objects, chosen, strict=True)
+        said = [(getattr(a, key), getattr(b, key)) for a, b in pairs for key in ("shape", "colour", "size")]
+        fits = all(wanted in (None, there) for wanted, there in said)
         if fits and (not with_relation or claim.relation is None or relation(*chosen[:2], clear=1.0) == claim.relation):
             return chosen
     return None
@@ -312,31 +302,27 @@ def make_world(root: Path, n_train: int, n_val: int, seed: int = 0) -> Path:
 
     Splits `train` and `val` hold no held-out pair; `held_out` (as large as `val`) shows one in every image.
     A whole world of the same sizes and seed is left as it is, a damaged one is made again. Written beside its place and
-    renamed, so that an interrupted call leaves no half a world.
-
-    Raises:
-        ClipgenError: another process is making it.
+    renamed, so that an interrupted call leaves no half a world. Raises ClipgenError where another process is making it.
     """
     root = Path(root)
     recipe = {"n_train": n_train, "n_val": n_val, "seed": seed, "version": 2}
     splits = {"train": (n_train, 0), "val": (n_val, 10_000_000), "held_out": (n_val, 20_000_000)}
-    if patiently(lambda: _is_whole(root, recipe, splits), root):
-        return root
-    with held(root, "the Shapes world", wait=world_size() > 1):  # all of a launch come here at once
-        if not patiently(lambda: _is_whole(root, recipe, splits), root):  # made by another process just now
-            _write_world(root, recipe, splits)
-    return root
 
-
-def _is_whole(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -> bool:
-    """Whether a world lies there as this recipe makes it: no file is missing, none of those that name the others cut."""
-    try:
-        if json.loads((root / "shapes.json").read_bytes()) != recipe:
+    def is_whole() -> bool:
+        """As this recipe makes it: no file is missing, none of those that name the others cut."""
+        try:
+            if json.loads((root / "shapes.json").read_bytes()) != recipe:
+                return False
+            ends = {(root / "annotations" / f"captions_{split}.json").read_bytes()[-2:] for split in splits}
+            return ends == {b"]}"} and all(len(os.listdir(root / split)) == n for split, (n, _) in splits.items())
+        except (FileNotFoundError, ValueError):
             return False
-        ends = {(root / "annotations" / f"captions_{split}.json").read_bytes()[-2:] for split in splits}
-        return ends == {b"]}"} and all(len(os.listdir(root / split)) == n for split, (n, _) in splits.items())
-    except (FileNotFoundError, ValueError):
-        return False
+
+    if not patiently(is_whole, root):
+        with held(root, "the Shapes world", wait=world_size() > 1):  # all of a launch come here at once
+            if not patiently(is_whole, root):  # made by another process just now
+                _write_world(root, recipe, splits)
+    return root
 
 
 def _write_world(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -> None:
@@ -345,20 +331,21 @@ def _write_world(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -
         (folder / "annotations").mkdir()
         for split, (count, first) in splits.items():
             (folder / split).mkdir()
-            content = {"info": {"description": "Shapes world", **recipe}, "images": [], "annotations": []}
-            for index in range(count):
-                scene = scene_at(recipe["seed"], first + index, held_out=split == "held_out")
-                _add_scene(scene, folder / split, index, content)
+            images, annotations = [], []
+            for i in range(count):
+                scene = scene_at(recipe["seed"], first + i, held_out=split == "held_out")
+                entry = {
+                    "id": i,
+                    "file_name": f"{i:012d}.png",
+                    "height": CANVAS,
+                    "width": CANVAS,
+                    "scene": asdict(scene),
+                }
+                images.append(entry)
+                texts = enumerate(captions(scene), 5 * i)
+                annotations += [{"id": j, "image_id": i, "caption": text} for j, text in texts]
+                Image.fromarray(render(scene)).save(folder / split / entry["file_name"], compress_level=1)
                 bar.update()
+            content = {"info": {"description": "Shapes world", **recipe}, "images": images, "annotations": annotations}
             (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
         (folder / "shapes.json").write_text(json.dumps(recipe))
-
-
-def _add_scene(scene: Scene, folder: Path, index: int, content: dict) -> None:
-    """Write a scene's image and add its entries to COCO's annotations."""
-    file_name = f"{index:012d}.png"
-    Image.fromarray(render(scene)).save(folder / file_name, compress_level=1)
-    entry = {"id": index, "file_name": file_name, "height": CANVAS, "width": CANVAS, "scene": asdict(scene)}
-    content["images"].append(entry)
-    for i, text in enumerate(captions(scene)):
-        content["annotations"].append({"id": 5 * index + i, "image_id": index, "caption": text})

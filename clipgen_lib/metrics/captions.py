@@ -5,7 +5,7 @@ In: unit-norm CLIP embeddings (N, D) of images and of texts, or caption files. O
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ def caption_scores(
     """How images fit their captions under a CLIP.
 
     Args:
-        pairs: (row, caption); those whose image cannot be read are left out.
+        pairs: (row, caption); those whose image cannot be read are left out, ClipgenError where none can.
         owners: row -> the real image that its caption describes, where some share one.
 
     Returns:
@@ -37,10 +37,8 @@ def caption_scores(
     """
     embeds: dict[int, torch.Tensor] = {}
     for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), 64):
-        embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu() if rows else (), strict=True)
+        embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu(), strict=True)
     kept = [(row, text) for row, text in pairs if row in embeds]
-    if not kept:
-        raise ClipgenError(f"none of {len(pairs)} images of {images.root} could be read: check the files")
     wording, described = [text for _, text in kept], [owners[row] for row, _ in kept] if owners else []
     texts = torch.cat([clip.texts(wording[i : i + 256]).cpu() for i in range(0, len(kept), 256)])
     shown = torch.stack([embeds[row] for row, _ in kept])
@@ -55,7 +53,7 @@ def caption_scores(
 def fit_scores(
     images: torch.Tensor, texts: torch.Tensor, wording: list[str], seed: int = 0, owners: Sequence[int] = ()
 ) -> dict[str, float]:
-    """How N images fit captions that are not their own.
+    """`caps_shuffled`, the mean cosine of N images with captions of other images, and `r_precision`.
 
     R-precision is the share of images whose own caption ranks first among itself and 99 captions of other images: AttnGAN's
     protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker. Captions of the same wording, or of the same image,
@@ -64,19 +62,15 @@ def fit_scores(
     Args:
         images, texts: (N, D) embeddings of unit norm; row i of both belongs together.
         owners: the real image that each caption describes, where one image has several captions.
-
-    Returns:
-        `caps_shuffled`, the mean cosine with captions of other images, and `r_precision`.
     """
-    owner, same = (np.unique(np.array(x, dtype=object), return_inverse=True)[1] for x in (owners, wording))
-    owner = owner if len(owner) else np.arange(len(wording))
+    same = np.unique(np.array(wording, dtype=object), return_inverse=True)[1]
+    owner = np.array(owners if len(owners) else range(len(wording)))
     shift = int(np.random.default_rng([seed, 19]).integers(1, max(len(wording), 2)))
     other = torch.from_numpy((owner != np.roll(owner, shift)) | (len(wording) == 1))
     shuffled = float((images * texts.roll(shift, 0)).sum(1)[other].mean())
     rng, hits = np.random.default_rng(23), []
     for first in range(0, len(wording), 1_000):
-        similarity = (images[first : first + 1_000] @ texts.T).cpu().numpy()
-        for i, row in enumerate(similarity, first):
+        for i, row in enumerate((images[first : first + 1_000] @ texts.T).cpu().numpy(), first):
             candidates = np.flatnonzero((same != same[i]) & (owner != owner[i]))
             chosen = rng.choice(candidates, min(99, len(candidates)), replace=False)
             hits.append(bool((row[i] > row[chosen]).all()))
@@ -88,9 +82,8 @@ def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]
 
     A smaller set gives further captions of its images until n or all of them are used.
     """
-    order = np.random.default_rng([seed, 17]).permutation(len(images)).tolist()
-    captions = images.captions
-    rounds = range(max((len(c) for c in captions), default=0))
+    order, captions = np.random.default_rng([seed, 17]).permutation(len(images)).tolist(), images.captions
+    rounds = range(max(map(len, captions), default=0))
     pairs = [(row, captions[row][i]) for i in rounds for row in order if i < len(captions[row])]
     if not pairs:
         raise ClipgenError(f"the {images.split} split of {images.root} has no captions: evaluate on another split")
@@ -98,11 +91,7 @@ def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]
 
 
 def split_prompts(text: str) -> list[str]:
-    """The prompts of one text, separated by `|`; none for an empty text.
-
-    Raises:
-        ClipgenError: a text that is not empty and holds no prompt.
-    """
+    """The prompts of one text, separated by `|`; none for an empty text. ClipgenError where another text holds none."""
     prompts = list(dict.fromkeys(" ".join(part.split()) for part in text.split("|") if part.strip()))
     if text and not prompts:
         raise ClipgenError(f"PROMPTS {shortened(text)!r} holds no prompt: write for example 'a dog|a red car'")
@@ -122,11 +111,8 @@ def caption_facts(text: str) -> dict:
 def read_captions(path: Path, seed: int = 0) -> dict[str, str]:
     """Captions of images from a file: name without its ending -> caption; of several captions one is chosen by seed.
 
-    Args:
-        path: a text file of `name<TAB>caption` lines, COCO's captions json, or a json object {name: caption}.
-
-    Raises:
-        ClipgenError: missing, not in one of these layouts, or without a caption.
+    The file holds `name<TAB>caption` lines, COCO's captions json, or a json object {name: caption}. ClipgenError where
+    it is missing, not in one of these layouts, or without a caption.
     """
     if not path.is_file():
         raise ClipgenError(f"captions {path} are no file: check the path")
@@ -156,22 +142,20 @@ def _json_pairs(path: Path) -> list[tuple[str, str]]:
     return kept
 
 
-def _text_pairs(path: Path) -> list[tuple[str, str]]:
-    lines = read_text(path).splitlines()
-    parts = [(number, *line.partition("\t")) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, name, _, text in parts:
-        if not (name.strip() and text.strip()):
+def _text_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        name, _, text = map(str.strip, line.partition("\t"))
+        if name and text:
+            yield name, text
+        elif line.strip():
             raise ClipgenError(f"line {number} of {path} is not name<TAB>caption: correct that line")
-    return [(name.strip(), text) for _, name, _, text in parts]
 
 
 def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
     """Row -> caption of the images that a caption file names, by their place in the folder or by their bare file name.
 
-    A bare name counts only where one caption and one image have it.
-
-    Raises:
-        ClipgenError: the file cannot be read, or names none of the images.
+    A bare name counts only where one caption and one image have it. ClipgenError where the file cannot be read, or
+    names none of the images.
     """
     known = read_captions(path, seed)
     counts = [Counter(Path(name).name for name in known), Counter(Path(name).stem for name in images.names)]
@@ -180,10 +164,9 @@ def texts_of(images: ImageSet, path: Path, seed: int = 0) -> dict[int, str]:
     texts = {row: known.get(_stem(name)) or bare.get(Path(name).stem) for row, name in enumerate(images.names)}
     texts = {row: text for row, text in texts.items() if text}
     if not texts:
-        some = (shortened(Path(images.names[0]).name, 80), shortened(next(iter(known)), 80))
-        raise ClipgenError(
-            f"{path} names none of the {len(images)} images in {images.root} (an image is {some[0]}, a caption's name {some[1]}): use the images' file names"
-        )
+        image, name = shortened(Path(images.names[0]).name, 80), shortened(next(iter(known)), 80)
+        some = f"(an image is {image}, a caption's name {name}): use the images' file names"
+        raise ClipgenError(f"{path} names none of the {len(images)} images in {images.root} {some}")
     return texts
 
 

@@ -62,8 +62,7 @@ class Classifier(nn.Module):
 def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Classifier:
     """Train on class folders, or resume from the last checkpoint, and write `<run>/classifier/`.
 
-    Raises:
-        ClipgenError: no class folders, or a loss that is not finite.
+    ClipgenError where there are no class folders, or a loss is not finite.
     """
     if images.classes is None:
         raise ClipgenError(f"{images.root} has no classes: sort its images into a folder for each class")

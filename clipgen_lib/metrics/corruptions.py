@@ -21,10 +21,9 @@ CORRUPTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def corruption_scores(images: ImageSet, network: FeatureNetwork, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """One half of a set's first 1,000 images, corrupted, against the other half.
+    """One half of a set's first 1,000 images, corrupted, against the other half: corruption -> metric -> value.
 
-    Returns:
-        corruption -> `fid`, `kid`, precision, recall, density, coverage, and `psnr` and `ssim` against the half as it was.
+    Metrics are `fid`, `kid`, precision, recall, density, coverage, and `psnr` and `ssim` against the half as it was.
     """
     rows = range(min(1_000, len(images)))
     if len(rows) < 16:

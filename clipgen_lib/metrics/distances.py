@@ -19,14 +19,9 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     the square roots of the eigenvalues of the symmetric F^T sigma2 F: no complex numbers, also where a covariance is
     singular, and several times faster than a matrix root.
 
-    Args:
-        mu1, mu2: (d,). sigma1, sigma2: (d, d), symmetric.
-
-    Raises:
-        ClipgenError: the dimensions differ.
+    Means are (d,), covariances (d, d) and symmetric; ClipgenError where the dimensions differ.
     """
-    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
-    sigma1, sigma2 = np.asarray(sigma1, np.float64), np.asarray(sigma2, np.float64)
+    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise ClipgenError(f"statistics of {len(mu1)} and {len(mu2)} dimensions: use one feature network for both sets")
     try:
@@ -41,28 +36,19 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 def kernel_distance(real: torch.Tensor, fake: torch.Tensor, subsets: int = 100) -> dict:
     """KID (arXiv 1801.01401): the unbiased squared MMD under a cubic kernel, by torchmetrics, with its spread over subsets.
 
-    A subset is half of the smaller set where that is fewer than 1,000 rows: subsets that are the whole set have no spread.
-    The unbiased estimate may be below 0.
-
-    Args:
-        real, fake: (N, d) and (M, d), at least 4 rows each.
+    A subset of the features, (N, d) and (M, d) of at least 4 rows, is half of the smaller set where that is fewer than
+    1,000 rows: subsets that are the whole set have no spread. The unbiased estimate may be below 0.
     """
     size, rng = min(1_000, len(real) // 2, len(fake) // 2), np.random.default_rng([0, 31])
-    values = []
-    for _ in range(subsets):
-        pair = [x[rng.choice(len(x), size, replace=False)].double() for x in (real, fake)]
-        values.append(float(poly_mmd(*pair)))
+    subset = lambda x: x[rng.choice(len(x), size, replace=False)].double()
+    values = [float(poly_mmd(subset(real), subset(fake))) for _ in range(subsets)]
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "subsets": subsets, "subset_size": size}
 
 
 def inception_score(logits: torch.Tensor, splits: int = 10) -> dict[str, float]:
     """Inception Score (arXiv 1606.03498, equation 1): exp of the mean KL divergence of p(class | image) from p(class).
 
-    Args:
-        logits: (N, classes) in random order, cut into `splits` parts.
-
-    Returns:
-        `mean` and `std` over the parts, `splits`.
+    Logits (N, classes) in random order are cut into `splits` parts; `mean` and `std` are over these.
     """
     scores = []
     for log_p in logits.double().log_softmax(1).chunk(splits):
@@ -79,9 +65,7 @@ def manifold_scores(real: torch.Tensor, fake: torch.Tensor, chunk: int = 1_000) 
     A ball reaches from a row to its k-th nearest neighbour within its own set: the third for precision (share of fake
     rows in a real ball) and recall (share of real rows in a fake ball), the fifth for density (real balls that a fake row
     lies in, divided by five) and coverage (share of real balls with a fake row in them). Distances are Euclidean, float64.
-
-    Args:
-        real, fake: (N, d) and (M, d), more than five rows each.
+    Features are (N, d) and (M, d), more than five rows each.
     """
     centre = real.double().mean(0)  # distances by inner products lose digits far from the origin
     a, b = real.double() - centre, fake.double() - centre
@@ -104,24 +88,16 @@ def manifold_scores(real: torch.Tensor, fake: torch.Tensor, chunk: int = 1_000) 
 
 
 def _neighbour_distances(rows: torch.Tensor, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distances (N,) of each row to its third and to its fifth nearest other row."""
-    nearest = []
-    for first, part in zip(range(0, len(rows), chunk), rows.split(chunk), strict=True):
-        distance = torch.cdist(part, rows, compute_mode="use_mm_for_euclid_dist")
-        same = torch.arange(len(part))
-        distance[same, first + same] = torch.inf
-        nearest.append(distance.topk(5, largest=False).values)
-    return torch.cat(nearest)[:, 2], torch.cat(nearest)[:, 4]
+    """Distances (N,) of each row to its third and to its fifth nearest other row; nearest of all is the row itself."""
+    distances = (torch.cdist(part, rows, compute_mode="use_mm_for_euclid_dist") for part in rows.split(chunk))
+    nearest = torch.cat([distance.topk(6, largest=False).values for distance in distances])
+    return nearest[:, 3], nearest[:, 5]
 
 
 def reconstruction_scores(images: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
-    """PSNR (dB) and SSIM of each pair by torchmetrics, both rounded to 8 bits first, as files are.
+    """`psnr` (dB) and `ssim` of each pair, (B,), by torchmetrics, both images rounded to 8 bits first, as files are.
 
-    Args:
-        images, decoded: (B, 3, H, W) in [-1, 1], at least 11 pixels a side (SSIM's window).
-
-    Returns:
-        `psnr` and `ssim`, (B,) each; PSNR is infinite where nothing differs.
+    Images are (B, 3, H, W) in [-1, 1], at least 11 pixels a side (SSIM's window); PSNR of equal ones is infinite.
     """
     a, b = to_uint8(decoded).float(), to_uint8(images).float()
     return {

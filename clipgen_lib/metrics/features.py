@@ -1,8 +1,7 @@
 """Protocols: the feature network and the resize in front of it, which are part of the name of every distance.
 
-In: the name of a protocol. Out: a `FeatureNetwork`, images (B, 3, H, W) in [-1, 1] -> features (B, d). Weights are files
-in torch's hub folder. Nothing is downloaded: an error names the missing file, its source and the folder it belongs in. No
-network ever takes the place of another.
+In: the name of a protocol. Out: a `FeatureNetwork`, images (B, 3, H, W) in [-1, 1] -> features (B, d). Weights are
+files in torch's hub folder; none is downloaded, an error names the missing one. No network takes the place of another.
 """
 
 from collections.abc import Callable
@@ -36,19 +35,13 @@ WEIGHTS["dmgan"] = checkpoints.TORCHVISION_INCEPTION
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """Images to features, and the facts that name it.
-
-    Attributes:
-        module: takes what `prepare(protocol, images)` gives; returns (B, d), (B, d, 1, 1) or a list that begins with it.
-        weights: what the weights are called. weights_hash: first digits of their SHA-256.
-        head: (classes, d), features -> the logits of the Inception Score; None where the protocol has none.
-    """
+    """Images to features, and the facts that name it."""
 
     protocol: str
-    module: Callable
-    weights: str
-    weights_hash: str
-    head: torch.Tensor | None = None
+    module: Callable  # what `prepare(protocol, images)` gives -> (B, d), (B, d, 1, 1) or a list that begins with it
+    weights: str  # what they are called
+    weights_hash: str  # first digits of their SHA-256
+    head: torch.Tensor | None = None  # (classes, d), features -> logits of the Inception Score, where there are any
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -78,8 +71,7 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
         return to_uint8(images)
     if protocol == "dmgan":
         squares = [Image.fromarray(a).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for a in to_arrays(images)]
-        arrays = np.stack([np.asarray(square) for square in squares])
-        pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2).to(images.device) / 255
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(images.device) / 255
         std, mean = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
         return pixels * (std / 0.5) + (mean - 0.5) / 0.5
     return images
@@ -119,8 +111,8 @@ def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.T
         with weights_alone():
             module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
     except ModuleNotFoundError:
-        cure = "which holds torchmetrics' Inception: pip install torch-fidelity"
-        raise MissingWeights(f"protocol {protocol!r} needs torch-fidelity, {cure}") from None
+        cure = "pip install torch-fidelity, which holds it"
+        raise MissingWeights(f"protocol {protocol!r} lacks torchmetrics' Inception: {cure}") from None
     return module, module.fc.weight.detach()
 
 
@@ -136,8 +128,7 @@ def _torchvision_network(protocol: str, path: Path) -> tuple[nn.Module, None]:
 def lpips_network(device: torch.device | str = "cpu") -> nn.Module:
     """LPIPS with AlexNet (arXiv 1801.03924), which its authors recommend for measuring: two (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
 
-    Raises:
-        MissingWeights: torchvision's AlexNet is not on this machine.
+    MissingWeights where torchvision's AlexNet is not on this machine.
     """
     weights_file(checkpoints.ALEXNET, "LPIPS", "go without it")
     import lpips

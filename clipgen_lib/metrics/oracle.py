@@ -4,7 +4,7 @@ In: a 64x64 image. Out: which shapes, colours, sizes and relation it shows, and 
 fact. Also the evaluation prompts, whose wording says all that is scored.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,8 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
     """CIELAB (D65) of sRGB in [0, 255]; the standard formula, IEC 61966-2-1 and CIE 15."""
     linear = rgb.astype(np.float32) / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
-    xyz = (
-        linear
-        @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]], np.float32)
-        / np.array([0.9505, 1.0, 1.089], np.float32)
-    )
+    primaries = [[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]]
+    xyz = linear @ np.array(primaries, np.float32) / np.array([0.9505, 1.0, 1.089], np.float32)
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
@@ -46,10 +43,7 @@ _TEMPLATES = np.stack([_boxed(draw_mask(shape, 48, 48, 44, 96, 2) > 0.5) for sha
 
 
 def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:
-    """Read the objects of an image, largest first.
-
-    Args:
-        image: (64, 64, 3) uint8.
+    """Read the objects of an image (64, 64, 3) uint8, largest first.
 
     Pixels with colour are grouped into connected blobs; a blob of two colours is split; the colour is the palette
     entry nearest in CIELAB to the blob's median, the shape the template of largest intersection over union (None
@@ -70,8 +64,7 @@ def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:
         shares = np.bincount(nearest[core], minlength=len(COLOURS)) / max(core.sum(), 1)
         colours = np.flatnonzero(shares >= 0.2)
         parts = [whole] if len(colours) < 2 else [ndimage.binary_opening(whole & (nearest == c)) for c in colours]
-        for part in parts:
-            objects.append(_read_blob(part, lab, chroma))
+        objects += [_read_blob(part, lab, chroma) for part in parts]
     return tuple(sorted(filter(None, objects), key=lambda t: -t.radius))
 
 
@@ -91,8 +84,7 @@ def _read_blob(part: np.ndarray, lab: np.ndarray, chroma: np.ndarray) -> SceneOb
     return SceneObject(shape, list(COLOURS)[colour], "small" if extent < 22.5 else "large", x, y, extent / 2)
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A text to generate from, and what an image must show to be correct."""
 
     text: str
@@ -111,15 +103,11 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
     made = []
     for index in range(n):
         scene = scene_at(seed, 30_000_000 + index, kind == "held_out", 2 if kind == "two" else 1)
-        objects = scene.objects
         if kind == "two":
-            link = relation(*objects)
-            claim = Claim(tuple(SceneObject(t.shape, t.colour) for t in objects), link)
-            text = f"{_plain(claim.objects[0])} {link} {_plain(claim.objects[1])}"
+            claim = Claim(tuple(SceneObject(t.shape, t.colour) for t in scene.objects), relation(*scene.objects))
         else:
-            claim = Claim((SceneObject(objects[0].shape, objects[0].colour, objects[0].size),))
-            text = _plain(claim.objects[0])
-        made.append(Prompt(text, claim, scene))
+            claim = Claim(tuple(SceneObject(t.shape, t.colour, t.size) for t in scene.objects))
+        made.append(Prompt(f" {claim.relation} ".join(map(_plain, claim.objects)), claim, scene))
     return made
 
 
@@ -130,14 +118,11 @@ def _plain(obj: SceneObject) -> str:
 
 def correct(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
     """What of a prompt an image (64, 64, 3) uint8 shows, read by the oracle: the parts of `score`."""
-    reading, objects = read_scene(image), prompt.claim.objects
-    if len(objects) == 2:
-        return {
-            "both": match(prompt.claim, reading, with_relation=False) is not None,
-            "relation": match(prompt.claim, reading) is not None,
-        }
+    reading, claim = read_scene(image), prompt.claim
+    if len(claim.objects) == 2:
+        return {"both": bool(match(claim, reading, with_relation=False)), "relation": bool(match(claim, reading))}
     shown = reading[0] if reading else SceneObject(None, None, None)
-    parts = {key: getattr(objects[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
+    parts = {key: getattr(claim.objects[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
     return {**parts, "both": parts["colour"] and parts["shape"], "count": len(reading) == 1}
 
 

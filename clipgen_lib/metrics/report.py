@@ -5,10 +5,8 @@ from collections.abc import Iterator
 
 def table(summary: dict) -> str:
     """The numbers of a run's summary.json: evaluation, oracle and export."""
-    lines = [
-        f"run {summary['run']}   preset {summary.get('preset')}   seed {summary.get('seed')}",
-        score_table(summary["evaluation"], with_card=False),
-    ]
+    lines = [f"run {summary['run']}   preset {summary.get('preset')}   seed {summary.get('seed')}"]
+    lines.append(score_table(summary["evaluation"], with_card=False))
     readings = {f"oracle, {modality}": kinds for modality, kinds in summary.get("oracle", {}).items()}
     readings |= {f"export, best of {n}": kinds for n, kinds in summary.get("export", {}).get("oracle", {}).items()}
     for label, kinds in readings.items():

@@ -6,7 +6,6 @@ In: batches of images and a feature network. Out: sums in float64 that do not gr
 
 from __future__ import annotations
 
-import heapq
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..data.datasets import ImageSet, open_folder, open_images
+from ..data.folders import list_folder
 from ..data.images import blur, eight_bit
 from ..runtime.runs import ClipgenError, reading
 from .distances import frechet_distance, inception_score, kernel_distance, manifold_scores
@@ -66,25 +67,24 @@ class GaussianStatistics:
 class FeatureSample:
     """At most `size` rows of features, each of the N equally likely, the same whatever the batches.
 
-    Row i has a random key from (seed, i); the rows with the smallest keys stay, in the order of their keys: the first m of
-    them are a random sample too.
+    Row i has a random key from i; the rows with the smallest keys stay, in the order of their keys: the first m of them
+    are a random sample too.
     """
 
-    def __init__(self, size: int = SAMPLE, seed: int = 0):
-        self.size, self.seed, self.n = size, seed, 0
-        self.heap: list[tuple[float, int, torch.Tensor]] = []  # (-key, number, row), the largest key first
+    def __init__(self, size: int = SAMPLE):
+        self.size, self.n = size, 0
+        self.kept: list[tuple[float, int, torch.Tensor]] = []  # (key, number, row) in order
 
     def update(self, features: torch.Tensor) -> None:
         """features: (B, d)."""
         for row in features.detach().cpu().float():
-            key = float(np.random.default_rng([self.seed, 29, self.n]).random())
-            add = heapq.heappush if len(self.heap) < self.size else heapq.heappushpop
-            add(self.heap, (-key, self.n, row.clone()))
+            self.kept.append((np.random.default_rng([0, 29, self.n]).random(), self.n, row.clone()))
             self.n += 1
+        self.kept = sorted(self.kept)[: self.size]
 
     def compute(self) -> torch.Tensor:
         """The rows that were kept, (min(N, size), d) float32, in random order."""
-        return torch.stack([row for _, _, row in sorted(self.heap, key=lambda entry: -entry[0])])
+        return torch.stack([row for _, _, row in self.kept])
 
 
 def read_statistics(path: Path) -> Moments:
@@ -99,13 +99,8 @@ def read_statistics(path: Path) -> Moments:
                 raise ValueError(f"more than {MOST_FEATURES} features")
         with np.load(path, allow_pickle=False) as content:
             mu, sigma = (content[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
-        d = mu.size
-        if (
-            not d
-            or mu.shape != (d,)
-            or sigma.shape != (d, d)
-            or not (np.isfinite(mu).all() and np.isfinite(sigma).all())
-        ):
+        d, finite = mu.size, np.isfinite(mu).all() and np.isfinite(sigma).all()
+        if not (d and finite) or mu.shape != (d,) or sigma.shape != (d, d):
             raise ValueError(f"mu {mu.shape} and sigma {sigma.shape}, not finite (d,) and (d, d)")
         rounding = 1e-6 * np.abs(sigma).max()  # of float32; of few images most eigenvalues are 0
         if np.abs(sigma - sigma.T).max() > 10 * rounding or np.linalg.eigvalsh(sigma)[0] < -d * rounding:
@@ -113,28 +108,34 @@ def read_statistics(path: Path) -> Moments:
     return Moments(mu, sigma)
 
 
-def frechet_over_n(features: torch.Tensor, reference: Moments, points: int = 5, fewest: int = 16) -> dict[str, float]:
-    """Frechet distance of the first n rows to a reference, for n = N, N/2, N/4, ...: the bias of a small N.
+def open_reference(reference: str | Path, size: int, split: str = "") -> ImageSet | Moments:
+    """What images are scored against: pytorch-fid's statistics (.npz), a data set's split ("" is val), or every image of a folder without splits.
 
-    Args:
-        features: (N, d) in random order.
+    Raises ClipgenError where a split is named that is not there.
+    """
+    path = Path(reference)
+    if path.suffix == ".npz":
+        return read_statistics(path)
+    is_plain = path.is_dir() and not any(path.glob("annotations/captions_*.json"))
+    if is_plain and (listing := list_folder(path)).names and not listing.splits():
+        if split:
+            raise ClipgenError(f"{path} has no splits, so no {split!r}: leave --split out, or name its folder")
+        return open_folder(path, size)
+    return open_images(reference, split or "val", size)
 
-    Returns:
-        n as text -> distance, from the smallest n; at most `points` of them, none below `fewest`.
+
+def frechet_over_n(features: torch.Tensor, reference: Moments) -> dict[str, float]:
+    """n as text -> Frechet distance of the first n rows to a reference, n = N, N/2, N/4, ...: the bias of a small N.
+
+    Features (N, d) are in random order; of n there are at most five, none below 16, the smallest first.
     """
     distances = {}
-    for n in sorted({len(features) >> i for i in range(points)}):
-        if n >= fewest:
+    for n in sorted({len(features) >> i for i in range(5)}):
+        if n >= 16:
             part = GaussianStatistics()
             part.update(features[:n])
             distances[str(n)] = frechet_distance(*reference, *part.compute())
     return distances
-
-
-def few_images(counts: dict[str, int], dim: int) -> list[str]:
-    """A sentence for each set whose covariance of `dim` dimensions is estimated from fewer than that many images."""
-    biased = "its distances are biased upwards and compare with themselves only"
-    return [f"{s} has {n} images for {dim} feature dimensions: {biased}" for s, n in counts.items() if n < dim]
 
 
 class SetStatistics(NamedTuple):
@@ -171,8 +172,7 @@ def set_statistics(batches: Iterable[torch.Tensor], network: FeatureNetwork, rad
 
 def fid_by_radius(scored: SetStatistics, reference: SetStatistics | Moments) -> dict[str, float]:
     """FID-k for every blur radius k; against statistics of a file for k = 0 alone."""
-    is_file = isinstance(reference, Moments)
-    known = {0: reference} if is_file else {k: reference.moments(k) for k in reference.halves}
+    known = {0: reference} if isinstance(reference, Moments) else {k: reference.moments(k) for k in reference.halves}
     return {str(k): frechet_distance(*scored.moments(k), *known[k]) for k in scored.halves if k in known}
 
 
@@ -186,9 +186,8 @@ def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dic
     """
     scores: dict = {"fid": fid_by_radius(scored, reference), "floor": {}}
     is_set = isinstance(reference, SetStatistics)
-    if is_set:
-        halves = {k: [half.compute() for half in pair] for k, pair in reference.halves.items()}
-        scores["floor"] = {str(k): frechet_distance(*first, *second) for k, (first, second) in halves.items()}
+    for k, (first, second) in reference.halves.items() if is_set else ():
+        scores["floor"][str(k)] = frechet_distance(*first.compute(), *second.compute())
     if scored.sample.n:
         scores["fid_over_n"] = frechet_over_n(scored.sample.compute(), reference.moments(0) if is_set else reference)
     if is_set and min(scored.sample.n, reference.sample.n) > 5:  # the fifth neighbour

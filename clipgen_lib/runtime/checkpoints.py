@@ -16,31 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .runs import (
-    ClipgenError,
-    file_hash,
-    fresh_file,
-    fresh_folder,
-    read_json,
-    reading,
-    reason,
-    room_on_disk,
-    write_json,
-)
+from .runs import ClipgenError, file_hash, fresh_file, fresh_folder, read_json, reading, reason, write_json
 
 
 def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
     """Write a nested state (tensors, numbers, strings, lists, dicts) as one safetensors file, atomically.
 
     Everything that is not a tensor travels as JSON in the file's metadata, so that loading runs no code. A SHA-256 over all of
-    it goes there too.
-
-    Raises:
-        ClipgenError: the disk is full; a file that was there stays.
+    it goes there too. Raises ClipgenError where the disk is full; a file that was there stays.
     """
     tensors: dict = {}
     header = {"state": json.dumps(_take_tensors(state, tensors)), "meta": json.dumps(meta)}
-    tensors = _apart({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     with fresh_file(path) as beside:
         save_file(tensors, beside, {**header, "sha256": _digest(header, tensors)})
 
@@ -48,8 +34,7 @@ def save_checkpoint(path: Path, state: dict, meta: dict) -> None:
 def load_checkpoint(path: Path) -> tuple[dict, dict]:
     """Read what `save_checkpoint` wrote, on the CPU: (state, meta).
 
-    Raises:
-        ClipgenError: missing, cut short, changed since it was written, or not one of ours; or no right to read it.
+    Raises ClipgenError where it is missing, cut short, changed since it was written, not one of ours, or may not be read.
     """
     with reading(path, "run the step that writes it first", "delete it, run its step again"):
         with safe_open(path, framework="pt") as stream:
@@ -57,7 +42,8 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
         if header.pop("sha256") != _digest(header, tensors):
             raise ValueError("its SHA-256 differs from when it was written")
-        state, meta = _put_tensors(json.loads(header["state"]), tensors), json.loads(header["meta"])
+        put = lambda node: tensors[node["tensor"]] if "tensor" in node else dict(node["pairs"])
+        state, meta = json.loads(header["state"], object_hook=put), json.loads(header["meta"])
         if not isinstance(state, dict) or not isinstance(meta, dict):
             raise ValueError("no state in it")
         return state, meta
@@ -80,34 +66,19 @@ def _digest(header: dict[str, str], tensors: dict) -> str:
     return digest.hexdigest()
 
 
-def _apart(tensors: dict) -> dict:
-    """Tensors that share no memory, which safetensors asks for: the second of two that do is copied."""
-    seen, apart = set(), {}
-    for key, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        apart[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-        seen.add(place)
-    return apart
-
-
 def _take_tensors(node: object, tensors: dict) -> object:
-    """Replace every tensor by a reference into `tensors`; dicts become pairs, since JSON turns integer keys to text."""
+    """Replace every tensor by a reference into `tensors`, where its copy goes, since safetensors refuses shared memory.
+
+    Dicts become pairs, since JSON turns integer keys to text.
+    """
     if isinstance(node, torch.Tensor):
         key = f"{len(tensors):06d}"
-        tensors[key] = node
+        tensors[key] = node.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": key}
     if isinstance(node, dict):
         return {"pairs": [[k, _take_tensors(v, tensors)] for k, v in node.items()]}
     if isinstance(node, (list, tuple)):
         return [_take_tensors(v, tensors) for v in node]
-    return node
-
-
-def _put_tensors(node: object, tensors: dict) -> object:
-    if isinstance(node, list):
-        return [_put_tensors(v, tensors) for v in node]
-    if isinstance(node, dict):
-        return tensors[node["tensor"]] if "tensor" in node else {k: _put_tensors(v, tensors) for k, v in node["pairs"]}
     return node
 
 
@@ -119,7 +90,7 @@ def save_tensors(path: Path, module: nn.Module) -> None:
 
 def save_weights(folder: Path, module: nn.Module, **facts: object) -> None:
     """Write `config.json` (from the module's `describe()`, plus facts) and `model.safetensors`, atomically."""
-    with room_on_disk(folder), fresh_folder(folder) as fresh:
+    with fresh_folder(folder) as fresh:
         save_tensors(fresh / "model.safetensors", module)
         write_json(fresh / "config.json", {**module.describe(), **facts})
 
@@ -152,26 +123,23 @@ def load_strictly(module: nn.Module, tensors: dict, source: Path) -> None:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
-        raise ClipgenError(
-            f"{source} does not fit the {type(module).__name__} of its config ({detail}): use weights and config of one run"
-        ) from None
+        what = f"{source} does not fit the {type(module).__name__} of its config ({detail})"
+        raise ClipgenError(f"{what}: use weights and config of one run") from None
 
 
 def load_weights(folder: Path, make: Callable[[dict], nn.Module]) -> nn.Module:
     """The module that `make` builds of what `save_weights` wrote into config.json, with the weights beside it.
 
-    It is built without memory first: a config of other sizes than its weights' is refused before it costs anything.
-
-    Raises:
-        ClipgenError: the config describes nothing that can be built, or the weights are damaged or of something else.
+    It is built without memory first: a config of other sizes than its weights' is refused before it costs anything. Raises
+    ClipgenError where the config describes nothing that can be built, or the weights are damaged or of something else.
     """
     described = read_json(folder / "config.json")
     try:
         with torch.device("meta"):
             module = make(described)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        nothing = f"{folder / 'config.json'} describes nothing that can be built ({reason(error)})"
-        raise ClipgenError(f"{nothing}: restore the original file") from None
+        what = f"{folder / 'config.json'} describes nothing that can be built ({reason(error)})"
+        raise ClipgenError(f"{what}: restore the original file") from None
     load_strictly(module, read_weights(folder), folder)
     return module
 
@@ -217,13 +185,11 @@ def weights_file(weights: Weights, needed_by: str, otherwise: str) -> Path:
     path = folder / weights.file
     if not path.is_file():
         shown = f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else folder
-        raise MissingWeights(
-            f"{needed_by} needs {weights.file} (SHA-256 {weights.sha256}..., {weights.source}): put it into {shown}, or {otherwise}"
-        )
+        what = f"{needed_by} needs {weights.file} (SHA-256 {weights.sha256}..., {weights.source})"
+        raise MissingWeights(f"{what}: put it into {shown}, or {otherwise}")
     if not (found := file_hash(path)).startswith(weights.sha256):
-        raise ClipgenError(
-            f"{path} has the SHA-256 {found}..., not {weights.sha256}...: delete it and fetch it again from {weights.source}"
-        )
+        what = f"{path} has the SHA-256 {found}..., not {weights.sha256}..."
+        raise ClipgenError(f"{what}: delete it and fetch it again from {weights.source}")
     return path
 
 

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,9 +55,8 @@ class Stopped(ClipgenError):
     """SIGTERM, SIGINT or SIGHUP, after what was done has been saved; ends a command as the signal would have."""
 
     def __init__(self, number: int, where: str):
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} {where}: what was done is kept, and the same command resumes from there"
-        )
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} {where}: what was done is kept, and the same command resumes from there")
         self.exit_code = 128 + number
 
 
@@ -104,9 +103,7 @@ def fresh_folder(target: Path, file: str = "") -> Iterator[Path]:
 
     All is on the disk before it gets its name, so that even a loss of power leaves the old or the new, and readable as the
     umask says. An old folder is moved aside first and deleted last; after a kill in between, `open_run` puts it back.
-
-    Raises:
-        ClipgenError: the disk is full, or cannot be written; the old one stays.
+    Raises ClipgenError where the disk is full or cannot be written; the old one stays.
     """
     folder = _beside(target, f"{os.getpid()}.new")
     try:
@@ -140,37 +137,31 @@ CURES = {
 
 
 def explained(kind: str, text: str) -> str:
-    """An error of the disk or the memory as one sentence with its cure, from its class's name and its text; "" for any other.
+    """An error of the disk or the memory as one sentence with its cure; "" for any other.
 
-    Of an error in a notebook's kernel, or in safetensors, there is no more than that.
+    In: its class's name and its text, which is all there is of an error in a notebook's kernel, or in safetensors.
     """
     numbers = {int(number) for number in re.findall(r"(?:Errno |os error |code: )(\d+)", text)}
     text = shortened(re.sub(r"\[Errno \d+\] ", "", text)) or kind
     if "MemoryError" in kind or re.search(r"n't allocate memory|annot allocate memory|killed by signal", text):
-        return f"the memory is used up ({text}): close other programs or take a smaller preset, then run the same command to resume"
-    known = getattr(builtins, kind, None)
-    if kind != "SafetensorError" and not (isinstance(known, type) and issubclass(known, OSError)):
+        cure = "close other programs or take a smaller preset, then run the same command to resume"
+        return f"the memory is used up ({text}): {cure}"
+    if kind != "SafetensorError" and not issubclass(getattr(builtins, kind, str), OSError):
         return ""
-    cures = [cure for cure, known in CURES.items() if known & numbers]
-    return (
-        f"{text}: {cures[0] if cures else 'see that its disk is there and well, then run the same command to resume'}"
-    )
+    otherwise = "see that its disk is there and well, then run the same command to resume"
+    return f"{text}: {next((cure for cure, known in CURES.items() if known & numbers), otherwise)}"
 
 
 @contextmanager
 def room_on_disk(target: Path | str = "", lacking: Callable[[], float] = lambda: 0) -> Iterator[None]:
-    """Turns an error of the disk or the memory within the block into a `ClipgenError`.
-
-    Args:
-        target: what is written there.
-        lacking: the bytes that are missing on a full disk, where that can be told.
-    """
+    """An error of the disk or the memory in writing `target` becomes a `ClipgenError`; on a full disk it tells the `lacking` bytes."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except Exception as error:
         kind = "OSError" if isinstance(error, OSError) else type(error).__name__
-        sentence = "" if isinstance(error, BrokenPipeError) else explained(kind, str(error))
-        if not sentence:
+        if not (sentence := explained(kind, str(error))):
             raise
         missing = f" ({lacking() / 1e9:.3g} GB are missing)" if lacking() > 0 else ""
         if target and sentence.endswith(NO_ROOM):
@@ -182,10 +173,8 @@ def room_on_disk(target: Path | str = "", lacking: Callable[[], float] = lambda:
 def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Keep `path` to this process while the block writes it; the lock of a process that died is free.
 
-    What killed processes left half written, beside it or below, is swept first.
-
-    Raises:
-        ClipgenError: without `wait`, another process holds it: who, and since when; or it is published.
+    What killed processes left half written, beside it or below, is swept first. Raises ClipgenError where it is published or,
+    without `wait`, another process holds it: who, and since when.
     """
     refuse_published(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,9 +201,8 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 def refuse_published(folder: Path) -> None:
     """Raises `ClipgenError` where a file `published` in a folder says that it is; CLIPGEN_PUBLISH=1 allows to make it anew."""
     if (folder / "published").exists() and os.environ.get("CLIPGEN_PUBLISH") != "1":
-        raise ClipgenError(
-            f"{folder} is a published result: write elsewhere by --run or CLIPGEN_RESULTS, or set CLIPGEN_PUBLISH=1 to make it anew"
-        )
+        cure = "write elsewhere by --run or CLIPGEN_RESULTS, or set CLIPGEN_PUBLISH=1 to make it anew"
+        raise ClipgenError(f"{folder} is a published result: {cure}")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -254,15 +242,14 @@ def reading(path: Path, missing: str, cure: str, wrong: str = "is damaged") -> I
         raise ClipgenError(f"{path} {wrong} ({reason(error)}): {cure}") from None
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, cure: str = "restore it, or run its step again") -> dict:
     """Read a JSON object; a missing or broken file is one sentence."""
-    cures = ("run the step that writes it first", "restore it, or run its step again")
-    with reading(Path(path), *cures, wrong="is not valid JSON"):
+    with reading(Path(path), "run the step that writes it first", cure, wrong="is not valid JSON"):
         if Path(path).stat().st_size > 2**30:
             raise ValueError("it has more than 1 GB")
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict):
-        raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: restore the original file")
+        raise ClipgenError(f"{path} holds a JSON {type(content).__name__}, not an object: {cure}")
     return content
 
 
@@ -283,8 +270,7 @@ def file_hash(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()[:16]
 
 
@@ -293,20 +279,17 @@ def versions() -> dict[str, str]:
     import clipgen_lib  # its own: the installed one's may be of another folder
 
     packages = "torch torchvision open_clip_torch accelerate torchmetrics numpy pillow pytorch-fid lpips"
-    found = {"python": sys.version.split()[0], "clipgen_lib": clipgen_lib.__version__}
-    for package in packages.split():
-        try:
+    found = dict.fromkeys(packages.split(), "not installed")
+    for package in found:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"python": sys.version.split()[0], "clipgen_lib": clipgen_lib.__version__} | found
 
 
 def progress(total: int, label: str, show: bool = True, initial: int = 0) -> tqdm:
     """A text progress bar with an ETA on stderr; `show=False` or CLIPGEN_PROGRESS=0 turns it off."""
-    hidden = not show or os.environ.get("CLIPGEN_PROGRESS") == "0"
-    stream = Unbroken(sys.stderr)
-    return tqdm(total=total, desc=label, file=stream, initial=initial, leave=False, disable=hidden, dynamic_ncols=True)
+    options = {"disable": not show or os.environ.get("CLIPGEN_PROGRESS") == "0", "leave": False, "dynamic_ncols": True}
+    return tqdm(total=total, desc=label, file=Unbroken(sys.stderr), initial=initial, **options)
 
 
 class Unbroken:
@@ -346,25 +329,19 @@ def stoppable(also: Callable[[], None] = lambda: None) -> Iterator[Stop]:
     It calls `also`. A second signal is obeyed at once. SIGHUP, of a closed terminal, stays ignored under nohup. Outside of the
     main thread, where Python handles no signals, nothing changes.
     """
-    stop, before = Stop(), {}
+    stop, before = Stop(), ExitStack()
 
     def note(number: int, frame: object) -> None:
         stop.number = number
-        restore()
+        before.close()
         also()
 
-    def restore() -> None:
-        while before:
-            signal.signal(*before.popitem())
-
-    if threading.current_thread() is threading.main_thread():
+    with before:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
-    try:
+            is_ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if threading.current_thread() is threading.main_thread() and not is_ignored:
+                before.callback(signal.signal, number, signal.signal(number, note))
         yield stop
-    finally:
-        restore()
 
 
 MERGED = ("seconds", "parameters", "skipped", "skipped_steps")  # entries of summary.json that several steps write
@@ -380,9 +357,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or not 0 <= self.seed <= MOST_SEED:
-            raise ClipgenError(
-                f"seed {shortened(repr(self.seed), 80)} is not a whole number from 0 to 2^63 - 1: give one"
-            )
+            raise ClipgenError(f"seed {shortened(repr(self.seed), 80)} is not a whole number from 0 to 2^63 - 1")
 
     @property
     def name(self) -> str:
@@ -398,9 +373,8 @@ class Run:
     def log(self, stage: str, step: int, **scalars: float) -> None:
         """Append one line to metrics.jsonl."""
         finite = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}  # JSON has no NaN
-        line = {"stage": stage, "step": step} | finite
         with room_on_disk(self.path / "metrics.jsonl"), open(self.file("metrics.jsonl"), "a") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps({"stage": stage, "step": step} | finite) + "\n")
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop what a stage logged after `step`: a resumed run writes those lines again."""
@@ -436,8 +410,7 @@ class Run:
     def add_to_summary(self, **entries: object) -> dict:
         """Put entries into summary.json, those of several steps (MERGED) into what is there, and return the whole."""
         summary = self.summary()
-        for key, value in entries.items():
-            summary[key] = {**summary.get(key, {}), **value} if key in MERGED else value
+        summary |= {k: {**summary.get(k, {}), **v} if k in MERGED else v for k, v in entries.items()}
         write_json(self.file("summary.json"), summary)
         return summary
 
@@ -445,9 +418,8 @@ class Run:
 def open_run(name: str, results: Path | None = None) -> Run:
     """The run of that name, a plain folder name; nothing is written."""
     if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w .+=@,()-]{0,99}", name) or name != name.strip(" ."):
-        raise ClipgenError(
-            f"run name {shortened(repr(name), 80)} is not a plain folder name: use at most 100 letters, digits, '-' and '_'"
-        )
+        cure = "use at most 100 letters, digits, '-' and '_'"
+        raise ClipgenError(f"run name {shortened(repr(name), 80)} is not a plain folder name: {cure}")
     path = (results or RESULTS) / name
     if any(path.glob(".*.old")):  # a kill came between two renames, if no other process is at it
         with suppress(ClipgenError), held(path, f"run {name!r}"):

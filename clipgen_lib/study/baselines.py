@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from ..clip_embed import ClipEmbedder
@@ -22,13 +21,17 @@ from ..data.images import crop, to_float
 from ..runtime.runs import ClipgenError, progress
 from ..sample import decode, generate, seeded_uniforms
 from ..store import TokenStore, nearest
+from ..training import moving_average
 from ..transformer import ImageTransformer
 from ..vqgan import VQGAN
 
 
 @dataclass
 class System:
-    """What the evaluation reads of every system."""
+    """What the evaluation reads of every system.
+
+    Each has `generate_each`, one image for each prompt and seed: (P, 3, H, W) in [-1, 1].
+    """
 
     vqgan: VQGAN  # whose reconstruction is measured
     clip: ClipEmbedder
@@ -49,7 +52,7 @@ class Retrieval(System):
     images: ImageSet  # the images that the store was made of
 
     def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        """The training image nearest to each prompt: (P, 3, H, W) in [-1, 1]. Seeds change nothing."""
+        """Seeds change nothing."""
         bank = self.store.embeds(slice(0, self.store.n_unmirrored))
         closest = nearest(bank, self.embed(prompts).cpu().float(), 1)[:, 0]
         images = [crop(self.images[int(row)], self.images.size) for row in self.store.arrays["rows"][closest.numpy()]]
@@ -70,7 +73,6 @@ class VQGANCLIP(System):
     config: VQGANCLIPConfig
 
     def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        """One image for each prompt and seed: (P, 3, H, W) in [-1, 1]."""
         embeds, size = self.embed(prompts).detach(), self.config.batch_size
         parts = [slice(first, first + size) for first in range(0, len(embeds), size)]
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -81,7 +83,14 @@ class VQGANCLIP(System):
         tokens = (seeded_uniforms(seeds, side * side, embeds.device) * len(codes)).long()
         z = codes[tokens].unflatten(1, (side, side)).permute(0, 3, 1, 2).contiguous().requires_grad_()  # (B, C, h, w)
         lowest, highest = (bound[None, :, None, None] for bound in (codes.amin(0), codes.amax(0)))
-        optimizer, augment = torch.optim.Adam([z], lr=self.config.lr), _augmentation(self.vqgan.config.image_size)
+        smooth = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}  # with a fill there is no gradient
+        augment = nn.Sequential(
+            v2.RandomResizedCrop(self.vqgan.config.image_size, scale=(0.25, 1.0), ratio=(1.0, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomAffine(30, translate=(0.1, 0.1), **smooth),
+            v2.RandomPerspective(0.2, p=0.4, **smooth),
+        )
+        optimizer = torch.optim.Adam([z], lr=self.config.lr)
         torch.manual_seed(0)  # torchvision uses the global generator
         for _ in range(self.config.steps):
             images = self._decode(z).add(1).div(2).clamp(0, 1)
@@ -91,25 +100,12 @@ class VQGANCLIP(System):
             loss = distance.div(2).clamp(max=1 - 1e-6).arcsin().pow(2).mul(2).mean() * len(embeds)  # a sum over images
             z.grad = torch.autograd.grad(loss, z)[0]
             optimizer.step()
-            with torch.no_grad():
-                z.clamp_(lowest, highest)
+            z.data.clamp_(lowest, highest)
         return self._decode(z).detach().clamp(-1, 1)
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> images, through the nearest codes with a straight-through gradient."""
         return self.vqgan.decode_codes(self.vqgan.quantizer(z).codes)
-
-
-def _augmentation(size: int) -> v2.Transform:
-    smooth = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}  # with a fill torchvision has no gradient
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.25, 1.0), ratio=(1.0, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomAffine(30, translate=(0.1, 0.1), **smooth),
-            v2.RandomPerspective(0.2, p=0.4, **smooth),
-        ]
-    )
 
 
 class WordStore(TokenStore):
@@ -148,7 +144,6 @@ class Supervised(System):
 
     @torch.inference_mode()
     def generate_each(self, prompts: list[str], seeds: list[int], **settings: object) -> torch.Tensor:
-        """One image for each text and seed: (P, 3, H, W) in [-1, 1]."""
         words, settings = self.clip.tokenizer(list(prompts)).to(self.device), replace(self.settings, **settings)
         return decode(self.vqgan, generate(self.transformer, words, seeds, settings), settings.batch_size)
 
@@ -162,8 +157,7 @@ class Fusion(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         for layer in self.affine:  # begins as the identity
             nn.init.zeros_(layer.weight)
-            with torch.no_grad():
-                layer.bias.copy_(torch.cat([torch.ones(channels_in), torch.zeros(channels_in)]))
+            layer.bias.data = torch.cat([torch.ones(channels_in), torch.zeros(channels_in)])
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         for layer in self.affine:
@@ -241,7 +235,6 @@ class FusionGAN(System):
 
     @torch.inference_mode()
     def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        """One image for each prompt and seed: (P, 3, H, W) in [-1, 1]."""
         uniform = seeded_uniforms(seeds, self.generator.noise_dim, self.device).clamp(1e-6, 1 - 1e-6)
         noise = torch.special.ndtri(uniform).float()  # normal, each row a function of its own seed
         pairs = zip(noise.split(64), self.embed(prompts).split(64), strict=True)
@@ -269,7 +262,7 @@ def train_fusion_gan(images: ImageSet, clip: ClipEmbedder, config: FusionGANConf
     generator, critic = (kind(config, images.size, clip.dim).to(clip.device) for kind in (FusionGenerator, Critic))
     optimizer = torch.optim.Adam(generator.parameters(), config.generator_lr, betas=(0.0, 0.9))
     critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, betas=(0.0, 0.9))
-    ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    ema = moving_average(generator, config.ema_decay)
     rng = np.random.default_rng([seed, 31])
     with progress(config.steps, "training GAN") as bar:
         for step in range(config.steps):
@@ -294,4 +287,4 @@ def train_fusion_gan(images: ImageSet, clip: ClipEmbedder, config: FusionGANConf
             bar.update()
             if (step + 1) % config.log_every == 0 and not np.isfinite([loss.item(), generator_loss.item()]).all():
                 raise ClipgenError(f"the GAN's losses are not finite by step {step + 1}: lower its learning rates")
-    return ema.module.eval().requires_grad_(False)
+    return ema.module

@@ -59,7 +59,7 @@ def _recipes(rows: list[dict], scales: list[float]) -> tuple[Recipe, ...]:
     for row in rows:
         row = {"seeds": [0], **row}
         base = made.get(row.pop("based_on", ""))
-        changes = {part: {**(getattr(base, part) if base else {}), **row.pop(part, {})} for part in PARTS}
+        changes = {part: {**(getattr(base, part) if base else {}), **row.pop(part, {})} for part in PLAIN}
         made[row["name"]] = Recipe(**{**row, "seeds": tuple(row["seeds"])}, **changes)
     curves = (
         replace(recipe, name=f"{recipe.name}, guidance {scale:g}", sample={**recipe.sample, "guidance": scale})
@@ -68,7 +68,6 @@ def _recipes(rows: list[dict], scales: list[float]) -> tuple[Recipe, ...]:
     return tuple(curves) or tuple(made.values())
 
 
-PARTS = ("transformer", "train", "sample")
 _content = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8"))
 PLAIN: dict[str, dict] = _content.pop("plain")
 TABLES = {
@@ -119,15 +118,15 @@ def _changes(recipe: Recipe, part: str) -> dict:
     return {k: v for k, v in changes.items() if k != "condition_tokens" or changes["conditioning"] != "words"}
 
 
-def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: dict, results: Path) -> dict:
-    """The result of one recipe and seed, from its file where that is there and of the same configs."""
+def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: dict, results: Path) -> None:
+    """Write the result of one recipe and seed; a file that is there and of the same configs is kept."""
     meta, classifier, config = wb.store().meta, wb.classifier(), wb.preset.evaluate
     inputs = {key: meta[f"{key}_hash"] for key in ("vqgan", "clip", "data")}
     judges = {"judge": wb.evaluation_clip.weights_hash, "classifier": module_hash(classifier) if classifier else None}
     n_oracle = min(table.n_oracle, config.n_oracle) if wb.has_oracle else 0
     config = replace(config, n=min(table.n_captions, config.n), n_oracle=n_oracle)
     kept = _plain_json({**configs, **inputs, "evaluate": config, **judges})
-    path = results / table.name / "rows" / f"{_slug(recipe.name)}-{seed}.json"
+    path = _row_file(results / table.name, recipe, seed)
     if path.exists():
         before = read_json(path)
         if other := [key for key in inputs if before["recipe"][key] != inputs[key]]:
@@ -135,7 +134,7 @@ def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: 
             raise ClipgenError(f"{path.parent.parent} holds rows of another run (another {other[0]}): {cure}")
         then = before["recipe"] | _plain_json(_configs(before["recipe"]))
         if then == {key: value for key, value in kept.items() if key in then}:
-            return before
+            return
     print(f"{recipe.name}, seed {seed}", flush=True)
     system, scores, seconds = _system(wb, recipe, configs, inputs, results / "ablation" / "trainings")
     start, folder = time.perf_counter(), results / table.name / "generated" / path.stem
@@ -153,7 +152,6 @@ def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: 
     if table.has_outside:
         _save_images(system, wb.outside_prompts(), path.with_name(f"{path.stem}-outside.png"))
     write_json(path, result | {"seconds": seconds})
-    return result | {"seconds": seconds}
 
 
 def _save_images(system, prompts: list[str], path: Path) -> None:
@@ -228,7 +226,7 @@ def read_table(folder: Path, recipes: tuple[Recipe, ...]) -> list[dict]:
     """
     table = []
     for recipe in recipes:
-        paths = [folder / "rows" / f"{_slug(recipe.name)}-{seed}.json" for seed in recipe.seeds]
+        paths = [_row_file(folder, recipe, seed) for seed in recipe.seeds]
         results = [result for path in paths if path.exists() and _is_of(recipe, (result := read_json(path))["recipe"])]
         if not results:
             continue
@@ -251,8 +249,8 @@ def guidance_curves(table: list[dict], systems: list[dict]) -> dict[str, dict[st
 
 def image_files(folder: Path, recipes: tuple[Recipe, ...], kind: str = "") -> dict[str, Path]:
     """The images of each recipe's first seed, name -> file; `kind` "-outside" gives the prompts outside of the data."""
-    paths = {recipe.name: folder / "rows" / f"{_slug(recipe.name)}-{recipe.seeds[0]}{kind}.png" for recipe in recipes}
-    return {name: path for name, path in paths.items() if path.exists()}
+    files = {recipe.name: _row_file(folder, recipe, recipe.seeds[0], f"{kind}.png") for recipe in recipes}
+    return {name: path for name, path in files.items() if path.exists()}
 
 
 def table_text(table: list[dict], columns: tuple[str, ...]) -> str:
@@ -270,16 +268,15 @@ def table_text(table: list[dict], columns: tuple[str, ...]) -> str:
     return "\n".join(name.ljust(first) + "".join(map(str.rjust, cells, widths)) for name, *cells in lines)
 
 
-def _slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+def _row_file(folder: Path, recipe: Recipe, seed: int, ending: str = ".json") -> Path:
+    words = "".join(c if c.isalnum() else " " for c in recipe.name).split()
+    return folder / "rows" / f"{'-'.join([*words, str(seed)])}{ending}"
 
 
 def _is_of(recipe: Recipe, row: dict) -> bool:
     """Whether the configs in a row are the plain ones with the recipe's changes, whatever the preset decides."""
-    configs = _configs(row)
-    return row.get("system", recipe.system) == recipe.system and all(
-        config == replaced(config, _changes(recipe, part)) for part, config in configs.items()
-    )
+    are_of = (config == replaced(config, _changes(recipe, part)) for part, config in _configs(row).items())
+    return row.get("system", recipe.system) == recipe.system and all(are_of)
 
 
 def _configs(row: dict) -> dict:

@@ -86,12 +86,9 @@ def _flat_places(last: int, blocks: int, coarsest: int) -> dict[int, str]:
     """Where the n-th module of a flat list lies in our levels: residual blocks (and attention), then a resampling."""
     places = []
     for level in range(last + 1):
-        for block in range(blocks):
-            places.append(f"{level}.block.{block}")
-            if level == coarsest:
-                places.append(f"{level}.attn.{block}")
-        if level < last:
-            places.append(f"{level}.resample")
+        kinds = ("block", "attn") if level == coarsest else ("block",)
+        places += [f"{level}.{kind}.{block}" for block in range(blocks) for kind in kinds]
+        places += [f"{level}.resample"] if level < last else []
     return dict(enumerate(places))
 
 
@@ -111,7 +108,6 @@ TAMING = Family("state_dict", r"^loss\.", _vqgan)
 LLAMAGEN = Family("model", r"^quantize\.codebook_used$", _vqgan)
 HFAI_VQGAN = Family("model", r"^discriminator\.", _hfai_vqgan, epsilon=1e-5)
 HFAI_GPT = Family("model", r"^blocks\.\d+\.mask$", _hfai_gpt)
-
 
 # f16 with 16,384 codes; the other sizes are the defaults of VQGANConfig
 _F16 = partial(VQGANConfig, image_size=256, code_dim=256, l2_norm=False)
@@ -146,15 +142,12 @@ def load_hfai_coco(folder: str | Path, device: str | torch.device = "cpu") -> Te
     return TextToImage.from_parts(vqgan, transformer, clip, source, settings)
 
 
-def load_released(
-    name: str | Release, path: str | Path, device: str | torch.device = "cpu"
-) -> VQGAN | ImageTransformer:
-    """One of `RELEASES`, from its published file, in eval mode and float32.
+def load_released(name: str | Release, path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The VQGAN or ImageTransformer of one of `RELEASES`, or of a release of your own, in eval mode and float32.
 
     Args:
-        name: of a release, or a release of your own.
-        path: the file, or the folder that holds it under its published name. A .safetensors file holds the tensors
-            themselves, without the entry around them.
+        path: the published file, or the folder that holds it under its published name. A .safetensors file holds the
+            tensors themselves, without the entry around them.
 
     Raises:
         ClipgenError: unknown name; file missing, damaged or with code in it; tensors of another model.
@@ -190,9 +183,8 @@ def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torc
         renamed[name] = (tensor.reshape(shape) if fits else tensor).float().clone()  # each in its own memory
     if family.epsilon != EPSILON:
         renamed = rescale(renamed, (EPSILON / family.epsilon) ** 0.5)
-    for name in ("quantizer.idle", "image_mean", "text_mean"):  # no release has them; zero is how they begin
-        if name in wanted:
-            renamed[name] = torch.zeros_like(wanted[name], device="cpu")
+    unreleased = wanted.keys() & {"quantizer.idle", "image_mean", "text_mean"}  # zero is how they begin
+    renamed |= {name: torch.zeros_like(wanted[name], device="cpu") for name in unreleased}
     try:
         module.load_state_dict(renamed, assign=True)
     except RuntimeError as error:

@@ -109,10 +109,8 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """The symmetric cross-entropy of CLIP (arXiv 2103.00020, section 2.3), where several texts may fit an image.
 
-    Args:
-        images, texts: (B, D) of unit norm. scale: the inverse temperature.
-        together: (B, B) of 0 and 1, symmetric; texts that fit an image share its probability. The identity gives
-            open_clip's `ClipLoss`.
+    Embeddings are (B, D) of unit norm, `scale` the inverse temperature. `together` is (B, B) of 0 and 1, symmetric;
+    texts that fit an image share its probability. The identity gives open_clip's `ClipLoss`.
     """
     logits, targets = scale * images @ texts.T, together / together.sum(1, keepdim=True)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
@@ -133,9 +131,8 @@ def train_clip(run: Run, pairs: ScenePairs | ImagePairs, config: ClipTrainConfig
     """Train from scratch, or resume from the run's checkpoint, and write `<run>/clip/`; returns that folder."""
     torch.manual_seed(run.seed)
     merges = run.file("clip_bpe_merges.txt.gz")
-    vocabulary = train_tokenizer(pairs.corpus, merges)
+    text_config = {**MODEL["text_cfg"], "vocab_size": train_tokenizer(pairs.corpus, merges)}
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT, bpe_path=str(merges))
-    text_config = {**MODEL["text_cfg"], "vocab_size": vocabulary}
     model = CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], text_config).to(run.device)
     mean, std = (torch.tensor(PREPROCESS[k], device=run.device).view(1, 3, 1, 1) for k in ("mean", "std"))
 
@@ -158,17 +155,11 @@ def train_clip(run: Run, pairs: ScenePairs | ImagePairs, config: ClipTrainConfig
 
 
 @torch.inference_mode()
-def retrieval(
-    clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_objects: int | None = None
-) -> dict[str, float]:
-    """Share of held-out wild scenes whose best caption, out of one caption for each scene, is true of the scene.
+def retrieval(clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_objects: int | None = None) -> dict:
+    """How well CLIP finds the caption of a held-out wild scene among one caption for each of `n` scenes.
 
-    Args:
-        n_objects: 1, 2 or 3 for scenes of that many objects; None mixes them as the world does.
-
-    Returns:
-        `n`, `true_at_1` (whatever caption ranks first is true of the scene: several wordings are) and `own_at_1` (it
-        is the scene's own caption to the letter).
+    Scenes have 1, 2 or 3 objects; None mixes them as the world does. `true_at_1` is the share of scenes of which the
+    caption that ranks first is true (several wordings are), `own_at_1` of those where it is their own to the letter.
     """
     scenes = [shapes.scene_at(seed, 70_000_000 + i, i % 8 == 0, n_objects, wild=True) for i in range(n_scenes)]
     pairs = [shapes.caption(scene, np.random.default_rng([seed, i])) for i, scene in enumerate(scenes)]
@@ -184,20 +175,19 @@ def retrieval(
 
 @torch.inference_mode()
 def caption_accuracy(clip: ClipEmbedder, images: ImageSet) -> dict[str, float]:
-    """How well CLIP fits images to their first captions, each wording once.
+    """How well CLIP fits `n` images to their first captions, each wording once.
 
-    Returns:
-        `n` images, `wordings`, `accuracy` (share of images whose caption ranks first of all wordings) and `cosine` (mean
-        of image and own caption: how far a text lies from its image, which is how far noise should reach).
+    `accuracy` is the share of images whose caption ranks first of all `wordings`, `cosine` the mean of image and own
+    caption: how far a text lies from its image, which is how far noise should reach.
     """
-    captioned = [row for row, texts in enumerate(images.captions) if texts]
-    wordings = sorted({images.captions[row][0] for row in captioned})
+    first = {row: texts[0] for row, texts in enumerate(images.captions) if texts}
+    wordings = sorted(set(first.values()))
     texts = torch.cat([clip.texts(wordings[i : i + 256]) for i in range(0, len(wordings), 256)])
     correct, cosines = [], []
-    for rows, batch in ordered_batches(images, captioned, 250):
+    for rows, batch in ordered_batches(images, list(first), 250):
         similarity = clip.images(to_float(batch).to(clip.device)) @ texts.T
-        own = torch.tensor([wordings.index(images.captions[row][0]) for row in rows], device=clip.device)
+        own = torch.tensor([wordings.index(first[row]) for row in rows], device=clip.device)
         correct += (similarity.argmax(1) == own).tolist()
         cosines += similarity.gather(1, own[:, None])[:, 0].tolist()
-    scores = {"accuracy": float(np.mean(correct)), "cosine": float(np.mean(cosines))}
-    return {"n": len(correct), "wordings": len(wordings)} | scores
+    means = {"accuracy": float(np.mean(correct)), "cosine": float(np.mean(cosines))}
+    return {"n": len(correct), "wordings": len(wordings), **means}
