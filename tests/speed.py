@@ -192,7 +192,7 @@ def transformer(table: Table) -> None:
     vqgan = VQGAN(codes).to(table.device).eval().requires_grad_(False)
     with photos(64) as folder:
         store = extract(open_images(folder, "train", 64), vqgan, clip, folder.with_name("store"))
-        inputs = {"store": store, "val_store": store, "preset": preset, "frozen": Frozen(vqgan, clip)}
+        inputs = {"stores": (store, store), "preset": preset, "frozen": Frozen(vqgan, clip)}
         ours = training(train_transformer, table.device, **inputs)
         table.compare("transformer", f"batch 4, {table.dtypes[-1]}", ours, {GPT2: gpt2_training(4, table)})
 
@@ -223,7 +223,7 @@ def vqgan(table: Table) -> None:
         preset = endless(load_preset(name), batch, table.precision)
         with photos(64) as folder:
             images = open_images(folder, "train", 64)
-            inputs = {"images": images, "val_images": images, "preset": preset, "clip": clip}
+            inputs = {"splits": (images, images), "preset": preset, "clip": clip}
             peers = {"bare forward and backward passes": bare_passes(preset, clip, table)}
             ours = training(stage1.train_vqgan, table.device, **inputs)
             table.compare("vqgan", f"{name}, batch {batch}, {table.dtypes[-1]}", ours, peers)
