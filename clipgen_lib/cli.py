@@ -73,10 +73,10 @@ def _open(run: str, device: str, data: str, changes: tuple[str, ...], begins: bo
     _join(device)
     source = click.get_current_context().get_parameter_source
     given = {name for name in ("data", *others) if source(name) != ParameterSource.DEFAULT}
-    is_there = (open_run(run).path / "config.json").is_file()
-    if not is_there and not begins:
+    folder = open_run(run).path
+    if not begins and not folder.is_dir():
         raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run' or 'clipgen train-vqgan'")
-    if is_there and given <= {"data"} and not changes:  # the run knows what it was begun with
+    if (folder / "config.json").is_file() and given <= {"data"} and not changes:  # the run knows what it was begun with
         wb = Workbench.reopen(run, device, data if given else "")
     else:
         preset = load_preset(others.pop("preset"), shlex.join(changes))
