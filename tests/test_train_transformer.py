@@ -251,3 +251,17 @@ def test_what_is_never_finite_ends_the_training_and_keeps_the_last_checkpoint(tr
 def test_compiled_training_is_the_plain_one(train, recwarn):
     settings = {"steps": 2, "precision": "no", "optimizer": "adamw", "embedding_weight": 0.0, "layers": 1}
     assert_compiled_is_plain(lambda compile: train(f"r{compile}", compile=compile, **settings), recwarn)
+
+
+def test_a_step_function_of_ones_own(preset, store, frozen, tmp_path):
+    seen = []
+
+    def counted(model, frozen, batch, config):
+        seen.append(len(batch.tokens))
+        return transformer_step(model, frozen, batch, config)
+
+    arguments = (replace(open_run("own", tmp_path), seed=1), (store, store), preset, frozen)
+    train_transformer(*arguments, step_of=counted)
+    assert seen == [preset.transformer_train.batch_size] * preset.transformer_train.steps
+    with pytest.raises(ClipgenError, match="belongs to another training .differs in step."):
+        train_transformer(*arguments)
