@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import nbformat
 import numpy as np
@@ -18,6 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 from clipgen_lib.cli import default_run, main, parameters_of, parse_parameter
+from clipgen_lib.config import PRESETS, load_preset
 from clipgen_lib.metrics.oracle import read_scene
 from clipgen_lib.runtime.runs import ClipgenError
 
@@ -79,6 +81,12 @@ def test_the_generator_of_the_project_generates(tmp_path):
         ("run -p SEED=abc", "give a whole number from 0"),
         ("run -p PROCESSES=two", "give a whole number from 0"),
         ("run --notebook 04 -p GUIDANCE=1e999", "give a number from 0"),
+        ("run -p PROCESSES=0", "PROCESSES is 0"),
+        ("run --run one -p RUN=two", "give one of them"),
+        ("run --preset laptp", "unknown preset 'laptp'"),
+        ("run --set width=2", "is not PART.FIELD=VALUE"),
+        ("run --preset smoke -p OVERRIDES=sample.topk=1", "no field 'topk': choose one of top_k"),
+        ("run --preset smoke -p CLIP=nonsense", "neither a folder here nor an open_clip MODEL/WEIGHTS"),
         ("run --preset smoke -p DATA=/nowhere", "is not a folder of images"),
         ("run --preset smoke -p DEVICE=meta", "cannot be used here"),
         (f"run --run {'x' * 300}", "at most 100 letters"),
@@ -107,7 +115,15 @@ def test_mistakes_are_one_sentence(words, sentence):
 
 def test_a_step_before_its_time_says_what_is_missing(results):
     done = command("extract", "--preset", "smoke", "--run", "fresh")
-    assert done.exit_code == 1 and "is missing" in done.output and "Traceback" not in done.output
+    assert done.exit_code == 1 and "there is no run 'fresh'" in done.output and not results.exists()
+
+
+def test_a_preset_is_printed_as_a_file_that_makes_it(tmp_path):
+    done = command("config", "smoke", "--set", "transformer.width=128")
+    (tmp_path / "wide.yaml").write_text(done.output)
+    assert asdict(load_preset(str(tmp_path / "wide.yaml"))) == asdict(load_preset("smoke", "transformer.width=128")) | {
+        "name": "wide"
+    }
 
 
 def test_an_error_of_the_disk_is_one_sentence(tmp_path):
@@ -192,8 +208,11 @@ def test_committed_results_are_published_and_no_default_name_is_one_of_them():
     assert {"laptop", "reference", "photos"} <= kept
     assert kept == {path.parent.name for path in (ROOT / "results").glob("*/published")}
     options = [option for command in main.commands.values() for option in command.params]
-    presets = next(option.type.choices for option in options if option.name == "preset")
-    names = {default_run(preset, data) for preset in presets for data in ("shapes", "/my/photos", "clip")}
+    names = {
+        default_run(preset, data)
+        for preset in (*PRESETS, "/my/laptop.yaml")
+        for data in ("shapes", "/my/photos", "clip")
+    }
     assert not kept & (names | {option.default for option in options if option.name == "run"})
 
 

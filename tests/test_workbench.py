@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clipgen_lib.clip_embed import photo_notice
+from clipgen_lib.config import load_preset
 from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.images import to_float
 from clipgen_lib.runtime.checkpoints import module_hash, save_weights
@@ -56,6 +57,10 @@ def test_a_config_that_changed_opens_if_it_means_the_same(results, place, value,
 def test_a_run_is_opened_only_as_it_was_begun(results):
     path = Workbench.open("smoke", "r").run.path / "config.json"
     assert "begun with another seed" in outcome(Workbench.open, "smoke", "r", seed=1)
+    wide = load_preset("smoke", "transformer.width=128")
+    assert "begun with another preset.transformer.width" in outcome(Workbench.open, wide, "r")
+    assert outcome(Workbench.open, wide, "wide") == outcome(Workbench.open, wide, "wide") == "opened"
+    assert Workbench.reopen("wide").preset == wide
     assert "there is no run 'none'" in outcome(Workbench.reopen, "none")
     assert "begun with another data" in outcome(Workbench.reopen, "r", data="~nobody-of-that-name/images")
     path.unlink()
