@@ -3,7 +3,9 @@ VENV ?= .venv
 RUN ?= demo
 INSTALLED = $(VENV)/.installed
 CONSTRAINTS ?=
-PYTEST = CLIPGEN_PROGRESS=0 $(VENV)/bin/python -m pytest
+# a file to a process, and a thread to each: threads that wait for each other make a busy machine many times slower
+PYTEST = CLIPGEN_PROGRESS=0 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: install demo test test-oldest notebooks bench chaos
 
@@ -22,7 +24,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	rm -rf results/smoke results/smoke-clip  # notebooks run from the beginning
 	failed=0; \
-	$(PYTEST) tests || failed=1; \
+	$(PYTEST) $(PARALLEL) tests || failed=1; \
 	$(PYTEST) -p no:cacheprovider --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300 || failed=1; \
 	exit $$failed
 

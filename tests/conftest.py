@@ -1,10 +1,12 @@
 """Small worlds and models, made once; everything on the CPU."""
 
+import atexit
 import io
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +17,9 @@ import torch
 from PIL import Image
 
 os.environ["CLIPGEN_PROGRESS"] = "0"
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each makes its own Shapes worlds: two at once would wait
+    os.environ["CLIPGEN_DATA"] = tempfile.mkdtemp(prefix=f"clipgen-{worker}-")
+    atexit.register(shutil.rmtree, os.environ["CLIPGEN_DATA"], ignore_errors=True)
 
 from clipgen_lib.clip_embed import ClipEmbedder
 from clipgen_lib.config import SampleConfig, ShapesConfig, load_preset
