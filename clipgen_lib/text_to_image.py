@@ -94,8 +94,7 @@ class TextToImage(
         bank = torch.zeros(0, clip.dim) if bank is None else bank
         generator = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), len(bank))
         generator.bank.copy_(bank)
-        if offset is not None:
-            generator.offset.copy_(offset)
+        generator.offset.copy_(torch.zeros(clip.dim) if offset is None else offset)
         generator.vqgan.load_state_dict(vqgan.state_dict())
         generator.transformer.load_state_dict(transformer.state_dict())
         generator._clip.append(clip)
@@ -272,13 +271,14 @@ class TextToImage(
         self, asked: PromptEmbeds, seeds: list[int], config: SampleConfig, known: torch.Tensor | None, every: int
     ) -> Iterator[Preview]:
         """Candidate after candidate, with a preview after every `every` tokens (0: none), then the best images."""
-        (embeds, condition), candidates = asked, []
+        embeds, condition = asked
+        candidates = []
         for j in range(config.candidates):
             candidate_seeds = [(seed, j) for seed in seeds] if j else seeds
             steps = sample.generate_tokens(self.transformer, condition, candidate_seeds, config, known)
             for step, tokens in enumerate(steps, start=1):
                 if every and step % every == 0 and bool((tokens < 0).any()):
-                    images = sample.decode_unfinished(self.vqgan, tokens, config.batch_size)
+                    images = sample.decode(self.vqgan, tokens, config.batch_size)
                     yield Preview(images, (j + float((tokens >= 0).float().mean())) / config.candidates)
             candidates.append(sample.decode(self.vqgan, tokens, config.batch_size))
         best = candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, embeds)
