@@ -134,8 +134,7 @@ class ClipEmbedder(nn.Module):
         if table is not None and words > table.num_embeddings:
             what = f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}"
             raise ClipgenError(f"{what}: put the merges of its training (bpe_merges.txt.gz) beside the weights")
-        self.squash = preprocess["resize_mode"] == "squash"
-        self.interpolation = preprocess["interpolation"]
+        self.squash, self.interpolation = preprocess["resize_mode"] == "squash", preprocess["interpolation"]
         self.size = preprocess["size"] if isinstance(preprocess["size"], int) else preprocess["size"][0]
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(1, 3, 1, 1), persistent=False)

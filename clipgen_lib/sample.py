@@ -109,8 +109,7 @@ def best_of(clip: ClipEmbedder, candidates: list[torch.Tensor], embeds: torch.Te
 
 def seeded_uniforms(seeds: list[Seed], length: int, device: torch.device) -> torch.Tensor:
     """(B, length) float64 in [0, 1), each row a function of its own seed."""
-    rows = [np.random.default_rng(seed).random(length) for seed in seeds]
-    return torch.from_numpy(np.stack(rows)).to(device)
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(length) for seed in seeds])).to(device)
 
 
 def sample_token(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -183,15 +182,9 @@ class CachedDecoder:
         return self.head(model.norm(x)).float()
 
 
-def generate(
-    transformer: ImageTransformer,
-    embeds: torch.Tensor,
-    seeds: list[Seed],
-    settings: SampleConfig,
-    known: torch.Tensor | None = None,
-) -> torch.Tensor:
+def generate(*arguments: object, **named: object) -> torch.Tensor:
     """The tokens of an image for each embedding, (B, L) int64: the last that `generate_tokens` yields."""
-    *_, tokens = generate_tokens(transformer, embeds, seeds, settings, known)
+    *_, tokens = generate_tokens(*arguments, **named)
     return tokens
 
 
@@ -240,16 +233,14 @@ def generate_tokens(
 
 
 def decode(vqgan: VQGAN, tokens: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Images (B, 3, H, W) in [-1, 1] of flat tokens (B, L), decoded batch by batch."""
-    side = vqgan.config.side
-    return torch.cat([vqgan.decode(part.view(-1, side, side)) for part in tokens.split(batch_size)])
+    """Images (B, 3, H, W) in [-1, 1] of flat tokens (B, L), decoded batch by batch.
 
-
-def decode_unfinished(vqgan: VQGAN, tokens: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Images of tokens (B, L), mid grey where a token is -1; the decoder sees the last sampled token there."""
+    They are mid grey where a token is -1, not sampled yet; the decoder sees the last sampled token there.
+    """
     sampled, side = tokens >= 0, vqgan.config.side
     last = tokens.gather(1, (sampled.sum(1, keepdim=True) - 1).clamp(min=0)).clamp(min=0)
-    images = decode(vqgan, torch.where(sampled, tokens, last), batch_size)
+    tokens = torch.where(sampled, tokens, last).view(-1, side, side)
+    images = torch.cat([vqgan.decode(part) for part in tokens.split(batch_size)])
     return images * F.interpolate(sampled.view(-1, 1, side, side).to(images.dtype), images.shape[-2:])
 
 
@@ -262,7 +253,5 @@ def _check(transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[Seed
         wanted = f"a row for each of the {len(embeds)} embeddings, shorter than the {transformer.n_tokens} of an image"
         raise ClipgenError(f"known tokens are {tuple(known.shape)}: give {wanted}")
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < transformer.codebook_size:
-        most = transformer.codebook_size - 1
-        raise ClipgenError(
-            f"known tokens lie outside 0 to {most}: use those of the VQGAN of this transformer's training"
-        )
+        cure = "use those of the VQGAN of this transformer's training"
+        raise ClipgenError(f"known tokens lie outside 0 to {transformer.codebook_size - 1}: {cure}")

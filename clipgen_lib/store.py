@@ -132,22 +132,13 @@ def extract(
             extracts into it; the disk is full; an image could not be read now; or (Stopped) SIGTERM or SIGINT has come.
     """
     folder, partial = Path(folder), Path(folder).with_name(Path(folder).name + ".partial")
-    meta = {
-        "N": len(images) * (2 if flip else 1),
-        "L": vqgan.config.side**2,
-        "K": vqgan.config.codebook_size,
-        "D": clip.dim,
-        "vqgan_hash": module_hash(vqgan),
-        "clip_hash": clip.weights_hash,
-        "clip": clip.name,
-        "data": images.name,
-        "split": images.split,
-        "data_hash": images.hash,
-        "transform": f"short side {images.size}, centre crop",
-        "flip": flip,
-    }
-    mark, size = folder / "meta.json", encode_batch_size(vqgan.config, clip.device)
-    parts = [range(0, len(images)), range(len(images), meta["N"])]  # no batch has images and mirrored ones
+    n, config = len(images), vqgan.config
+    meta = {"N": 2 * n if flip else n, "L": config.side**2, "K": config.codebook_size, "D": clip.dim}
+    meta |= {"vqgan_hash": module_hash(vqgan), "clip_hash": clip.weights_hash, "clip": clip.name}
+    meta |= {"data": images.name, "split": images.split, "data_hash": images.hash}
+    meta |= {"transform": f"short side {images.size}, centre crop", "flip": flip}
+    mark, size = folder / "meta.json", encode_batch_size(config, clip.device)
+    parts = [range(0, n), range(n, meta["N"])]  # no batch has images and mirrored ones
     batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
     lock = held(folder, "a token store") if distributed.is_main() and not mark.is_file() else nullcontext()
     with runs.room_on_disk(partial, lambda: _lacking(partial, meta)), lock:
@@ -209,13 +200,11 @@ def _encode(
 
 def _save(partial: Path, encoded: dict[int, dict[str, torch.Tensor]], skipped: dict[str, str]) -> None:
     """Write batches in a row as one chunk: a zip of their part of each file, named by the first and the last of them."""
-    path, blocks = (
-        partial / f"{min(encoded):09d}-{max(encoded):09d}.zip",
-        [block for block in encoded.values() if block],
-    )
+    path = partial / f"{min(encoded):09d}-{max(encoded):09d}.zip"
     with fresh_file(path) as beside, zipfile.ZipFile(beside, "w") as chunk:
         for key, (_, dtype) in FILES.items():
-            chunk.writestr(key, b"".join(block[key].cpu().numpy().astype(dtype).tobytes() for block in blocks))
+            arrays = (block[key].cpu().numpy().astype(dtype) for block in encoded.values() if block)
+            chunk.writestr(key, b"".join(array.tobytes() for array in arrays))
         chunk.writestr("skipped", json.dumps(skipped))
     encoded.clear()
 

@@ -30,13 +30,8 @@ from .vqgan import VQGAN
 PRETRAINED = {"shapes": DATA / "shapes_generator"}  # generators that come with the project
 EXPORTED = {"config.json", "model.safetensors"}  # the files of one
 Prompts = str | list[str] | torch.Tensor  # texts, images (P, 3, H, W) in [-1, 1], or CLIP embeddings of images (P, D)
-
-
-class PromptEmbeds(NamedTuple):
-    """P prompts as the models take them."""
-
-    embeds: torch.Tensor  # (P, D), CLIP's own: candidates are ranked by these
-    condition: torch.Tensor  # (P, D), the input of the transformer
+# CLIP's own embeddings of P prompts, which candidates are ranked by, and the input of the transformer, (P, D) both
+PromptEmbeds = tuple[torch.Tensor, torch.Tensor]
 
 
 class Preview(NamedTuple):
@@ -99,8 +94,7 @@ class TextToImage(
         bank = torch.zeros(0, clip.dim) if bank is None else bank
         generator = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), len(bank))
         generator.bank.copy_(bank)
-        if offset is not None:
-            generator.offset.copy_(offset)
+        generator.offset.copy_(torch.zeros(clip.dim) if offset is None else offset)
         generator.vqgan.load_state_dict(vqgan.state_dict())
         generator.transformer.load_state_dict(transformer.state_dict())
         generator._clip.append(clip)
@@ -172,10 +166,16 @@ class TextToImage(
         return self.generate_each(*_repeat(prompts, n, seed), **settings).unflatten(0, (-1, n))
 
     @torch.inference_mode()
-    def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int], **settings: object) -> torch.Tensor:
-        """One image for each prompt and seed, the nearest of `candidates` in CLIP space: (P, 3, H, W) in [-1, 1]."""
+    def generate_each(
+        self, prompts: list[str] | torch.Tensor, seeds: list[int], known: torch.Tensor | None = None, **settings: object
+    ) -> torch.Tensor:
+        """One image for each prompt and seed, the nearest of `candidates` in CLIP space: (P, 3, H, W) in [-1, 1].
+
+        `known` are the first tokens of each image, (P, T) int64; without it all are sampled.
+        """
         config = replace(self.settings, **settings)
-        return self._generate(self._prompt_embeds(prompts, config), seeds, config)
+        *_, last = self._previews(self._prompt_embeds(prompts, config), seeds, config, known, every=0)
+        return last.images
 
     @torch.inference_mode()
     def generate_progressively(
@@ -204,7 +204,7 @@ class TextToImage(
             rows: rows of the token grid that are kept; 0 takes half of them.
         """
         side, size = self.vqgan.config.side, self.vqgan.config.image_size
-        config, rows = replace(self.settings, **settings), rows or side // 2
+        rows = rows or side // 2
         if not 0 < rows < side:
             raise ClipgenError(f"rows is {rows} of a grid of {side}: keep at least 1 and at most {side - 1}")
         if images.shape[1:] != (3, size, size):
@@ -213,8 +213,7 @@ class TextToImage(
         if len(prompts) != len(images):
             raise ClipgenError(f"{len(prompts)} prompts for {len(images)} images: give one for all or one for each")
         known = self.vqgan.encode(images.to(self.device))[:, :rows].flatten(1).repeat_interleave(n, 0)
-        prompts, seeds = _repeat(prompts, n, seed)
-        return self._generate(self._prompt_embeds(prompts, config), seeds, config, known).unflatten(0, (-1, n))
+        return self.generate_each(*_repeat(prompts, n, seed), known, **settings).unflatten(0, (-1, n))
 
     @torch.inference_mode()
     def blend(
@@ -227,11 +226,12 @@ class TextToImage(
         """
         config = replace(self.settings, **settings)
         ends = [self._prompt_embeds(prompt, config) for prompt in (a, b)]
-        if any(len(end.embeds) != 1 for end in ends):
+        if any(len(embeds) != 1 for embeds, _ in ends):
             raise ClipgenError("a blend has one prompt at each end: give a text, an image (1, 3, H, W) or an embedding")
         shares, seeds = _repeat(list(shares), n, seed)
-        between = [torch.cat([sample.slerp(x, y, share) for share in shares]) for x, y in zip(*ends, strict=True)]
-        return self._generate(PromptEmbeds(*between), seeds, config).unflatten(0, (-1, n))
+        between = tuple(torch.cat([sample.slerp(x, y, share) for share in shares]) for x, y in zip(*ends, strict=True))
+        *_, last = self._previews(between, seeds, config, None, every=0)
+        return last.images.unflatten(0, (-1, n))
 
     @torch.inference_mode()
     def embed(self, prompts: Prompts) -> torch.Tensor:
@@ -265,29 +265,23 @@ class TextToImage(
 
     def _prompt_embeds(self, prompts: Prompts, config: SampleConfig) -> PromptEmbeds:
         embeds, is_text = self.embed(prompts), not isinstance(prompts, torch.Tensor)
-        return PromptEmbeds(embeds, self.condition(embeds, is_text, config.neighbours, config.shift))
-
-    def _generate(
-        self, asked: PromptEmbeds, seeds: list[int], config: SampleConfig, known: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The best of the candidates of each prompt (B, 3, H, W), from known first tokens (B, T) on."""
-        *_, last = self._previews(asked, seeds, config, known, every=0)
-        return last.images
+        return embeds, self.condition(embeds, is_text, config.neighbours, config.shift)
 
     def _previews(
         self, asked: PromptEmbeds, seeds: list[int], config: SampleConfig, known: torch.Tensor | None, every: int
     ) -> Iterator[Preview]:
         """Candidate after candidate, with a preview after every `every` tokens (0: none), then the best images."""
+        embeds, condition = asked
         candidates = []
         for j in range(config.candidates):
             candidate_seeds = [(seed, j) for seed in seeds] if j else seeds
-            steps = sample.generate_tokens(self.transformer, asked.condition, candidate_seeds, config, known)
+            steps = sample.generate_tokens(self.transformer, condition, candidate_seeds, config, known)
             for step, tokens in enumerate(steps, start=1):
                 if every and step % every == 0 and bool((tokens < 0).any()):
-                    images = sample.decode_unfinished(self.vqgan, tokens, config.batch_size)
+                    images = sample.decode(self.vqgan, tokens, config.batch_size)
                     yield Preview(images, (j + float((tokens >= 0).float().mean())) / config.candidates)
             candidates.append(sample.decode(self.vqgan, tokens, config.batch_size))
-        best = candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, asked.embeds)
+        best = candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, embeds)
         yield Preview(best, 1.0)
 
 

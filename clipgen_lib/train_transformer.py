@@ -212,9 +212,8 @@ def train_transformer(
         preview(ema.module, step)
         return scores["nll"]
 
-    with closing(training.training_steps(state, log, start, validate)) as steps:
+    with closing(training.loop(state, log, start, validate)) as steps:
         for step in steps:
-            training.set_learning_rate(optimizer, config.lr, step, config)
             rows = batch_rows(len(store), config.batch_size, run.seed, step)
             rng = torch.Generator().manual_seed(training.step_seed(run.seed, step))
             batch = make_batch(store.tokens(rows), store.embeds(rows), image_mean, config, rng)

@@ -50,11 +50,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def adaptive_weight(
-    reconstruction: torch.Tensor,
-    adversarial: torch.Tensor,
-    images: torch.Tensor,
-    last_layer: nn.Parameter,
-    largest: float,
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, images: torch.Tensor, layer: nn.Parameter, largest: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """|grad of reconstruction| / |grad of adversarial| at the decoder's last layer (arXiv 2012.09841, equation 7).
 
@@ -62,17 +58,15 @@ def adaptive_weight(
     are those of the whole batch, whatever number of processes share it: one weight for all.
 
     Args:
-        images: (B, 3, H, W), which both losses are computed on and `last_layer` has made; the perceptual network and the
+        images: (B, 3, H, W), which both losses are computed on and `layer` has made; the perceptual network and the
             discriminator are gone through once, here, and their part of the graph is freed.
 
     Returns:
         The weight, and the gradients of the two losses at the images, with which a backward pass can continue.
     """
     grads = [torch.autograd.grad(loss, images)[0] for loss in (reconstruction, adversarial)]
-    norm_rec, norm_adv = (
-        distributed.all_reduce_mean(torch.autograd.grad(images, last_layer, grad, retain_graph=True)[0]).norm()
-        for grad in grads
-    )
+    at_layer = [torch.autograd.grad(images, layer, grad, retain_graph=True)[0] for grad in grads]
+    norm_rec, norm_adv = (distributed.all_reduce_mean(grad).norm() for grad in at_layer)
     return (norm_rec / (norm_adv + 1e-6)).clamp(0, largest).detach(), *grads
 
 
@@ -204,14 +198,14 @@ def train_vqgan(
         run.log("vqgan_val", step, **scores)
         return scores["l2"]
 
-    steps = training.training_steps(state, log, start, validate)
-    with closing(steps), dead_workers_told(images, config.workers):
+    with closing(training.loop(state, log, start, validate)) as steps, dead_workers_told(images, config.workers):
         for step in steps:
-            training.set_learning_rate(gen_optimizer, config.lr, step, config)
-            training.set_learning_rate(disc_optimizer, config.discriminator_lr, step, config)
             adv_weight = config.adversarial_weight * ramp(step, config.steps, *config.adversarial_ramp)
-            with state.kept(step):
+            try:
                 batch, quantized = to_float(next(batches).to(device)), []
+            except ClipgenError:  # an image cannot be read now: the steps before are kept
+                state.save(step)
+                raise
             for real in distributed.microbatches(batch.chunk(config.accumulate), ddp_vqgan, ddp_discriminator):
                 # without DDP: here the discriminator's parameters get no gradient
                 generated = step_of(ddp_vqgan, discriminator, perceptual, real, config, adv_weight)

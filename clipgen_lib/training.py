@@ -8,7 +8,7 @@ of sums. A step without a finite loss and gradient changes no weight and is coun
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,11 +37,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float 
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(steps - warmup, 1)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-
-
-def set_learning_rate(optimizer: Optimizer, peak: float, step: int, config: OptimConfig | FitConfig) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config.steps, peak, config.warmup)
 
 
 def step_seed(seed: int, step: int, rank: int | None = None) -> int:
@@ -93,7 +88,7 @@ def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weigh
         else:
             groups["outer" if any(part in name for part in _OUTER_LAYERS) else "hidden"].append(parameter)
     decays = {"hidden": weight_decay, "outer": weight_decay, "undecayed": 0.0}
-    settings = {key: {"params": groups[key], "weight_decay": decay} for key, decay in decays.items() if groups[key]}
+    settings = {key: {"params": found, "weight_decay": decays[key]} for key, found in groups.items() if found}
     if kind == "adamw":
         return torch.optim.AdamW(settings.values(), lr=lr, betas=(0.9, beta2), fused=True)
     if kind == "muon":
@@ -132,8 +127,8 @@ class TrainingState:
         return sorted(self.folder.glob(f"{self.stage}-{'[0-9]' * 8}.safetensors"))
 
     def save(self, step: int, score: float | None = None) -> None:
-        """Write the state after `step` steps, by the first process; a lower `score` is better, None is no score."""
-        if not distributed.is_main():
+        """Write the state after `step` > 0 steps, by the first process; a lower `score` is better, None is no score."""
+        if step == 0 or not distributed.is_main():
             return
         path = self.folder / f"{self.stage}-{step:08d}.safetensors"
         if score is not None or not path.exists():
@@ -145,16 +140,6 @@ class TrainingState:
         for path in paths[:-KEPT]:
             if path != min(scores, key=scores.get, default=None):
                 path.unlink()
-
-    @contextmanager
-    def kept(self, step: int) -> Iterator[None]:
-        """Where the block, which reads the data of the step, raises a `ClipgenError`, the steps before it are saved."""
-        try:
-            yield
-        except ClipgenError:
-            if distributed.is_main() and step:
-                self.save(step)
-            raise
 
     def resume(self) -> int:
         """Load the last checkpoint that is whole; returns the step to resume from.
@@ -208,21 +193,6 @@ class Log:
         counts = torch.bincount(tokens.flatten(), minlength=codebook_size)
         self.counts = counts if self.counts is None else self.counts + counts
 
-    def is_finite(self, step: int, *norms: torch.Tensor) -> bool:
-        """Whether the last loss and these gradient norms are finite on every process; the step is counted where not.
-
-        Raises:
-            ClipgenError: `MOST_SKIPPED` steps in a row were not.
-        """
-        values = torch.stack([self.scalars["loss"][-1], *(norm.float() for norm in norms)])
-        finite = bool(distributed.all_reduce_mean(values).isfinite().all())
-        self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
-        if self.in_a_row == self.most:
-            raise ClipgenError(
-                f"the {self.stage} loss or its gradient was not finite at {self.most} steps in a row before step {step + 1}: the weights are those of before and in the last checkpoint; look at the data and the precision, or begin another run with a lower learning rate"
-            )
-        return finite
-
     def write(self, step: int, **extra: float) -> dict[str, str]:
         """Log the means over processes and steps (what is not finite left out) and clear them; returns what the bar shows."""
         values = {key: torch.stack(found) for key, found in self.scalars.items()}
@@ -242,13 +212,26 @@ class Log:
 
 
 def optimizer_step(log: Log, step: int, max_grad_norm: float, **optimizers: Optimizer) -> bool:
-    """Clip gradients, log their norms by these names, and step where all is finite; returns whether it was."""
-    norms = {}
+    """Clip gradients, log their norms by these names, and step where they and the last loss are finite everywhere.
+
+    Returns:
+        Whether they were, on every process; the step is counted where not.
+
+    Raises:
+        ClipgenError: `MOST_SKIPPED` steps in a row were not.
+    """
     for name, optimizer in optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms[name] = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    log.add(**norms)
-    finite = log.is_finite(step, *norms.values())
+        log.add(**{name: nn.utils.clip_grad_norm_(parameters, max_grad_norm)})
+    values = torch.stack([log.scalars[name][-1] for name in ("loss", *optimizers)])
+    finite = bool(distributed.all_reduce_mean(values).isfinite().all())
+    log.skipped, log.in_a_row = log.skipped + (not finite), 0 if finite else log.in_a_row + 1
+    if log.in_a_row == log.most:
+        what = (
+            f"the {log.stage} loss or its gradient was not finite at {log.most} steps in a row before step {step + 1}"
+        )
+        cure = "look at the data and the precision, or begin another run with a lower learning rate"
+        raise ClipgenError(f"{what}: the weights are those of before and in the last checkpoint; {cure}")
     for optimizer in optimizers.values():
         if finite:
             optimizer.step()
@@ -256,13 +239,12 @@ def optimizer_step(log: Log, step: int, max_grad_norm: float, **optimizers: Opti
     return finite
 
 
-def training_steps(
-    state: TrainingState, log: Log, start: int, validate: Callable[[int], float | None] = lambda step: None
-) -> Iterator[int]:
+def loop(state: TrainingState, log: Log, start: int, validate: Callable = lambda step: None) -> Iterator[int]:
     """Yield the steps from `start` to the last; after each follow progress bar, log line, checkpoint and stop signal.
 
-    The global generator is seeded at each step, so that nothing random has a state to keep. To be wrapped in
-    `contextlib.closing`: an error in the caller's loop then ends the bar and gives the signals back at once.
+    Before each step the optimizers get their learning rates, whose peak is the one that each was built with, and the
+    global generator is seeded, so that nothing random has a state to keep. To be wrapped in `contextlib.closing`: an
+    error in the caller's loop then ends the bar and gives the signals back at once.
 
     Args:
         validate: called with the number of steps done before each checkpoint; returns its score, the lower the better.
@@ -271,8 +253,12 @@ def training_steps(
         Stopped: SIGTERM or SIGINT, after a checkpoint.
     """
     config, stage = state.config, state.stage
+    optimizers = [part for part in state.parts.values() if isinstance(part, Optimizer)]
+    peaks = [(group, optimizer.defaults["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     with progress(config.steps, f"training {stage}", distributed.is_main(), start) as bar, stoppable() as stop:
         for step in range(start, config.steps):
+            for group, peak in peaks:
+                group["lr"] = learning_rate(step, config.steps, peak, config.warmup)
             torch.manual_seed(step_seed(state.run.seed, step, distributed.rank()))
             yield step
             done = step + 1
@@ -301,14 +287,7 @@ def finish(run: Run, stage: str, module: nn.Module, skipped: dict, **facts: obje
     return module.eval().requires_grad_(False)
 
 
-def fit(
-    run: Run,
-    stage: str,
-    model: nn.Module,
-    config: FitConfig,
-    loss_of: Callable[[int], tuple[torch.Tensor, dict]],
-    facts: dict,
-) -> None:
+def fit(run: Run, stage: str, model: nn.Module, config: FitConfig, loss_of: Callable, facts: dict) -> None:
     """Train CLIP or the classifier on one device with AdamW, or resume from a checkpoint of the same `facts`.
 
     Args:
@@ -318,9 +297,8 @@ def fit(
     state = TrainingState(run, stage, config, {"model": model, "optimizer": optimizer}, facts)
     start, log = state.resume(), Log(run, stage, config.steps)
     model.train()
-    with closing(training_steps(state, log, start)) as steps:
+    with closing(loop(state, log, start)) as steps:
         for step in steps:
-            set_learning_rate(optimizer, config.lr, step, config)
             loss, scalars = loss_of(step)
             loss.backward()
             log.add(loss=loss, **scalars)

@@ -92,9 +92,8 @@ class Block(nn.Module):
             q = q.to(k.dtype)
             if length > 1 and cache.length > 0:  # several new positions behind old ones
                 mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        causal = length > 1 and mask is None
         dropout = self.dropout if self.training else 0.0
-        h = attend(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+        h = attend(q, k, v, attn_mask=mask, is_causal=length > 1 and mask is None, dropout_p=dropout)
         h = self.proj(h.transpose(1, 2).reshape(batch, length, width).to(x.dtype))
         return F.dropout(h, self.dropout, self.training)
 
@@ -125,7 +124,11 @@ class ImageTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, codebook_size)
-        self.apply(self._initialise)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
         nn.init.normal_(self.positions, std=0.02)
         for block in self.blocks:  # residual branches start smaller the deeper the stack (GPT-2)
             for layer in (block.proj, block.fc2):
@@ -136,13 +139,6 @@ class ImageTransformer(nn.Module):
             nn.init.normal_(self.start_tokens, std=0.02)
         # unit-norm inputs have entries of about D^-0.5: this keeps the condition as loud as a token embedding
         nn.init.normal_(self.condition.weight, std=0.5)
-
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
     def forward(self, embeds: torch.Tensor, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Logits of each token given the embedding and the tokens before it.
@@ -164,9 +160,7 @@ class ImageTransformer(nn.Module):
             raise ClipgenError(f"{tokens.shape[1]} tokens for a transformer of {self.n_tokens}: use its own VQGAN")
         past_len = cache.length if cache is not None else 0
         x = self.token_embedding(tokens[:, max(past_len - first, 0) : -1])  # (B, new tokens, E)
-        condition = None
-        if past_len == 0 or self.adaptive:
-            condition = self.embed_condition(embeds).to(x.dtype)  # (B, N or 1, E)
+        condition = self.embed_condition(embeds).to(x.dtype)  # (B, N or 1, E)
         if past_len == 0:
             x = torch.cat([self.start_tokens.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
         x = x + self.positions[:, past_len : past_len + x.shape[1]]

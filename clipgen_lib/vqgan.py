@@ -13,6 +13,7 @@ encoder kernels no wider than their stride: a token then depends on its own squa
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -86,23 +87,14 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int, local: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 2 if local else 3, stride=2)
-        self.pad = (0, 0, 0, 0) if local else (0, 1, 0, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, self.pad))
+def downsample(channels: int, local: bool) -> nn.Sequential:
+    pad = nn.Identity() if local else nn.ZeroPad2d((0, 1, 0, 1))
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(channels, channels, 2 if local else 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels: int) -> nn.Sequential:
+    repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
+    return nn.Sequential(OrderedDict(repeat=repeat, conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Level(nn.Module):
@@ -112,14 +104,13 @@ class Level(nn.Module):
         super().__init__()
         pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResBlock(a, b, config.local, kernel) for a, b in pairs)
-        self.attn = nn.ModuleList(AttentionBlock(b) for _, b in pairs if attention and not config.local)
+        attention = attention and not config.local
+        self.attn = nn.ModuleList(AttentionBlock(b) if attention else nn.Identity() for _, b in pairs)
         self.resample = resample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for index, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[index](x)
+            x = self.attn[index](block(x))
         return self.resample(x)
 
 
@@ -139,19 +130,17 @@ class Encoder(nn.Module):
         last, kernel = len(widths) - 1, 1 if config.local else 3
         self.unfold = nn.PixelUnshuffle(config.patch)
         self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, kernel, padding="same")
-        self.down = nn.ModuleList()
+        self.down = nn.Sequential()
         for i, (before, width) in enumerate(itertools.pairwise([config.channels, *widths])):
-            resample = Downsample(width, config.local) if i < last else nn.Identity()
+            resample = downsample(width, config.local) if i < last else nn.Identity()
             self.down.append(Level([before] + [width] * config.res_blocks, config, i == last, kernel, resample))
         self.mid = middle(widths[-1], config.local, kernel)
         self.norm_out = norm(widths[-1], config.local)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, kernel, padding="same")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(self.unfold(images))
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.mid(self.down(self.conv_in(self.unfold(images))))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -162,9 +151,9 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in reversed(config.channel_mult)]
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], config.local)
-        self.up = nn.ModuleList()
+        self.up = nn.Sequential()
         for i, (before, width) in enumerate(itertools.pairwise([widths[0], *widths])):
-            resample = Upsample(width) if i < len(widths) - 1 else nn.Identity()
+            resample = upsample(width) if i < len(widths) - 1 else nn.Identity()
             self.up.append(Level([before] + [width] * (config.res_blocks + 1), config, i == 0, 3, resample))
         self.norm_out = norm(widths[-1], config.local)
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
@@ -175,10 +164,7 @@ class Decoder(nn.Module):
 
     def features(self, z: torch.Tensor) -> torch.Tensor:
         """What the last layer reads."""
-        h = self.mid(self.conv_in(z))
-        for level in self.up:
-            h = level(h)
-        return F.silu(self.norm_out(h))
+        return F.silu(self.norm_out(self.up(self.mid(self.conv_in(z)))))
 
     def last(self, features: torch.Tensor) -> torch.Tensor:
         return self.fold(self.conv_out(features)).float()
@@ -223,21 +209,19 @@ class VectorQuantizer(nn.Module):
         """(B, h, w) int64 -> (B, C, h, w)."""
         return F.embedding(tokens, self.codes()).permute(0, 3, 1, 2)
 
-    def choose(self, vectors: torch.Tensor) -> torch.Tensor:
-        """(N, C) -> tokens (N,) int64."""
-        if self.projection is not None:
-            return self.projection(vectors).argmax(1)
-        codes = self.codes()
-        return (codes.pow(2).sum(1) - 2 * vectors @ codes.T).argmin(1)  # |z|^2 is the same for every code
-
     def forward(self, z: torch.Tensor) -> Quantized:
         if self.training and self.projection is not None:
             raise ClipgenError("a Gumbel quantiser is not trained here: choose 'gradient' or 'ema', or call .eval()")
         z = z.float().permute(0, 2, 3, 1)  # (B, h, w, C)
         z = F.normalize(z, dim=-1) if self.l2_norm else z
+        flat, codes = z.reshape(-1, z.shape[-1]), self.codes()
         with torch.no_grad():
-            tokens = self.choose(z.reshape(-1, z.shape[-1])).view(z.shape[:-1])
-        codes = F.embedding(tokens, self.codes())
+            if self.projection is None:
+                tokens = (codes.pow(2).sum(1) - 2 * flat @ codes.T).argmin(1)  # |z|^2 is the same for every code
+            else:
+                tokens = self.projection(flat).argmax(1)
+            tokens = tokens.view(z.shape[:-1])
+        codes = F.embedding(tokens, codes)
         codebook_loss = codes.new_zeros(()) if self.ema else F.mse_loss(codes, z.detach())
         commitment_loss = F.mse_loss(z, codes.detach())
         straight_through = (z + (codes - z).detach()).permute(0, 3, 1, 2)
