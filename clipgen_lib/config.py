@@ -82,7 +82,7 @@ class ClipConfig(Config):
 
 @checked_dataclass
 class FitConfig(Config):
-    """What the trainings of CLIP and of the classifier share: AdamW on one device, linear warm-up then cosine."""
+    """What all trainings share, with the numbers of the classifier's: AdamW, linear warm-up then cosine."""
 
     steps: CountFromZero = 1_200
     batch_size: Count = 128
@@ -134,9 +134,8 @@ class VQGANConfig(Config):
 
     def __post_init__(self):
         if self.image_size % self.factor:
-            raise ClipgenError(
-                f"image_size {self.image_size} does not divide by the downsampling factor {self.factor}: change one of them"
-            )
+            what = f"image_size {self.image_size} does not divide by the downsampling factor {self.factor}"
+            raise ClipgenError(f"{what}: change one of them")
 
     @property
     def factor(self) -> int:
@@ -149,8 +148,8 @@ class VQGANConfig(Config):
 
 
 @checked_dataclass
-class OptimConfig(Config):
-    """What both stages share. Linear warm-up then cosine, gradient clipping, EMA of the weights."""
+class OptimConfig(FitConfig):
+    """What both stages share: also gradient clipping, EMA of the weights, and several processes."""
 
     steps: CountFromZero = 100_000
     batch_size: Count = 32  # over all processes
@@ -159,10 +158,8 @@ class OptimConfig(Config):
     lr: Amount = 1e-4
     warmup: CountFromZero = 1_000
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    weight_decay: Amount = 0.05
     max_grad_norm: Amount = 1.0
     ema_decay: Share = 0.999
-    precision: Literal["bf16", "no"] = "bf16"  # of autocast, on a device that computes in bfloat16
     compile: bool = False
     log_every: Count = 100
     save_every: Count = 5_000
@@ -300,12 +297,9 @@ def replaced(config: Config, values: dict) -> Config:
 
 
 def _spelled(value: object, before: object) -> object:
-    if isinstance(value, str) and isinstance(before, float):
-        with suppress(ValueError):  # YAML takes 1e-3 for a text
-            return float(value)
     if isinstance(value, str) and not isinstance(before, str):
-        with suppress(yaml.YAMLError):
-            value = yaml.safe_load(value)
+        with suppress(ValueError, yaml.YAMLError):  # YAML takes 1e-3 for a text
+            value = float(value) if isinstance(before, float) else yaml.safe_load(value)
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -314,9 +308,7 @@ def changed(preset: Preset, parts: dict[str, dict]) -> Preset:
     known = [f.name for f in fields(Preset)[1:]]
     for part, values in parts.items():
         if part not in known or not isinstance(values, dict):
-            raise ClipgenError(
-                f"preset {preset.name!r} has no part {_shown(part)} of fields: choose one of {_nearest(part, known)}"
-            )
+            raise ClipgenError(f"a preset has no part {_shown(part)} of fields: choose one of {_nearest(part, known)}")
     return replace(preset, **{part: replaced(getattr(preset, part), values) for part, values in parts.items()})
 
 

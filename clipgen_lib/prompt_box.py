@@ -63,7 +63,23 @@ class PromptBox(widgets.VBox):
         self.button.disabled, self.stop.disabled = True, False
         self.bar.value, self.bar.bar_style, self.message.value = 0.0, "", ""
         try:
-            self._generate()
+            prompt, values = self.prompt.value.strip(), {name: field.value for name, field in self.fields.items()}
+            if not prompt:
+                raise ClipgenError("there is no prompt: write what to generate")
+            for name, (low, high) in LIMITS.items():
+                if not low <= values[name] <= high:
+                    raise ClipgenError(f"{LABELS[name]} is {values[name]}: give {low} to {high}")
+            self.message.value = html.escape(self._notice(prompt))
+            start, scale = time.monotonic(), max(1, WIDTH // self.generator.vqgan.config.image_size)
+            for preview in self.generator.generate_progressively(prompt, **values):
+                if self._stopped.is_set():
+                    raise ClipgenError("stopped: the images before are back")
+                self._fill([[png(image, scale), ""] for image in preview.images])
+                self.bar.description = f"{(time.monotonic() - start) * (1 / preview.share - 1):.0f} s left"
+                self.bar.value = preview.share
+            self.images, self.bar.bar_style = preview.images, "success"
+            for tile, score in zip(self.tiles.children, self.generator.similarity(self.images, prompt), strict=True):
+                tile.children[1].value = f"CLIP {score:.2f}"
         except BaseException as error:  # ipywidgets hides the errors of a handler, an interrupted kernel among them
             self._fill(before)
             kind = "" if isinstance(error, ClipgenError) else f"{type(error).__name__}: "
@@ -72,25 +88,6 @@ class PromptBox(widgets.VBox):
                 raise
         finally:
             self.bar.description, self.button.disabled, self.stop.disabled = "", False, True
-
-    def _generate(self) -> None:
-        prompt, values = self.prompt.value.strip(), {name: field.value for name, field in self.fields.items()}
-        if not prompt:
-            raise ClipgenError("there is no prompt: write what to generate")
-        for name, (low, high) in LIMITS.items():
-            if not low <= values[name] <= high:
-                raise ClipgenError(f"{LABELS[name]} is {values[name]}: give {low} to {high}")
-        self.message.value = html.escape(self._notice(prompt))
-        start, scale = time.monotonic(), max(1, WIDTH // self.generator.vqgan.config.image_size)
-        for preview in self.generator.generate_progressively(prompt, **values):
-            if self._stopped.is_set():
-                raise ClipgenError("stopped: the images before are back")
-            self._fill([[png(image, scale), ""] for image in preview.images])
-            self.bar.description = f"{(time.monotonic() - start) * (1 / preview.share - 1):.0f} s left"
-            self.bar.value = preview.share
-        self.images, self.bar.bar_style = preview.images, "success"
-        for tile, score in zip(self.tiles.children, self.generator.similarity(self.images, prompt), strict=True):
-            tile.children[1].value = f"CLIP {score:.2f}"
 
     def _notice(self, prompt: str) -> str:
         """What of a prompt CLIP does not read, or does not know where its words are known; empty where all is well."""

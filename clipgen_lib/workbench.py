@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,25 +44,16 @@ PREVIEW_PROMPTS = (
     "a pink ring left of a blue square",
     "a purple triangle above an orange diamond",
 )
-FEWEST_VAL = 4  # validation images: two halves of two; fewer have no covariance
 
 
 class UserPrompts(NamedTuple):
-    """Prompts for a user's data, and where they come from."""
+    """Prompts for a user's data, where they come from, and images for a figure."""
 
     prompts: list[str] | torch.Tensor  # texts, or CLIP embeddings (P, D) of images
-    titles: list[str]
+    titles: list[str]  # of each prompt; with generated images, of each image
     source: str
-    images: torch.Tensor | None = None  # (P, 3, H, W) in [-1, 1], those of the embeddings
-
-
-class ImageGrid(NamedTuple):
-    """Images for a figure."""
-
-    images: torch.Tensor  # (N, 3, H, W) in [-1, 1], row by row
-    titles: list[str]  # of each image
-    columns: int
-    source: str
+    images: torch.Tensor | None = None  # (N, 3, H, W) in [-1, 1]: those of the embeddings, or generated, row by row
+    columns: int = 0  # of the figure
 
 
 def pick_device(device: str = "auto") -> str:
@@ -105,6 +97,8 @@ class Workbench:
     run: Run  # with its seed and device
     preset: Preset
     data: str
+    seed = property(attrgetter("run.seed"))
+    device = property(attrgetter("run.device"))
 
     @classmethod
     def open(
@@ -126,10 +120,8 @@ class Workbench:
             runs.write_json(wb.run.file("config.json"), asdict(config))
         if not wb.run.summary().get("versions"):
             if (wb.run.path / "vqgan").is_dir():
-                lost = wb.run.path / "summary.json"
-                distributed.tell(
-                    f"{lost} was lost and begins anew: a step that is run again, from its last checkpoint, fills its part"
-                )
+                lost = f"{wb.run.path / 'summary.json'} was lost and begins anew"
+                distributed.tell(f"{lost}: a step that is run again, from its last checkpoint, fills its part")
             wb._record(run=run, preset=wb.preset.name, seed=seed, versions=runs.versions())
         return wb
 
@@ -152,7 +144,11 @@ class Workbench:
             before = f"preset {known['preset']} and seed {known['seed']}"
             raise ClipgenError(f"{path} is missing, and run {run!r} was begun with {before}: give these")
         wb = cls(opened, chosen, data or getattr(begun, "data", ""))
-        config = RunConfig(chosen, _portable(wb.data), seed)
+        try:  # the name of a folder rather than where it lies on this machine
+            label = wb.data if wb.data == "shapes" else Path(os.path.expanduser(wb.data or "\0")).resolve().name
+        except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
+            raise ClipgenError(f"data {shortened(wb.data)!r} is no path: give the folder of your images") from None
+        config = RunConfig(chosen, label, seed)
         if begun and not data:  # unseen
             config = replace(config, data_hash=begun.data_hash)
         elif data != "shapes" and (begun is None or begun.data_hash):
@@ -174,17 +170,9 @@ class Workbench:
         """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its images lie now."""
         path = runs.open_run(run).path / "config.json"
         if not path.is_file():
-            raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}'")
+            raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}' or train-vqgan")
         begun = _begun_with(path)
         return cls.open(begun.preset, run, data, begun.seed, device)
-
-    @property
-    def seed(self) -> int:
-        return self.run.seed
-
-    @property
-    def device(self) -> str:
-        return self.run.device
 
     def images(self, split: str = "train") -> ImageSet:
         return open_images(self.data, split, self.preset.vqgan.image_size, self.preset.shapes, self.seed)
@@ -268,22 +256,23 @@ class Workbench:
         image_embeds, text_embeds = zip(*pairs, strict=True)
         return torch.cat(image_embeds), torch.cat(text_embeds)
 
-    def train_vqgan(self, steps: int = 0, step_of: Callable = train_vqgan.generator_step) -> VQGAN:
-        """Stage 1, and its PSNR and codebook use on the val split; `steps` above 0 replaces the preset's.
+    def train_vqgan(self, steps: int = 0, step_of: Callable = train_vqgan.generator_step) -> dict[str, float]:
+        """Stage 1; returns its PSNR and codebook use on the val split. `steps` above 0 replaces the preset's.
 
         `step_of` computes the generator's loss: a function with the arguments and results of `generator_step`.
         """
         preset = changed(self.preset, {"vqgan_train": {"steps": steps}} if steps else {})
         images, val_images = self.images(), self.images("val")
-        if len(val_images) < FEWEST_VAL:
+        if len(val_images) < 4:  # two halves of two: fewer have no covariance
             found = f"{len(images)} images to train on and {len(val_images)} to test on"
-            raise ClipgenError(f"{val_images.root} holds {found}: give at least {FEWEST_VAL} of each")
+            raise ClipgenError(f"{val_images.root} holds {found}: give at least 4 of each")
         next(ordered_batches(val_images, range(len(val_images)), 16))  # raises where there is not one to test on
         with self._timed("vqgan"):
             vqgan = train_vqgan.train_vqgan(self.run, (images, val_images), preset, self.clip, step_of)
             data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
-            self._record(data=data, vqgan=evaluate.evaluate_vqgan(vqgan.to(self.device), val_images))
-        return vqgan
+            scores = evaluate.evaluate_vqgan(vqgan.to(self.device), val_images)
+            self._record(data=data, vqgan=scores)
+        return scores
 
     def extract(self) -> TokenStore:
         """Both splits through the frozen encoders; returns the train store."""
@@ -296,14 +285,14 @@ class Workbench:
                     self._record(skipped=images.skipped)
         return store
 
-    def train_transformer(self, steps: int = 0, step_of: Callable = train_transformer.transformer_step) -> None:
-        """Stage 2, with previews from the same prompts and seeds at every checkpoint; arguments as of `train_vqgan`."""
+    def train_transformer(self, steps: int = 0, step_of: Callable = train_transformer.transformer_step) -> dict:
+        """Stage 2, with previews at every checkpoint; returns its validation losses. Arguments as of `train_vqgan`."""
         preset = changed(self.preset, {"transformer_train": {"steps": steps}} if steps else {})
         vqgan, stores = self.vqgan(), (self.store(), self.store("val"))
         prompts, settings = (self.preview_prompts(), stores[1].embeds(slice(0, 6))), preset.sample
         extras = self.bank_and_offset(settings)
 
-        def preview(transformer, step):
+        def preview(transformer, step):  # always of the same prompts and seeds
             generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, extras)
             images = torch.cat([generator.generate_each(p, list(range(len(p))), candidates=1) for p in prompts])
             Image.fromarray(grid(images, columns=len(images))).save(self.run.file("previews", f"{step:06d}.png"))
@@ -315,6 +304,7 @@ class Workbench:
             scores = train_transformer.validation_losses(trained.to(self.device), stores[1], frozen)
             clip_size = sum(p.numel() for p in self.clip.parameters())
             self._record(transformer=scores, parameters={"clip": clip_size})
+        return scores
 
     def train_classifier(self) -> dict[str, float]:
         """The classifier of classes, on real images of the train split; returns its accuracy on the val split."""
@@ -324,8 +314,9 @@ class Workbench:
             raise ClipgenError(f"{lacking}: sort its images into a folder for each class")
         with self._timed("classifier"):
             classifier = train_classifier(self.run, images, self.preset.classifier)
-            self._record(classifier=accuracy(classifier, val_images))
-        return self.run.summary()["classifier"]
+            scores = accuracy(classifier, val_images)
+            self._record(classifier=scores)
+        return scores
 
     def preview_prompts(self, n: int = 6) -> list[str]:
         """Prompts for previews: fixed ones for shapes, else captions of the val split."""
@@ -354,21 +345,21 @@ class Workbench:
         """
         if texts := split_prompts(text):
             return UserPrompts(texts, texts, "prompts of your own")
-        for images in (self.images("val"), self.images("train")):
+        val_images = self.images("val")
+        for images in (val_images, self.images("train")):
             if images.has_captions and any(images.captions):
                 pairs = choose_captions(images, sum(map(len, images.captions)), self.seed)
                 texts = list(dict.fromkeys(text for _, text in pairs))[:n]
                 return UserPrompts(texts, texts, f"captions of the {images.split} split")
-        images = self.images("val")
-        rows, batch = next(ordered_batches(images, range(min(max(n // 2, 1), len(images))), n))
+        rows, batch = next(ordered_batches(val_images, range(min(max(n // 2, 1), len(val_images))), n))
         shown = to_float(batch)
         embeds = torch.cat([self.clip.images(part.to(self.device)) for part in shown.split(16)])
-        titles = [images.names[row].rpartition("/")[2] for row in rows]
+        titles = [val_images.names[row].rpartition("/")[2] for row in rows]
         source = "no captions here and no PROMPTS given: variations of validation images, from their embeddings"
         return UserPrompts(embeds, titles, source, shown)
 
     @torch.inference_mode()
-    def generate_for_user(self, text: str = "", n: int = 8, each: int = 4, guidance: float = 0.0) -> ImageGrid:
+    def generate_for_user(self, text: str = "", n: int = 8, each: int = 4, guidance: float = 0.0) -> UserPrompts:
         """Some images for each of `user_prompts`, image j with seed + j; variations behind the image that they vary.
 
         The prompts go into summary.json. `guidance` above 0 replaces the preset's.
@@ -380,7 +371,7 @@ class Workbench:
             images = torch.cat([user.images[:, None], images], dim=1)
             titles = [[title] + ["variation"] * each for title in user.titles]
         self._record(prompts={"source": user.source, "asked": user.titles})
-        return ImageGrid(images.flatten(0, 1), sum(titles, []), 2 * images.shape[1], user.source)
+        return user._replace(images=images.flatten(0, 1), titles=sum(titles, []), columns=2 * images.shape[1])
 
     def class_rows(self, real: int = 4, generated: int = 6, most: int = 20) -> dict[str, torch.Tensor]:
         """Where folders are classes: validation images of each class, then images generated for its text.
@@ -407,24 +398,23 @@ class Workbench:
         `guidance` above 0 replaces the preset's.
         """
         generator, settings = generator or self.generator(), {"guidance": guidance} if guidance else {}
-        evaluators, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
+        by, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
         with self._timed("evaluate", resumable=False):
-            images, config, place = self.images("val"), self.preset.evaluate, folder / "captions"
-            scored = evaluate.evaluate_generator(generator, images, evaluators, config, place, self.seed, **settings)
-            numbers, shown = scored
+            val, config, place = self.images("val"), self.preset.evaluate, folder / "captions"
+            numbers, shown = evaluate.evaluate_generator(generator, val, by, config, place, self.seed, **settings)
             entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
             if self.has_oracle:
                 place, n = folder / "oracle", config.n_oracle
                 entries["oracle"] = evaluate.evaluate_oracle(generator, place, n, self.seed, **settings)
-        if not distributed.is_main():
-            return shown
-        start, texts = time.perf_counter(), shown["prompts"][:16]
-        generator.generate_each(texts, list(range(len(texts))), **settings)
-        seconds = {**self.run.summary().get("seconds", {}), "per_image": (time.perf_counter() - start) / len(texts)}
-        seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
-        self._record(**entries, seconds=seconds)
-        if shown["captions"]:
-            runs.write_atomic(self.run.file("captions.txt"), shown["captions"])
+        if distributed.is_main():
+            start, texts = time.perf_counter(), shown["prompts"][:16]
+            generator.generate_each(texts, list(range(len(texts))), **settings)
+            seconds = {**self.run.summary().get("seconds", {}), "per_image": (time.perf_counter() - start) / len(texts)}
+            seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
+            self._record(**entries, seconds=seconds)
+            if shown["captions"]:
+                runs.write_atomic(self.run.file("captions.txt"), shown["captions"])
+        distributed.barrier()  # the numbers are written
         return shown
 
     def export(self, folder: Path, n: int, candidates: int) -> dict:
@@ -483,23 +473,11 @@ def _begun_with(path: Path) -> RunConfig:
     """What a run was begun with. A field that its config.json lacks has the default."""
     found = runs.read_json(path)
     try:
-        preset, others = from_dict(Preset, found.get("preset"), whole=False), ("data", "seed", "data_hash")
-        return RunConfig(preset, *map(found.get, others))
+        preset = from_dict(Preset, found.get("preset"), whole=False)
+        return RunConfig(preset, *map(found.get, ("data", "seed", "data_hash")))
     except ClipgenError as error:
-        cure = f"restore it, or delete {path.parent}"
-        raise ClipgenError(f"{path} does not say what the run was begun with ({error}): {cure}") from None
-
-
-def _portable(data: str) -> str:
-    """The name of a data folder rather than where it lies on this machine.
-
-    Raises:
-        ClipgenError: no folder can have that name.
-    """
-    try:
-        return data if data == "shapes" else Path(os.path.expanduser(data or "\0")).resolve().name
-    except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
-        raise ClipgenError(f"data {shortened(data)!r} is no path: give the folder of your images") from None
+        what = f"{path} does not say what the run was begun with ({error})"
+        raise ClipgenError(f"{what}: restore it, or delete {path.parent}") from None
 
 
 def clip_fields(clip: str) -> dict[str, str | None]:
@@ -508,11 +486,10 @@ def clip_fields(clip: str) -> dict[str, str | None]:
     A folder inside the project is named by its place there. WEIGHTS is a tag of open_clip's or a checkpoint file. Both are looked
     for in the project first, then here.
     """
-    folder = ROOT / os.path.expanduser(clip)
-    if os.path.isdir(clip) and not os.path.isdir(folder):
-        folder = Path(clip).resolve()
-    if os.path.isdir(folder):
-        return {"name": str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder), "pretrained": None}
+    for folder in (ROOT / os.path.expanduser(clip), Path(os.path.abspath(clip))):
+        if os.path.isdir(folder):
+            place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+            return {"name": str(place), "pretrained": None}
     name, _, weights = clip.partition("/")
     for file in (ROOT / os.path.expanduser(weights), Path(weights)):
         if weights and os.path.isfile(file):

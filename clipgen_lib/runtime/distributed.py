@@ -21,17 +21,21 @@ from torch.nn.parallel import DistributedDataParallel
 from .runs import ClipgenError
 
 
-def join(device: str = "auto") -> None:
+def join(device: str = "cuda") -> torch.device:
     """Take this process into the launch it belongs to; nothing where there is no launcher, or it is in already.
 
     Args:
         device: `cpu` joins by gloo even where there are GPUs.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from accelerate import PartialState
 
-        # a day: one process may have more to read, hash or write than the others, who wait for it
-        PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1))
+    Returns:
+        The device to compute on: the given one, or in a launch this process's own.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device(device)
+    from accelerate import PartialState
+
+    # a day: one process may have more to read, hash or write than the others, who wait for it
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=1)).device
 
 
 def world_size() -> int:
@@ -49,8 +53,8 @@ def is_main() -> bool:
 
 @cache
 def tell(sentence: str) -> None:
-    """A sentence for the user on stderr: once, and by the first process alone."""
-    if is_main():
+    """A sentence for the user on stderr: once, and by the first process alone. An empty one is nothing to tell."""
+    if sentence and is_main():
         print("".join(c if c.isprintable() else "?" for c in sentence), file=sys.stderr)
 
 
@@ -62,19 +66,17 @@ def barrier() -> None:
 
 def broadcast(item: object) -> object:
     """What the first process gave, for all."""
-    if world_size() == 1:
-        return item
     items = [item]
-    dist.broadcast_object_list(items)
+    if world_size() > 1:
+        dist.broadcast_object_list(items)
     return items[0]
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes, on each of them; the tensor itself where there is one."""
-    if world_size() == 1:
-        return tensor
-    tensor = tensor.detach().clone()
-    dist.all_reduce(tensor)
+    if world_size() > 1:
+        tensor = tensor.detach().clone()
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -84,19 +86,14 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def training_device(device: str) -> torch.device:
-    """Join the launch, if there is one, and return the device to train on: the given one, or in a launch this process's own.
+    """As `join`, for a training.
 
     Raises:
         ClipgenError: Accelerate is configured to cut models in pieces, which these trainings do not need.
     """
-    join(device)
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         raise ClipgenError("FSDP and DeepSpeed are not supported: choose plain multi-GPU in 'accelerate config'")
-    if world_size() == 1:
-        return torch.device(device)
-    from accelerate import PartialState
-
-    return PartialState().device
+    return join(device)
 
 
 def data_parallel(*modules: nn.Module) -> list[nn.Module]:

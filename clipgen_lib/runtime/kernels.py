@@ -10,17 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.optim import muon
-from torch import nn
+from torch import Tensor, nn
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, dropout_p: float = 0.0
+) -> Tensor:
     """torch's `scaled_dot_product_attention`, same arguments; on a CPU under autograd by three plain matrix operations.
 
     At the lengths of an image (64 to 256 tokens) that is three times as fast, there and back, as torch's own kernels: the
@@ -40,9 +35,7 @@ def attend(
     return torch.bmm(weights.to(flat_v.dtype), flat_v).view(*q.shape[:-1], v.shape[-1])
 
 
-def nll_from_hidden(
-    hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, logits_at_once: int = 0
-) -> torch.Tensor:
+def nll_from_hidden(hidden: Tensor, head: nn.Linear, targets: Tensor, logits_at_once: int = 0) -> Tensor:
     """Mean negative log-likelihood in nats, a scalar: F.cross_entropy(head(hidden), targets) without all logits in memory.
 
     Over a codebook of 16,384 the float logits of a batch and their gradient outweigh every other tensor of a step, and writing
@@ -96,7 +89,7 @@ class PackedLinear:
         if self.is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows)
 
-    def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
         """(B, E) to (B, F), with GELU by the error function where asked for."""
         if not self.is_packed:
             y = F.linear(x, self.weight, self.bias)
@@ -104,14 +97,14 @@ class PackedLinear:
         activation = ("gelu", [], "none") if gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *activation)
 
-    def add(self, x: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    def add(self, x: Tensor, to: Tensor) -> Tensor:
         """The layer's output on top of `to` (B, F)."""
         if not self.is_packed:
             return to + F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise.binary(x, to, self.weight, self.bias, "add")
 
 
-def packs(weight: torch.Tensor) -> bool:
+def packs(weight: Tensor) -> bool:
     """Whether this build of torch has oneDNN's kernels for such a weight on this machine."""
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if weight.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in needed):
@@ -147,7 +140,7 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
         warnings.warn(f"{why}: {cure}", stacklevel=2)
 
 
-def largest(values: torch.Tensor, k: int) -> torch.Tensor:
+def largest(values: Tensor, k: int) -> Tensor:
     """The k largest of each row (B, K), falling: (B, k).
 
     On a CPU by numpy, whose partition and sort use the vector units: ten times as fast as torch's at K = 16,384.
