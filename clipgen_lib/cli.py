@@ -297,7 +297,8 @@ def train_clip(run: str, data: str, seed: int, device: str, steps: int, **of_pre
 def show_config(preset: str, changes: tuple[str, ...]) -> str:
     """Print PRESET with its changes as YAML; a file with some of these lines, and `base: PRESET`, is a preset of its own."""
     parts = json.loads(json.dumps(asdict(load_preset(preset, shlex.join(changes)))))  # lists for tuples
-    return yaml.safe_dump({"base": parts.pop("name"), **parts}, sort_keys=False).rstrip()
+    base = {"base": name} if (name := parts.pop("name")) in PRESETS else {}
+    return yaml.safe_dump(base | parts, sort_keys=False).rstrip()
 
 
 @main.command("doctor")

@@ -184,6 +184,10 @@ class VQGANTrainConfig(OptimConfig):
     flip: bool = True
     random_crop: bool = True
 
+    def __post_init__(self):
+        if self.adversarial_ramp[0] > self.adversarial_ramp[1]:
+            raise ClipgenError(f"adversarial_ramp is {self.adversarial_ramp}: give two rising shares between 0 and 1")
+
 
 @checked_dataclass
 class TransformerConfig(Config):
@@ -307,8 +311,10 @@ def changed(preset: Preset, parts: dict[str, dict]) -> Preset:
     """A copy of a preset with some fields of some parts replaced, as by `replaced`."""
     known = [f.name for f in fields(Preset)[1:]]
     for part, values in parts.items():
-        if part not in known or not isinstance(values, dict):
-            raise ClipgenError(f"a preset has no part {_shown(part)} of fields: choose one of {_nearest(part, known)}")
+        if part not in known:
+            raise ClipgenError(f"a preset has no part {_shown(part)}: choose one of {_nearest(part, known)}")
+        if not isinstance(values, dict):
+            raise ClipgenError(f"part {part} of a preset is {_shown(values)}: give some of its fields")
     return replace(preset, **{part: replaced(getattr(preset, part), values) for part, values in parts.items()})
 
 
@@ -318,8 +324,9 @@ PRESETS = ("smoke", "laptop", "reference", "gpu64", "coco", "imagenet")  # files
 def _read_preset(path: Path) -> Preset:
     """A preset from a YAML file: fields of its parts, in place of those of the preset that it names as `base`."""
     with reading(path, "check its name", "correct it", "is no preset"):
-        parts = yaml.safe_load(path.read_text(encoding="utf-8"))
-        base = load_preset(parts.pop("base")) if "base" in parts else Preset()
+        parts = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        base = parts.pop("base", None)
+        base = load_preset(base if base in PRESETS else str(path.parent / str(base))) if base else Preset()
         return replace(changed(base, parts), name=path.stem)
 
 

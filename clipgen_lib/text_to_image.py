@@ -22,7 +22,7 @@ from torch import nn
 from . import sample
 from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict
-from .runtime.checkpoints import load_strictly, module_hash, read_weights, save_tensors
+from .runtime.checkpoints import load_strictly, read_weights, save_tensors
 from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reason, shortened
 from .transformer import ImageTransformer, centre
 from .vqgan import VQGAN
@@ -283,19 +283,6 @@ class TextToImage(
             candidates.append(sample.decode(self.vqgan, tokens, config.batch_size))
         best = candidates[0] if len(candidates) == 1 else sample.best_of(self.clip, candidates, embeds)
         yield Preview(best, 1.0)
-
-
-def load_run(
-    path: Path, clip: ClipEmbedder, clip_source: dict, settings: SampleConfig, bank_and_offset: tuple = (None, None)
-) -> TextToImage:
-    """The generator of a run, arguments as of `from_parts`; a transformer trained with other weights is refused."""
-    vqgan = VQGAN.load(path / "vqgan", clip.device)
-    transformer = ImageTransformer.load(path / "transformer", clip.device)
-    trained_with = read_json(path / "transformer" / "config.json").get("trained_with")
-    now = {"vqgan": module_hash(vqgan), "clip": clip.weights_hash}
-    if trained_with != now:
-        raise ClipgenError(f"the transformer in {path} was trained with {trained_with}, here is {now}: train it again")
-    return TextToImage.from_parts(vqgan, transformer, clip, clip_source, settings, bank_and_offset)
 
 
 def _repeat(prompts: Prompts | list[float], n: int, seed: int) -> tuple[list | torch.Tensor, list[int]]:

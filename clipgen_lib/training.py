@@ -5,6 +5,7 @@ resumed run is the uninterrupted one. Several processes share each batch and com
 of sums. A step without a finite loss and gradient changes no weight and is counted.
 """
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -105,8 +106,14 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
 
 
 def named_step(step: Callable, default: Callable) -> dict[str, str]:
-    """The name of a step function that is not the library's, for the facts of a training."""
-    return {} if step is default else {"step": f"{step.__module__}.{step.__qualname__}"}
+    """What tells a step function that is not the library's from others: its name and a hash of its code."""
+    if step is default:
+        return {}
+    if not hasattr(step, "__code__"):
+        raise ClipgenError(f"step_of is a {type(step).__name__}, of which no code can be told: give a plain function")
+    code, names = step.__code__, step.__code__.co_names
+    text = repr([code.co_code, names, [c for c in code.co_consts if not hasattr(c, "co_code")], step.__defaults__])
+    return {"step_of": f"{step.__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:8]}"}
 
 
 class TrainingState:
@@ -186,7 +193,7 @@ class Log:
 
     def add(self, **scalars: torch.Tensor) -> None:
         for key, value in scalars.items():
-            self.scalars.setdefault(key, []).append(value.detach().float())
+            self.scalars.setdefault(key, []).append(torch.as_tensor(value).detach().float().mean())
 
     def count(self, tokens: torch.Tensor, codebook_size: int) -> None:
         """Count the codes of a batch, for codebook usage and perplexity."""

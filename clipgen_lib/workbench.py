@@ -7,6 +7,8 @@ embedding; no training sees whose caption is whose.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +33,12 @@ from .metrics import oracle
 from .metrics.captions import choose_captions, split_prompts
 from .metrics.classifier import Classifier, accuracy, train_classifier
 from .runtime import distributed, runs
+from .runtime.checkpoints import module_hash
 from .runtime.runs import ROOT, ClipgenError, Run, reason, shortened
 from .store import TokenStore, extract
-from .text_to_image import TextToImage, load_run
+from .text_to_image import TextToImage
+from .training import named_step
+from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
 PREVIEW_PROMPTS = (
@@ -76,7 +81,7 @@ def pick_device(device: str = "auto") -> str:
 
 
 # entries of summary.json that a training which begins anew leaves there: others are of weights that it replaces
-OF_EARLIER = {"vqgan": {"run", "preset", "seed", "versions", "classifier"}}
+OF_EARLIER = {"vqgan": {"run", "preset", "seed", "begun", "versions", "classifier"}}
 OF_EARLIER["transformer"] = OF_EARLIER["vqgan"] | {"data", "vqgan", *runs.MERGED}
 
 
@@ -88,6 +93,11 @@ class RunConfig(Config):
     data: str  # a label: what the images are called
     seed: int
     data_hash: str | None = None  # of its train split, by which data are known; None of the Shapes world
+
+    @property
+    def hash(self) -> str:
+        """Of all but the label, for summary.json: by it a lost config.json is known."""
+        return hashlib.sha256(json.dumps([asdict(self.preset), self.seed, self.data_hash]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class Workbench:
             if (wb.run.path / "vqgan").is_dir():
                 lost = f"{wb.run.path / 'summary.json'} was lost and begins anew"
                 distributed.tell(f"{lost}: a step that is run again, from its last checkpoint, fills its part")
-            wb._record(run=run, preset=wb.preset.name, seed=seed, versions=runs.versions())
+            wb._record(run=run, preset=wb.preset.name, seed=seed, versions=runs.versions(), begun=config.hash)
         return wb
 
     @classmethod
@@ -154,21 +164,30 @@ class Workbench:
         elif data != "shapes" and (begun is None or begun.data_hash):
             images = wb.images()
             config = replace(config, data_hash=images.hash)
-            if begun is None:
-                _ = images.has_captions  # reads them: broken ones are told now, not after hours of training
+            if begun is None:  # broken captions and a split without images are told now, not after hours of training
+                _ = images.has_captions, wb.images("val")
         if begun and begun.data_hash and begun.data_hash == config.data_hash:  # whatever it is called now
             config = replace(config, data=begun.data)
         if begun and (differing := runs.differences(asdict(begun), asdict(config))):
             runs.refuse_published(path.parent)
             named = ", ".join(dict.fromkeys(name.removesuffix("_hash") for name in differing[:3]))
+            if "preset.name" in differing:
+                named = f"preset ({begun.preset.name}, not {chosen.name})"
             cure = f"choose another run name or delete {path.parent}"
             raise ClipgenError(f"run {run!r} was begun with another {named}: {cure}")
+        if known.get("begun", config.hash) != config.hash:
+            what = f"{path} is missing, and run {run!r} was begun with other settings or data than these"
+            raise ClipgenError(f"{what}: give those, or restore it")
         return wb, config
 
     @classmethod
     def reopen(cls, run: str, device: str = "auto", data: str = "") -> Workbench:
         """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its images lie now."""
         path = runs.open_run(run).path / "config.json"
+        if not path.is_file() and path.parent.is_dir():
+            raise ClipgenError(
+                f"{path} is missing: restore it, or give preset, data and seed of its beginning to a stage"
+            )
         if not path.is_file():
             raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}' or train-vqgan")
         begun = _begun_with(path)
@@ -217,8 +236,15 @@ class Workbench:
         return TokenStore.open(self.run.path / "store" / split, self.vqgan(), self.clip)
 
     def generator(self) -> TextToImage:
-        settings = self.preset.sample
-        return load_run(self.run.path, self.clip, self.clip_source, settings, self.bank_and_offset(settings))
+        """The run's networks put together; a transformer trained with others is a ClipgenError."""
+        path, settings, vqgan = self.run.path / "transformer", self.preset.sample, self.vqgan()
+        transformer = ImageTransformer.load(path, self.device)
+        trained_with = runs.read_json(path / "config.json").get("trained_with")
+        now = {"vqgan": module_hash(vqgan), "clip": self.clip.weights_hash}
+        if trained_with != now:
+            raise ClipgenError(f"{path} was trained with {trained_with}, here is {now}: train it again")
+        extras = self.bank_and_offset(settings)
+        return TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, extras)
 
     def bank_and_offset(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What `neighbours` and `shift` need beside the weights, each None where the setting is off.
@@ -271,7 +297,7 @@ class Workbench:
             vqgan = train_vqgan.train_vqgan(self.run, (images, val_images), preset, self.clip, step_of)
             data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
             scores = evaluate.evaluate_vqgan(vqgan.to(self.device), val_images)
-            self._record(data=data, vqgan=scores)
+            self._record(data=data, vqgan=scores | named_step(step_of, train_vqgan.generator_step))
         return scores
 
     def extract(self) -> TokenStore:
@@ -303,7 +329,8 @@ class Workbench:
             trained = train_transformer.train_transformer(self.run, stores, preset, frozen, preview, step_of)
             scores = train_transformer.validation_losses(trained.to(self.device), stores[1], frozen)
             clip_size = sum(p.numel() for p in self.clip.parameters())
-            self._record(transformer=scores, parameters={"clip": clip_size})
+            named = named_step(step_of, train_transformer.transformer_step)
+            self._record(transformer=scores | named, parameters={"clip": clip_size})
         return scores
 
     def train_classifier(self) -> dict[str, float]:

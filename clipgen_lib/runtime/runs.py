@@ -118,7 +118,8 @@ def fresh_folder(target: Path, file: str = "") -> Iterator[Path]:
             _sync(target.parent, below=False)
     finally:
         _settle(target)
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(2):  # a call of it that failed may succeed now
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fresh_file(target: Path) -> AbstractContextManager[Path]:
@@ -405,7 +406,11 @@ class Run:
 
     def summary(self) -> dict:
         path = self.path / "summary.json"
-        return read_json(path) if path.exists() else {"run": self.name}
+        return (
+            read_json(path, "delete it: a step that is run again fills its part")
+            if path.exists()
+            else {"run": self.name}
+        )
 
     def add_to_summary(self, **entries: object) -> dict:
         """Put entries into summary.json, those of several steps (MERGED) into what is there, and return the whole."""
