@@ -226,7 +226,8 @@ class ClipEmbedder(nn.Module):
         for text in filter(self.is_truncated, texts):
             most = self.tokenizer.context_length
             distributed.tell(f"CLIP reads the first {most} tokens alone of {shortened(text, 60)!r}")
-        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
+        parts = [self.tokenizer(texts[i : i + 256]).to(self.device) for i in range(0, len(texts), 256)]
+        return F.normalize(torch.cat([self.model.encode_text(part) for part in parts]).float(), dim=-1)
 
     def is_truncated(self, text: str) -> bool:
         """Whether a text has more tokens than the context, so that CLIP sees its beginning only."""

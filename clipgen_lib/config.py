@@ -326,7 +326,8 @@ def _read_preset(path: Path) -> Preset:
     with reading(path, "check its name", "correct it", "is no preset"):
         parts = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         base = parts.pop("base", None)
-        base = load_preset(base if base in PRESETS else str(path.parent / str(base))) if base else Preset()
+        is_file = str(base).endswith((".yaml", ".yml"))
+        base = load_preset(str(path.parent / base) if is_file else base) if base else Preset()
         return replace(changed(base, parts), name=path.stem)
 
 

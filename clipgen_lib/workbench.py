@@ -186,7 +186,7 @@ class Workbench:
         path = runs.open_run(run).path / "config.json"
         if not path.is_file() and path.parent.is_dir():
             raise ClipgenError(
-                f"{path} is missing: restore it, or give preset, data and seed of its beginning to a stage"
+                f"{path} is missing: restore it, or give a stage the preset, data and seed of its beginning"
             )
         if not path.is_file():
             raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}' or train-vqgan")
@@ -269,18 +269,7 @@ class Workbench:
         if len(texts) > 10_000:
             chosen = np.random.default_rng([self.seed, 41]).choice(len(texts), 10_000, replace=False)
             texts = [texts[i] for i in chosen]
-        return torch.cat([self.clip.texts(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)]).mean(0)
-
-    @torch.inference_mode()
-    def text_image_pairs(self, n: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of up to n validation images and of the first caption of each, both (n, D) on the CPU."""
-        images, pairs = self.images("val"), []
-        rows = [row for row, texts in enumerate(images.captions) if texts][:n]
-        for part, batch in ordered_batches(images, rows, 100):
-            texts = [images.captions[row][0] for row in part]
-            pairs.append((self.clip.images(to_float(batch).to(self.device)).cpu(), self.clip.texts(texts).cpu()))
-        image_embeds, text_embeds = zip(*pairs, strict=True)
-        return torch.cat(image_embeds), torch.cat(text_embeds)
+        return self.clip.texts(texts).cpu().mean(0)
 
     def train_vqgan(self, steps: int = 0, step_of: Callable = train_vqgan.generator_step) -> dict[str, float]:
         """Stage 1; returns its PSNR and codebook use on the val split. `steps` above 0 replaces the preset's.

@@ -8,8 +8,23 @@ from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.data.images import to_float
 from clipgen_lib.evaluate import open_folder
-from clipgen_lib.metrics.captions import caption_scores, choose_captions, fit_scores, read_captions, texts_of
+from clipgen_lib.metrics.captions import (
+    caption_scores,
+    choose_captions,
+    embed_pairs,
+    fit_scores,
+    read_captions,
+    texts_of,
+)
 from clipgen_lib.runtime.runs import ClipgenError
+
+
+def test_pairs_are_embedded_row_by_row(clip, world):
+    images = open_images(world, "val")
+    pairs = [(row, images.captions[row][0]) for row in (4, 0, 4)]
+    kept, shown, texts = embed_pairs(images, pairs, clip)
+    assert kept == pairs and shown.shape == texts.shape == (3, clip.dim) and torch.equal(shown[0], shown[2])
+    assert torch.allclose(texts[1], clip.texts([images.captions[0][0]])[0], atol=1e-6)
 
 
 def test_captions_are_chosen_by_seed(world):

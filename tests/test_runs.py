@@ -182,7 +182,7 @@ def test_names_seeds_and_differences(tmp_path):
 
 def test_places_move_by_the_environment(tmp_path):
     def places(**names):
-        environment = {key: value for key, value in os.environ.items() if key != "CLIPGEN_RESULTS"} | names
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("CLIPGEN_")} | names
         code = "print(json.dumps([str(ROOT), str(DATA), str(RESULTS), str(MADE_DATA)]))"
         return json.loads(python(code, environment=environment, stdout=subprocess.PIPE).communicate()[0])
 

@@ -22,6 +22,17 @@ PAIRS = 10_000  # of image and caption, on which R-precision and shuffled captio
 
 
 @torch.inference_mode()
+def embed_pairs(
+    images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder
+) -> tuple[list[tuple[int, str]], torch.Tensor, torch.Tensor]:
+    """The (row, caption) pairs whose image can be read, and the embeddings of image and caption of each, (N, D) on the CPU."""
+    embeds: dict[int, torch.Tensor] = {}
+    for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), 64):
+        embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu(), strict=True)
+    kept = [(row, text) for row, text in pairs if row in embeds]
+    return kept, torch.stack([embeds[row] for row, _ in kept]), clip.texts([text for _, text in kept]).cpu()
+
+
 def caption_scores(
     images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder, seed: int = 0, owners: dict | range = range(0)
 ) -> dict[str, float]:
@@ -35,13 +46,8 @@ def caption_scores(
         `caps` (CapS, the mean cosine), `truncated_captions`, and of the first PAIRS pairs what `fit_scores` gives and their
         number as `judged`.
     """
-    embeds: dict[int, torch.Tensor] = {}
-    for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), 64):
-        embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu(), strict=True)
-    kept = [(row, text) for row, text in pairs if row in embeds]
+    kept, shown, texts = embed_pairs(images, pairs, clip)
     wording, described = [text for _, text in kept], [owners[row] for row, _ in kept] if owners else []
-    texts = torch.cat([clip.texts(wording[i : i + 256]).cpu() for i in range(0, len(kept), 256)])
-    shown = torch.stack([embeds[row] for row, _ in kept])
     return {
         "caps": float((shown * texts).sum(1).double().mean()),
         "truncated_captions": sum(map(clip.is_truncated, wording)),

@@ -128,8 +128,7 @@ def paired_store(store: TokenStore, captions: list[tuple[str, ...]], clip: ClipE
     if words:
         embeds = clip.tokenizer(texts).numpy().astype(np.uint16)
     else:
-        parts = [clip.texts(texts[i : i + 512]).cpu() for i in range(0, len(texts), 512)]
-        embeds = torch.cat(parts).numpy().astype(np.float16)
+        embeds = clip.texts(texts).cpu().numpy().astype(np.float16)
     arrays = {"tokens": store.arrays["tokens"][rows], "embeds": embeds, "rows": store.arrays["rows"][rows]}
     meta = store.meta | {"N": len(pairs), "flip": False, "D": clip.tokenizer.vocab_size if words else clip.dim}
     return (WordStore if words else TokenStore)(store.folder, meta, arrays)

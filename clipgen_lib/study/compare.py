@@ -238,15 +238,6 @@ def read_table(folder: Path, recipes: tuple[Recipe, ...]) -> list[dict]:
     return table
 
 
-def guidance_curves(table: list[dict], systems: list[dict]) -> dict[str, dict[str, dict]]:
-    """The tables `curves` and `systems` as `plots.tradeoff` draws them: a line for a system with guidance, else a point."""
-    curves: dict[str, dict[str, dict]] = {}
-    for row in table:
-        name, _, scale = row["name"].rpartition(", guidance ")
-        curves.setdefault(name, {})[scale] = row
-    return curves | {row["name"]: {"": row} for row in systems if row["name"] not in curves}
-
-
 def image_files(folder: Path, recipes: tuple[Recipe, ...], kind: str = "") -> dict[str, Path]:
     """The images of each recipe's first seed, name -> file; `kind` "-outside" gives the prompts outside of the data."""
     files = {recipe.name: _row_file(folder, recipe, recipe.seeds[0], f"{kind}.png") for recipe in recipes}

@@ -24,9 +24,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from ..clip_embed import ClipEmbedder
 from ..config import ClipTrainConfig
 from ..data import shapes
-from ..data.batches import augmented_rows, batch_rows, ordered_batches
+from ..data.batches import augmented_rows, batch_rows
 from ..data.datasets import ImageSet
 from ..data.images import from_arrays, to_float
+from ..metrics.captions import embed_pairs
 from ..runtime.runs import ClipgenError, Run, fresh_folder, progress
 from ..training import autocast, fit
 
@@ -166,7 +167,7 @@ def retrieval(clip: ClipEmbedder, n_scenes: int = 1000, seed: int = 1, n_objects
     captions, claims = zip(*pairs, strict=True)
     rendered = from_arrays(np.stack([shapes.render(scene) for scene in scenes])).to(clip.device)
     images = torch.cat([clip.images(part) for part in rendered.split(250)])
-    texts = torch.cat([clip.texts(captions[i : i + 250]) for i in range(0, n_scenes, 250)])
+    texts = clip.texts(list(captions))
     best = (images @ texts.T).argmax(1).tolist()
     true = [shapes.holds(claims[j], scene) for j, scene in zip(best, scenes, strict=True)]
     own = [captions[j] == captions[i] for i, j in enumerate(best)]
@@ -180,14 +181,9 @@ def caption_accuracy(clip: ClipEmbedder, images: ImageSet) -> dict[str, float]:
     `accuracy` is the share of images whose caption ranks first of all `wordings`, `cosine` the mean of image and own
     caption: how far a text lies from its image, which is how far noise should reach.
     """
-    first = {row: texts[0] for row, texts in enumerate(images.captions) if texts}
-    wordings = sorted(set(first.values()))
-    texts = torch.cat([clip.texts(wordings[i : i + 256]) for i in range(0, len(wordings), 256)])
-    correct, cosines = [], []
-    for rows, batch in ordered_batches(images, list(first), 250):
-        similarity = clip.images(to_float(batch).to(clip.device)) @ texts.T
-        own = torch.tensor([wordings.index(first[row]) for row in rows], device=clip.device)
-        correct += (similarity.argmax(1) == own).tolist()
-        cosines += similarity.gather(1, own[:, None])[:, 0].tolist()
-    means = {"accuracy": float(np.mean(correct)), "cosine": float(np.mean(cosines))}
-    return {"n": len(correct), "wordings": len(wordings), **means}
+    first = [(row, texts[0]) for row, texts in enumerate(images.captions) if texts]
+    kept, shown, texts = embed_pairs(images, first, clip)
+    wordings, places, own = np.unique([text for _, text in kept], return_index=True, return_inverse=True)
+    accuracy = ((shown @ texts[places].T).argmax(1).numpy() == own).mean()
+    cosine = (shown * texts).sum(1).double().mean()
+    return {"n": len(kept), "wordings": len(wordings), "accuracy": float(accuracy), "cosine": float(cosine)}
