@@ -377,8 +377,7 @@ def default_run(preset: str, data: str) -> str:
 def parse_parameter(text: str, known: dict[str, object]) -> tuple[str, object]:
     """KEY=VALUE for papermill: of the kind of its default in `known`, a text, a number, or a whole number from 0.
 
-    Raises:
-        ClipgenError: not KEY=VALUE, an unknown key, or no such number where one is needed.
+    Raises ClipgenError: not KEY=VALUE, an unknown key, or no such number where one is needed.
     """
     key, sign, value = text.partition("=")
     if not sign or not key.isidentifier():
@@ -428,7 +427,9 @@ def _execute(name: str, values: dict, output: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     stopped = ""
     try:
-        with runs.stoppable(_interrupt_kernel) as stop:
+        # a kernel has a session of its own, where no Ctrl-C, closed terminal or SIGTERM of this command comes; it saves first
+        kernels = lambda: [kernel.send_signal(signal.SIGINT) for kernel in psutil.Process().children()]
+        with runs.stoppable(kernels) as stop:
             papermill.execute_notebook(str(source), str(output), values, cwd=str(source.parent), **options)
     except (papermill.PapermillExecutionError, RuntimeError) as error:  # a kernel that dies is a RuntimeError
         kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
@@ -446,12 +447,6 @@ def _execute(name: str, values: dict, output: Path) -> None:
         raise runs.Stopped(stop.number, f"in {name}")
     if stopped:
         raise ClipgenError(f"{name}: {stopped}")
-
-
-def _interrupt_kernel() -> None:
-    """A kernel has a session of its own, where no Ctrl-C, closed terminal or SIGTERM of this command comes; it saves first."""
-    for kernel in psutil.Process().children():
-        kernel.send_signal(signal.SIGINT)
 
 
 def tidied(notebook):

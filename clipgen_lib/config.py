@@ -376,8 +376,7 @@ def with_clip(preset: Preset, clip: dict[str, str | None]) -> Preset:
 def from_dict(kind: type, values: dict, whole: bool = True) -> Config:
     """Rebuild a config from its JSON form (lists for tuples); unless `whole`, a missing field has its default.
 
-    Raises:
-        ClipgenError: no JSON object, or a field that is missing, unknown or of another kind.
+    Raises ClipgenError: no JSON object, or a field that is missing, unknown or of another kind.
     """
     if not isinstance(values, dict):
         raise ClipgenError(f"{kind.__name__} is {_shown(values)}, not its fields: restore the original file")

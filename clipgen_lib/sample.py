@@ -84,10 +84,8 @@ def mean_of_nearest(embeds: torch.Tensor, bank: torch.Tensor, k: int) -> torch.T
 def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
     """The point at `share` of the way from unit vectors a (..., D) to b along the great circle between them.
 
-    0 gives a and 1 gives b, exactly; equal shares are equal angles, and every point is of unit norm.
-
-    Raises:
-        ClipgenError: a and b point in opposite directions, so that no way is the shortest.
+    0 gives a and 1 gives b, exactly; equal shares are equal angles, and every point is of unit norm. Raises
+    ClipgenError: a and b point in opposite directions, so that no way is the shortest.
     """
     half = torch.atan2((a - b).norm(dim=-1, keepdim=True), (a + b).norm(dim=-1, keepdim=True))  # exact at small angles
     if bool((half > math.pi / 2 - 1e-4).any()):

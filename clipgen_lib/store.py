@@ -114,9 +114,6 @@ def _hash(folder: Path, meta: dict) -> str:
     return hashlib.sha256(json.dumps({**meta, "hash": hashes}, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------- extraction
-
-
 @torch.inference_mode()
 def extract(
     images: ImageSet, vqgan: VQGAN, clip: ClipEmbedder, folder: Path, flip: bool = False, workers: int = 0
@@ -124,12 +121,10 @@ def extract(
     """Run both frozen encoders over all images, once, and return the opened store.
 
     A finished store of the same images and weights is opened as it is. An interrupted extraction resumes after the last
-    chunk on disk. With `flip`, mirrored images follow as rows of their own. Images that cannot be decoded have no row and
-    are listed in meta.json. Of a launch, each process encodes an even share; all return the whole store.
-
-    Raises:
-        ClipgenError: the folder holds a store made from other images or by other weights, or other files; another process
-            extracts into it; the disk is full; an image could not be read now; or (Stopped) SIGTERM or SIGINT has come.
+    chunk on disk. With `flip`, mirrored images follow as rows of their own. Images that cannot be decoded have no row
+    and are listed in meta.json. Of a launch, each process encodes an even share; all return the whole store. Raises
+    ClipgenError: the folder holds a store made from other images or by other weights, or other files; another process
+    extracts into it; the disk is full; an image could not be read now; or (Stopped) SIGTERM or SIGINT has come.
     """
     folder, partial = Path(folder), Path(folder).with_name(Path(folder).name + ".partial")
     n, config = len(images), vqgan.config

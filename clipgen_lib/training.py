@@ -49,8 +49,7 @@ def step_seed(seed: int, step: int, rank: int | None = None) -> int:
 def local_rows(config: OptimConfig) -> np.ndarray:
     """Places in the whole batch that are this process's, (accumulate, n): a row for each backward pass.
 
-    Raises:
-        ClipgenError: the batch does not divide.
+    Raises ClipgenError: the batch does not divide.
     """
     size, world, accumulate = config.batch_size, distributed.world_size(), config.accumulate
     if size % (world * accumulate):
@@ -75,10 +74,7 @@ def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weigh
 
     Muon (here timm's) replaces the momentum of a matrix or kernel by the nearest orthogonal matrix; scaled to AdamW's
     root mean square (arXiv 2502.16982) it shares AdamW's learning rate. Matrices and kernels decay; biases, norms,
-    positions and the codebook do not.
-
-    Raises:
-        ClipgenError: unknown kind.
+    positions and the codebook do not. Raises ClipgenError: unknown kind.
     """
     groups: dict[str, list[nn.Parameter]] = {"hidden": [], "outer": [], "undecayed": []}
     for name, parameter in module.named_parameters():
@@ -151,8 +147,7 @@ class TrainingState:
     def resume(self) -> int:
         """Load the last checkpoint that is whole; returns the step to resume from.
 
-        Raises:
-            ClipgenError: it belongs to another training, cannot be read now, or none of those there is whole.
+        Raises ClipgenError: it belongs to another training, cannot be read now, or none of those there is whole.
         """
         step, damaged = 0, {}
         for path in reversed(self.paths()):

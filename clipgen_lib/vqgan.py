@@ -287,8 +287,7 @@ class VQGAN(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> tokens (B, h, w) int64.
 
-        Raises:
-            ClipgenError: H or W is not a multiple of the downsampling factor.
+        Raises ClipgenError: H or W is not a multiple of the downsampling factor.
         """
         (height, width), factor = images.shape[-2:], self.config.factor
         if height % factor or width % factor:

@@ -64,8 +64,7 @@ class UserPrompts(NamedTuple):
 def pick_device(device: str = "auto") -> str:
     """`auto` is a GPU where torch sees one, else the CPU.
 
-    Raises:
-        ClipgenError: a device that torch does not know or have.
+    Raises ClipgenError: a device that torch does not know or have.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -239,10 +238,9 @@ class Workbench:
         """The run's networks put together; a transformer trained with others is a ClipgenError."""
         path, settings, vqgan = self.run.path / "transformer", self.preset.sample, self.vqgan()
         transformer = ImageTransformer.load(path, self.device)
-        trained_with = runs.read_json(path / "config.json").get("trained_with")
         now = {"vqgan": module_hash(vqgan), "clip": self.clip.weights_hash}
-        if trained_with != now:
-            raise ClipgenError(f"{path} was trained with {trained_with}, here is {now}: train it again")
+        if (then := runs.read_json(path / "config.json").get("trained_with")) != now:
+            raise ClipgenError(f"{path} was trained with {then}, here is {now}: train it again")
         extras = self.bank_and_offset(settings)
         return TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, extras)
 
@@ -259,8 +257,7 @@ class Workbench:
     def text_mean(self) -> torch.Tensor:
         """Mean embedding (D,) of up to 10,000 captions of training images: unpaired text, for `centre` and `shift`.
 
-        Raises:
-            ClipgenError: the images have no captions.
+        Raises ClipgenError: the images have no captions.
         """
         texts = [texts[0] for texts in self.images().captions if texts]
         if not texts:

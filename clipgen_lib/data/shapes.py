@@ -179,7 +179,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     return tuple(points)
 
 
-def _draw_mask(shape: str, x: float, y: float, radius: float, side: int, scale: int) -> np.ndarray:
+def draw_mask(shape: str, x: float, y: float, radius: float, side: int, scale: int) -> np.ndarray:
     """Coverage (side, side) in [0, 1] of one shape, antialiased by supersampling."""
     mask = Image.new("L", (side * scale, side * scale))
     draw = ImageDraw.Draw(mask)
@@ -209,7 +209,7 @@ def render(scene: Scene) -> np.ndarray:
     for obj in scene.objects:
         colour = np.asarray(COLOURS[obj.colour], np.float32)
         colour = colour + rng.uniform(-scene.jitter, scene.jitter, 3).astype(np.float32)
-        cover = _draw_mask(obj.shape, obj.x, obj.y, obj.radius, CANVAS, SUPERSAMPLE)[..., None]
+        cover = draw_mask(obj.shape, obj.x, obj.y, obj.radius, CANVAS, SUPERSAMPLE)[..., None]
         image = image * (1 - cover) + colour * cover
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
@@ -243,7 +243,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
         size = obj.size if rng.random() < chance else None
         words = [say(size)] if size else []
         words += [obj.colour, say(obj.shape)]
-        return " ".join([_article(words[0]), *words]), SceneObject(obj.shape, obj.colour, size)
+        return " ".join([article(words[0]), *words]), SceneObject(obj.shape, obj.colour, size)
 
     order = rng.permutation(len(scene.objects))
     objects = [scene.objects[i] for i in order]
@@ -263,11 +263,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
         tone = scene.background.tone
         kind = scene.background.kind if rng.random() < 0.5 else None
         words = [say(tone)] + ([kind] if kind else [])
-        text += f" {rng.choice(['on', 'against'])} {_article(words[0])} {' '.join(words)} background"
+        text += f" {rng.choice(['on', 'against'])} {article(words[0])} {' '.join(words)} background"
     return str(rng.choice(_OPENINGS)) + text, Claim(claims, link, tone, kind)
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 

@@ -19,13 +19,12 @@ from ..runtime.distributed import tell
 from ..runtime.runs import ClipgenError, read_json, reason, shortened
 
 PAIRS = 10_000  # of image and caption, on which R-precision and shuffled captions are measured
+Pairs = list[tuple[int, str]]  # row, caption
 
 
 @torch.inference_mode()
-def embed_pairs(
-    images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder
-) -> tuple[list[tuple[int, str]], torch.Tensor, torch.Tensor]:
-    """The (row, caption) pairs whose image can be read, and the embeddings of image and caption of each, (N, D) on the CPU."""
+def embed_pairs(images: ImageSet, pairs: Pairs, clip: ClipEmbedder) -> tuple[Pairs, torch.Tensor, torch.Tensor]:
+    """The pairs whose image can be read, and the embeddings of image and caption of each, (N, D) on the CPU."""
     embeds: dict[int, torch.Tensor] = {}
     for rows, batch in ordered_batches(images, sorted({row for row, _ in pairs}), 64):
         embeds |= zip(rows, clip.images(to_float(batch).to(clip.device)).cpu(), strict=True)
@@ -34,7 +33,7 @@ def embed_pairs(
 
 
 def caption_scores(
-    images: ImageSet, pairs: list[tuple[int, str]], clip: ClipEmbedder, seed: int = 0, owners: dict | range = range(0)
+    images: ImageSet, pairs: Pairs, clip: ClipEmbedder, seed: int = 0, owners: dict | range = range(0)
 ) -> dict[str, float]:
     """How images fit their captions under a CLIP.
 
@@ -83,7 +82,7 @@ def fit_scores(
     return {"caps_shuffled": shuffled, "r_precision": float(np.mean(hits))}
 
 
-def choose_captions(images: ImageSet, n: int, seed: int) -> list[tuple[int, str]]:
+def choose_captions(images: ImageSet, n: int, seed: int) -> Pairs:
     """(row, caption) pairs to evaluate on: one caption for each of n images, chosen by seed.
 
     A smaller set gives further captions of its images until n or all of them are used.

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ..data.shapes import CANVAS, COLOURS, SHAPES, Claim, Scene, SceneObject, match, relation, scene_at
-from ..data.shapes import _article as article
-from ..data.shapes import _draw_mask as draw_mask
+from ..data import shapes
+from ..data.shapes import CANVAS, COLOURS, SHAPES, Claim, Scene, SceneObject, match, relation
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -39,7 +38,7 @@ def _boxed(mask: np.ndarray) -> np.ndarray:
     return np.asarray(image.resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.BILINEAR), np.float32) / 255
 
 
-_TEMPLATES = np.stack([_boxed(draw_mask(shape, 48, 48, 44, 96, 2) > 0.5) for shape in SHAPES])
+_TEMPLATES = np.stack([_boxed(shapes.draw_mask(shape, 48, 48, 44, 96, 2) > 0.5) for shape in SHAPES])
 
 
 def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:
@@ -102,7 +101,7 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
         raise ValueError(f"unknown kind of prompt {kind!r}: choose one, two or held_out")
     made = []
     for index in range(n):
-        scene = scene_at(seed, 30_000_000 + index, kind == "held_out", 2 if kind == "two" else 1)
+        scene = shapes.scene_at(seed, 30_000_000 + index, kind == "held_out", 2 if kind == "two" else 1)
         if kind == "two":
             claim = Claim(tuple(SceneObject(t.shape, t.colour) for t in scene.objects), relation(*scene.objects))
         else:
@@ -113,7 +112,7 @@ def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
 
 def _plain(obj: SceneObject) -> str:
     words = [word for word in (obj.size, obj.colour, obj.shape) if word]
-    return " ".join([article(words[0]), *words])
+    return " ".join([shapes.article(words[0]), *words])
 
 
 def correct(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:

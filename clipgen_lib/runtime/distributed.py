@@ -88,8 +88,7 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 def training_device(device: str) -> torch.device:
     """As `join`, for a training.
 
-    Raises:
-        ClipgenError: Accelerate is configured to cut models in pieces, which these trainings do not need.
+    Raises ClipgenError: Accelerate is configured to cut models in pieces, which these trainings do not need.
     """
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         raise ClipgenError("FSDP and DeepSpeed are not supported: choose plain multi-GPU in 'accelerate config'")
@@ -132,10 +131,8 @@ def together() -> Iterator[None]:
 def launch(function: Callable, *arguments: object, processes: int = 1) -> None:
     """Call a function in that many processes of this machine, from a notebook: one GPU each, or the CPU where there is none.
 
-    With one process it is called right here. What it returns is lost: it must write what is to stay.
-
-    Raises:
-        ClipgenError: fewer GPUs than processes, or a process that failed.
+    With one process it is called right here. What it returns is lost: it must write what is to stay. Raises
+    ClipgenError: fewer GPUs than processes, or a process that failed.
     """
     if processes < 1:
         raise ClipgenError(f"{processes} processes cannot be started: give 1 or more")
