@@ -137,9 +137,13 @@ def assert_compiled_is_plain(train, warnings):
     modules = [train(compile) for compile in (False, True)]
     if any("does not work on this machine" in str(w.message) for w in warnings):
         pytest.skip("torch.compile does not work on this machine")
-    atol = 1e-3 if torch.__version__.startswith("2.6") else 1e-4  # that version's compiler rounds more: 6e-4 was seen
-    for a, b in zip(*(module.state_dict().values() for module in modules), strict=True):
-        torch.testing.assert_close(a, b, atol=atol, rtol=1e-3)
+    a, b = (torch.cat([x.flatten().double() for x in module.state_dict().values()]) for module in modules)
+    if torch.__version__.startswith(
+        "2.6"
+    ):  # its compiler rounds more; AdamW's first steps go by the sign of a gradient of 0
+        assert ((a - b).abs() > 1e-3).double().mean() < 0.01 and (a - b).abs().max() < 0.02
+    else:
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 @pytest.fixture
