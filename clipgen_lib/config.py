@@ -81,6 +81,14 @@ class ClipConfig(Config):
 
 
 @checked_dataclass
+class SharedConfig(Config):
+    """Stages taken from elsewhere, where a text is given, in place of being made by the run."""
+
+    vqgan: str = ""  # a run, a folder of VQGAN.save_pretrained or of a generator, or RELEASE=FILE
+    store: str = ""  # a run of the same VQGAN, CLIP and images
+
+
+@checked_dataclass
 class FitConfig(Config):
     """What all trainings share, with the numbers of the classifier's: AdamW, linear warm-up then cosine."""
 
@@ -164,6 +172,9 @@ class OptimConfig(FitConfig):
     log_every: Count = 100
     save_every: Count = 5_000
     workers: CountFromZero = 8  # processes that decode images; 0 decodes in the loop and keeps what fits in memory
+    seed: Annotated[int, Field(ge=0, le=MOST)] = (
+        0  # added to the run's: other weights, batches and noise on the same images
+    )
 
 
 @checked_dataclass
@@ -284,6 +295,7 @@ class Preset(Config):
     shapes: ShapesConfig = ShapesConfig()
     clip: ClipConfig = ClipConfig()
     clip_train: ClipTrainConfig = ClipTrainConfig()
+    shared: SharedConfig = SharedConfig()
     vqgan: VQGANConfig = VQGANConfig()
     vqgan_train: VQGANTrainConfig = VQGANTrainConfig()
     transformer: TransformerConfig = TransformerConfig()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -183,6 +183,7 @@ def train_transformer(
     """
     config, device, (store, val_store) = preset.transformer_train, distributed.training_device(run.device), stores
     meta, mine = store.meta, training.local_rows(config)
+    run = replace(run, seed=run.seed + config.seed)
     torch.manual_seed(run.seed)
     transformer = ImageTransformer(preset.transformer, meta["K"], meta["L"], meta["D"])
     if config.centre:

@@ -6,7 +6,7 @@ to 7) with the hinge form of its code, as CLIP-GEN (arXiv 2203.00386, section 3.
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -176,6 +176,7 @@ def train_vqgan(
     """
     config, device, (images, val_images) = preset.vqgan_train, distributed.training_device(run.device), splits
     training.local_rows(config)  # refuses a batch that does not divide
+    run = replace(run, seed=run.seed + config.seed)
     torch.manual_seed(run.seed)
     vqgan = VQGAN(preset.vqgan).to(device)
     discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers).to(device)
