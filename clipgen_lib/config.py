@@ -86,6 +86,7 @@ class SharedConfig(Config):
 
     vqgan: str = ""  # a run, a folder of VQGAN.save_pretrained or of a generator, or RELEASE=FILE
     store: str = ""  # a run of the same VQGAN, CLIP and images
+    transformer: str = ""  # a run of the same store
 
 
 @checked_dataclass
