@@ -320,9 +320,32 @@ def _spelled(value: object, before: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def scaled(preset: Preset, scale: float) -> Preset:
+    """A preset with another size of transformer and what belongs to it, at about `scale`^4 times the compute.
+
+    Width, heads and batch are multiplied by `scale`, layers and steps by its square root; the learning rate is divided by the
+    square root, as for AdamW in github.com/karpathy/nanochat. The tokenizer stays, so that NLLs compare.
+    """
+    model, train, root = preset.transformer, preset.transformer_train, scale**0.5
+    heads, accumulate = max(1, round(model.heads * scale)), train.accumulate
+    sizes = {
+        "heads": heads,
+        "width": heads * (model.width // model.heads),
+        "layers": max(1, round(model.layers * root)),
+    }
+    batch_size = accumulate * max(1, round(train.batch_size * scale / accumulate))
+    training = {"batch_size": batch_size, "steps": round(train.steps * root), "lr": train.lr / root}
+    return replace(preset, transformer=replace(model, **sizes), transformer_train=replace(train, **training))
+
+
 def changed(preset: Preset, parts: dict[str, dict]) -> Preset:
-    """A copy of a preset with some fields of some parts replaced, as by `replaced`."""
+    """A copy of a preset with some fields of some parts replaced, as by `replaced`; first of all `scaled`, where "scale" is a part."""
     known = [f.name for f in fields(Preset)[1:]]
+    if "scale" in parts:
+        scale = _spelled(parts["scale"], 1.0)
+        if not isinstance(scale, (int, float)) or not 1 / 64 <= scale <= 64:
+            raise ClipgenError(f"scale is {_shown(scale)}: give a number from 1/64 to 64, such as 0.5 or 2")
+        preset, parts = scaled(preset, scale), {part: values for part, values in parts.items() if part != "scale"}
     for part, values in parts.items():
         if part not in known:
             raise ClipgenError(f"a preset has no part {_shown(part)}: choose one of {_nearest(part, known)}")
@@ -353,7 +376,7 @@ def load_preset(name: str, changes: str | dict = "", **overrides: dict) -> Prese
     Args:
         name: one of PRESETS, or a YAML file such as `mine.yaml`: its `base`, a preset, and fields by parts.
         changes: "transformer.width=256 vqgan_train.lr=1e-3", or {"transformer": {"width": 256}}. Values of a text are
-            written as in YAML, in quotes where they hold blanks.
+            written as in YAML, in quotes where they hold blanks. "scale=2" sets all of a larger transformer (`scaled`).
 
     Raises:
         ClipgenError: unknown preset, part or field, or a value that the field cannot have.
@@ -369,6 +392,9 @@ def _parsed(text: str) -> dict[str, dict]:
     try:
         for change in shlex.split(text):
             place, value = change.split("=", 1)
+            if place == "scale":
+                parts[place] = value
+                continue
             part, field = place.split(".")
             parts.setdefault(part, {})[field] = value
     except ValueError:  # no such signs, or a quote without its end

@@ -139,9 +139,21 @@ def test_every_field_of_every_part_is_changed_by_a_text(part):
     assert getattr(load_preset("smoke", {part: values}), part) == replace(before, **values)
 
 
+def test_one_dial_sets_width_layers_batch_rate_and_steps():
+    base = load_preset("laptop")
+    large, coco = load_preset("laptop", "scale=4 transformer_train.warmup=9"), load_preset("coco", {"scale": 0.26})
+    model, train = large.transformer, large.transformer_train
+    assert (model.width, model.heads, model.layers) == (512, 16, 12) and large.vqgan == base.vqgan
+    assert (train.batch_size, train.steps, train.lr, train.warmup) == (128, 16_000, 2e-3, 9)
+    assert coco.transformer_train.batch_size == 68  # divides by its 4 backward passes
+    assert load_preset("laptop", "scale=1") == base
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
+        ("scale=0", "scale is 0.0: give a number from 1/64 to 64"),
+        ("scale=big", "scale is 'big': give a number"),
         ("transformer.wdth=2", "TransformerConfig has no field 'wdth': choose one of width"),
         ("transfrmer.width=2", "no part 'transfrmer': choose one of transformer, transformer_train"),
         ("width=2", "'width=2' is not PART.FIELD=VALUE"),
