@@ -6,6 +6,7 @@ CONSTRAINTS ?=
 # a file to a process, and a thread to each: threads that wait for each other make a busy machine many times slower
 PYTEST = CLIPGEN_PROGRESS=0 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PARALLEL = -n auto --maxprocesses 4 --dist loadfile
+NBVAL = --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 900
 
 .PHONY: install demo test test-oldest notebooks bench chaos
 
@@ -20,13 +21,13 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(VENV)/bin/clipgen run --preset laptop --run $(RUN)
 
-# The tests and the notebooks, both to the end; fails if either failed.
+# The tests, and the notebooks beside them, both to the end; fails if either failed.
 test: $(INSTALLED)
 	rm -rf results/smoke results/smoke-clip  # notebooks run from the beginning
-	failed=0; \
+	failed=0; log=$$(mktemp); \
+	$(PYTEST) -p no:cacheprovider --nbval notebooks $(NBVAL) > $$log 2>&1 & notebooks=$$!; \
 	$(PYTEST) $(PARALLEL) tests || failed=1; \
-	$(PYTEST) -p no:cacheprovider --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300 || failed=1; \
-	exit $$failed
+	wait $$notebooks || failed=1; cat $$log; rm $$log; exit $$failed
 
 # The same with the oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest:
