@@ -50,6 +50,14 @@ class TokenStore:
     arrays: dict[str, np.ndarray]
 
     @classmethod
+    def open_for(cls, folder: Path, images: ImageSet, vqgan: VQGAN, clip: ClipEmbedder, flip: bool) -> TokenStore:
+        """As `open`; made of these images, mirrored or not, too, or it is a ClipgenError."""
+        store, wanted = cls.open(folder, vqgan, clip), _of_images(images, flip)
+        if any(store.meta.get(key) != wanted[key] for key in ("data_hash", "flip", "transform")):
+            raise ClipgenError(f"{folder} was made from other images: give those, or another run")
+        return store
+
+    @classmethod
     def open(cls, folder: Path, vqgan: VQGAN | None = None, clip: ClipEmbedder | None = None) -> TokenStore:
         """Map a finished store; where `vqgan` or `clip` is given, it must have been made by these very weights.
 
@@ -83,6 +91,15 @@ class TokenStore:
         """(len(rows), D) float32, unit-norm again after float16."""
         return F.normalize(torch.from_numpy(self.arrays["embeds"][rows].astype(np.float32)), dim=-1)
 
+    def take(self, folder: Path) -> None:
+        """Put this store into another folder too: by hard links, by copies where links are impossible."""
+        with fresh_folder(folder) as made:
+            for name in ("meta.json", *(name for name, _ in FILES.values())):
+                try:
+                    (made / name).hardlink_to(self.folder / name)
+                except OSError:
+                    shutil.copyfile(self.folder / name, made / name)
+
     @property
     def n_unmirrored(self) -> int:
         """Rows before the mirrored ones."""
@@ -114,6 +131,12 @@ def _hash(folder: Path, meta: dict) -> str:
     return hashlib.sha256(json.dumps({**meta, "hash": hashes}, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _of_images(images: ImageSet, flip: bool) -> dict:
+    """What the meta.json of a store says of its images."""
+    facts = {"data": images.name, "split": images.split, "data_hash": images.hash}
+    return facts | {"transform": f"short side {images.size}, centre crop", "flip": flip}
+
+
 @torch.inference_mode()
 def extract(
     images: ImageSet, vqgan: VQGAN, clip: ClipEmbedder, folder: Path, flip: bool = False, workers: int = 0
@@ -130,8 +153,7 @@ def extract(
     n, config = len(images), vqgan.config
     meta = {"N": 2 * n if flip else n, "L": config.side**2, "K": config.codebook_size, "D": clip.dim}
     meta |= {"vqgan_hash": module_hash(vqgan), "clip_hash": clip.weights_hash, "clip": clip.name}
-    meta |= {"data": images.name, "split": images.split, "data_hash": images.hash}
-    meta |= {"transform": f"short side {images.size}, centre crop", "flip": flip}
+    meta |= _of_images(images, flip)
     mark, size = folder / "meta.json", encode_batch_size(config, clip.device)
     parts = [range(0, n), range(n, meta["N"])]  # no batch has images and mirrored ones
     batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
@@ -147,9 +169,7 @@ def extract(
             distributed.barrier()
     if distributed.is_main():  # also after a process that was killed here
         shutil.rmtree(partial, ignore_errors=True)
-    store = TokenStore.open(folder, vqgan, clip)
-    if any(store.meta.get(key) != meta[key] for key in ("data_hash", "flip", "transform")):
-        raise ClipgenError(f"{folder} was made from other images: delete it or choose another run name")
+    store = TokenStore.open_for(folder, images, vqgan, clip, flip)
     images.skipped.update(store.meta["skipped"])
     return store
 

@@ -25,7 +25,18 @@ from PIL import Image
 
 from . import evaluate, train_transformer, train_vqgan
 from .clip_embed import ClipEmbedder, photo_notice
-from .config import PRESETS, Config, Preset, SampleConfig, changed, checked_dataclass, from_dict, load_preset, with_clip
+from .config import (
+    PRESETS,
+    Config,
+    Preset,
+    SampleConfig,
+    SharedConfig,
+    changed,
+    checked_dataclass,
+    from_dict,
+    load_preset,
+    with_clip,
+)
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_images
 from .data.images import grid, to_float
@@ -36,8 +47,9 @@ from .runtime import distributed, runs
 from .runtime.checkpoints import module_hash
 from .runtime.runs import ROOT, ClipgenError, Run, reason, shortened
 from .store import TokenStore, extract
-from .text_to_image import TextToImage
-from .training import named_step
+from .study.released import RELEASES, load_released
+from .text_to_image import PRETRAINED, TextToImage
+from .training import finish, named_step
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
@@ -81,7 +93,7 @@ def pick_device(device: str = "auto") -> str:
 
 # entries of summary.json that a training which begins anew leaves there: others are of weights that it replaces
 OF_EARLIER = {"vqgan": {"run", "preset", "seed", "begun", "versions", "classifier"}}
-OF_EARLIER["transformer"] = OF_EARLIER["vqgan"] | {"data", "vqgan", *runs.MERGED}
+OF_EARLIER["transformer"] = OF_EARLIER["vqgan"] | {"data", "vqgan", "store", *runs.MERGED}
 
 
 @checked_dataclass
@@ -141,10 +153,11 @@ class Workbench:
         """What `open` opens, and its config.json, with nothing written. Data are the same where their content is.
 
         Raises:
-            ClipgenError: a wrong value, no such data or device, or a run begun with another preset, data, seed or CLIP.
+            ClipgenError: a wrong value, no such data or device, or a run begun with another preset, data, seed or CLIP; a
+                stage to be taken from elsewhere that is missing, damaged or of other networks or images.
         """
         chosen = preset if isinstance(preset, Preset) else load_preset(preset)
-        chosen = with_clip(chosen, clip_fields(clip)) if clip else chosen
+        chosen = replace(with_clip(chosen, clip_fields(clip)) if clip else chosen, shared=named_sources(chosen.shared))
         opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
         path = opened.path / "config.json"
         begun = _begun_with(path) if path.exists() else None
@@ -157,7 +170,11 @@ class Workbench:
             label = wb.data if wb.data == "shapes" else Path(os.path.expanduser(wb.data or "\0")).resolve().name
         except (OSError, ValueError):  # too long, a NUL in it, half of a pair of surrogates
             raise ClipgenError(f"data {shortened(wb.data)!r} is no path: give the folder of your images") from None
-        config = RunConfig(chosen, label, seed)
+        if begun is None and chosen.shared.vqgan:
+            wb = wb._with_sources()
+        elif begun and chosen.shared == begun.preset.shared:  # checked when the run began, and perhaps taken
+            wb = replace(wb, preset=replace(chosen, **{name: getattr(begun.preset, name) for name in wb._taken}))
+        config = RunConfig(wb.preset, label, seed)
         if begun and not data:  # unseen
             config = replace(config, data_hash=begun.data_hash)
         elif data != "shapes" and (begun is None or begun.data_hash):
@@ -194,6 +211,30 @@ class Workbench:
 
     def images(self, split: str = "train") -> ImageSet:
         return open_images(self.data, split, self.preset.vqgan.image_size, self.preset.shapes, self.seed)
+
+    @property
+    def _taken(self) -> list[str]:
+        """The networks that come from elsewhere."""
+        return [name for name in ("vqgan", "transformer") if getattr(self.preset.shared, name)]
+
+    def _with_sources(self) -> Workbench:
+        """With the sizes of the networks that are taken from elsewhere in its preset; all that is taken has been checked."""
+        shared, vqgan = self.preset.shared, load_vqgan(self.preset.shared.vqgan)
+        wb = replace(self, preset=replace(self.preset, vqgan=vqgan.config))
+        for split in ("val", "train") if shared.store else ():
+            wb._source_store(split, vqgan)
+        if shared.transformer:
+            config = wb._transformer(_source(shared.transformer)[0] / "transformer", vqgan).config
+            wb = replace(wb, preset=replace(wb.preset, transformer=config))
+        return wb
+
+    def _source_store(self, split: str, vqgan: VQGAN) -> TokenStore:
+        """A split of the store that is to be taken; of other networks or images it is a ClipgenError."""
+        folder, flip = _source(self.preset.shared.store)[0] / "store" / split, self._mirrored(split)
+        return TokenStore.open_for(folder, self.images(split), vqgan, self.clip, flip)
+
+    def _mirrored(self, split: str) -> bool:
+        return split == "train" and self.preset.transformer_train.flip
 
     @property
     def has_oracle(self) -> bool:
@@ -236,13 +277,19 @@ class Workbench:
 
     def generator(self) -> TextToImage:
         """The run's networks put together; a transformer trained with others is a ClipgenError."""
-        path, settings, vqgan = self.run.path / "transformer", self.preset.sample, self.vqgan()
-        transformer = ImageTransformer.load(path, self.device)
-        now = {"vqgan": module_hash(vqgan), "clip": self.clip.weights_hash}
-        if (then := runs.read_json(path / "config.json").get("trained_with")) != now:
-            raise ClipgenError(f"{path} was trained with {then}, here is {now}: train it again")
-        extras = self.bank_and_offset(settings)
+        settings, vqgan = self.preset.sample, self.vqgan()
+        transformer, extras = self._transformer(self.run.path / "transformer", vqgan), self.bank_and_offset(settings)
         return TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, extras)
+
+    def _transformer(self, folder: Path, vqgan: VQGAN) -> ImageTransformer:
+        """A transformer from a folder; trained with another VQGAN or CLIP it is a ClipgenError."""
+        transformer, now = ImageTransformer.load(folder, self.device), self._trained_with(vqgan)
+        if (then := runs.read_json(folder / "config.json").get("trained_with")) != now:
+            raise ClipgenError(f"{folder} was trained with {then}, here is {now}: train it again")
+        return transformer
+
+    def _trained_with(self, vqgan: VQGAN) -> dict[str, str]:
+        return {"vqgan": module_hash(vqgan), "clip": self.clip.weights_hash}
 
     def bank_and_offset(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What `neighbours` and `shift` need beside the weights, each None where the setting is off.
@@ -269,7 +316,7 @@ class Workbench:
         return self.clip.texts(texts).cpu().mean(0)
 
     def train_vqgan(self, steps: int = 0, step_of: Callable = train_vqgan.generator_step) -> dict[str, float]:
-        """Stage 1; returns its PSNR and codebook use on the val split. `steps` above 0 replaces the preset's.
+        """Stage 1, or its source's VQGAN; returns PSNR and codebook use on the val split. `steps` above 0 replaces the preset's.
 
         `step_of` computes the generator's loss: a function with the arguments and results of `generator_step`.
         """
@@ -279,27 +326,48 @@ class Workbench:
             found = f"{len(images)} images to train on and {len(val_images)} to test on"
             raise ClipgenError(f"{val_images.root} holds {found}: give at least 4 of each")
         next(ordered_batches(val_images, range(len(val_images)), 16))  # raises where there is not one to test on
+        named = named_step(step_of, train_vqgan.generator_step)
         with self._timed("vqgan"):
-            vqgan = train_vqgan.train_vqgan(self.run, (images, val_images), preset, self.clip, step_of)
+            if source := self.preset.shared.vqgan:
+                vqgan = self.vqgan() if (self.run.path / "vqgan").is_dir() else load_vqgan(source)
+                if vqgan.config != self.preset.vqgan:
+                    raise ClipgenError(f"the VQGAN of {source} has other sizes than when the run began: restore it")
+                vqgan = finish(self.run, "vqgan", vqgan, {})
+                named = {"source": source, "hash": module_hash(vqgan)}
+            else:
+                vqgan = train_vqgan.train_vqgan(self.run, (images, val_images), preset, self.clip, step_of)
             data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
             scores = evaluate.evaluate_vqgan(vqgan.to(self.device), val_images)
-            self._record(data=data, vqgan=scores | named_step(step_of, train_vqgan.generator_step))
+            self._record(data=data, vqgan=scores | named)
         return scores
 
     def extract(self) -> TokenStore:
-        """Both splits through the frozen encoders; returns the train store."""
-        vqgan, train = self.vqgan(), self.preset.transformer_train
+        """Both splits through the frozen encoders, or its source's store; returns the train store."""
+        source, workers = self.preset.shared.store, self.preset.transformer_train.workers
+        if self.preset.shared.vqgan and not (self.run.path / "vqgan").is_dir():
+            self.train_vqgan()
+        vqgan = self.vqgan()
         with self._timed("extract"):
-            for split, flip in (("val", False), ("train", train.flip)):
+            for split in ("val", "train"):
                 images, folder = self.images(split), self.run.path / "store" / split
-                store = extract(images, vqgan, self.clip, folder, flip, train.workers)
+                if source and distributed.is_main() and not folder.is_dir():
+                    self._source_store(split, vqgan).take(folder)
+                distributed.barrier()
+                store = extract(images, vqgan, self.clip, folder, self._mirrored(split), workers)
                 if images.skipped:
                     self._record(skipped=images.skipped)
+            if source:
+                self._record(store={"source": source, "hash": store.meta["hash"]})
         return store
 
     def train_transformer(self, steps: int = 0, step_of: Callable = train_transformer.transformer_step) -> dict:
-        """Stage 2, with previews at every checkpoint; returns its validation losses. Arguments as of `train_vqgan`."""
+        """Stage 2, with previews at every checkpoint, or its source's transformer, with one preview; returns validation losses.
+
+        Arguments as of `train_vqgan`. Where the VQGAN is taken from elsewhere, it and the store are made first if they lack.
+        """
         preset = changed(self.preset, {"transformer_train": {"steps": steps}} if steps else {})
+        if preset.shared.vqgan and not all((self.run.path / "store" / split).is_dir() for split in ("val", "train")):
+            self.extract()
         vqgan, stores = self.vqgan(), (self.store(), self.store("val"))
         prompts, settings = (self.preview_prompts(), stores[1].embeds(slice(0, 6))), preset.sample
         extras = self.bank_and_offset(settings)
@@ -312,10 +380,18 @@ class Workbench:
         with self._timed("transformer"):
             text_mean = self.text_mean() if preset.transformer_train.centre else None
             frozen = train_transformer.Frozen(vqgan, self.clip, text_mean)
-            trained = train_transformer.train_transformer(self.run, stores, preset, frozen, preview, step_of)
+            if source := preset.shared.transformer:
+                folder = self.run.path if (self.run.path / "transformer").is_dir() else _source(source)[0]
+                trained = self._transformer(folder / "transformer", vqgan)
+                trained = finish(self.run, "transformer", trained, {}, trained_with=self._trained_with(vqgan))
+                named = {"source": source, "hash": module_hash(trained)}
+                if distributed.is_main():
+                    preview(trained, 0)
+            else:
+                trained = train_transformer.train_transformer(self.run, stores, preset, frozen, preview, step_of)
+                named = named_step(step_of, train_transformer.transformer_step)
             scores = train_transformer.validation_losses(trained.to(self.device), stores[1], frozen)
             clip_size = sum(p.numel() for p in self.clip.parameters())
-            named = named_step(step_of, train_transformer.transformer_step)
             self._record(transformer=scores | named, parameters={"clip": clip_size})
         return scores
 
@@ -463,7 +539,8 @@ class Workbench:
         The parts of an interrupted and resumed step add up.
         """
         start, refused = time.perf_counter(), ""
-        resumable = resumable and (step not in OF_EARLIER or any(self.run.path.glob(f"checkpoints/{step}-*")))
+        begun = step not in OF_EARLIER or any(self.run.path.glob(f"checkpoints/{step}-*"))
+        resumable = resumable and (begun or step in self._taken and (self.run.path / step).is_dir())
         with ExitStack() as stack:
             try:
                 if distributed.is_main():
@@ -493,20 +570,71 @@ def _begun_with(path: Path) -> RunConfig:
         raise ClipgenError(f"{what}: restore it, or delete {path.parent}") from None
 
 
+def _placed(text: str, *bases: Path) -> tuple[Path, str]:
+    """Where a file or folder lies that is looked for in `bases`, then here; and its name, which is the same from anywhere.
+
+    That is its place in the first base that it lies in, else its absolute path, or the text where nothing is there.
+    """
+    tried = [base / os.path.expanduser(text) for base in bases] + [Path(text)]
+    path = Path(os.path.abspath(next(filter(os.path.exists, tried), text)))
+    places = [str(path.relative_to(base)) for base in map(Path.absolute, bases) if path.is_relative_to(base)]
+    return path, (places + [str(path)])[0] if os.path.exists(path) else text
+
+
+def _source(source: str) -> tuple[Path, str]:
+    """Folder and name of a stage's source: a run by its name alone, `shapes`, or another folder."""
+    return _placed(str(PRETRAINED.get(source, source)), runs.RESULTS, ROOT)
+
+
+def _released(source: str) -> tuple[str, Path, str]:
+    """Release, file and name of RELEASE=FILE; the release is empty where a source is something else."""
+    release, _, file = source.partition("=")
+    path, name = _placed(file, ROOT)
+    return release if file and release in RELEASES else "", path, f"{release}={name}"
+
+
+def named_sources(shared: SharedConfig) -> SharedConfig:
+    """Each source by one name, wherever it is given. A store or transformer alone brings the VQGAN of its run."""
+    vqgan = shared.vqgan or shared.store or shared.transformer
+    released, _, name = _released(vqgan)
+    others = (_source(source)[1] if source else "" for source in (shared.store, shared.transformer))
+    return SharedConfig(name if released else _source(vqgan)[1] if vqgan else "", *others)
+
+
+def load_vqgan(source: str) -> VQGAN:
+    """The tokenizer of a source, on the CPU: a run, a folder of its weights or a generator's, `shapes`, or RELEASE=FILE.
+
+    Raises ClipgenError: none is there, or it is damaged or of another model.
+    """
+    (release, file, _), (folder, _) = _released(source), _source(source)
+    if not release and not folder.is_dir():
+        what = f"VQGAN {shortened(source)!r} is neither a run, a folder of weights nor RELEASE=FILE"
+        raise ClipgenError(f"{what}: write for example taming-f16-16384=last.ckpt, or one of {', '.join(RELEASES)}")
+    if release:
+        vqgan = load_released(release, file)
+    elif not (folder / "model.safetensors").exists():
+        vqgan = VQGAN.load(folder / "vqgan")
+    elif "vqgan" in runs.read_json(folder / "config.json"):
+        vqgan = TextToImage.from_pretrained(folder).vqgan
+    else:
+        vqgan = VQGAN.load(folder)
+    if not isinstance(vqgan, VQGAN):
+        raise ClipgenError(f"{release} is a transformer, not a VQGAN: choose another release")
+    return vqgan
+
+
 def clip_fields(clip: str) -> dict[str, str | None]:
     """Name and weights of a CLIP from one text: `shapes`, a folder, or MODEL/WEIGHTS.
 
     A folder inside the project is named by its place there. WEIGHTS is a tag of open_clip's or a checkpoint file. Both are looked
     for in the project first, then here.
     """
-    for folder in (ROOT / os.path.expanduser(clip), Path(os.path.abspath(clip))):
-        if os.path.isdir(folder):
-            place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-            return {"name": str(place), "pretrained": None}
+    path, place = _placed(clip, ROOT)
+    if path.is_dir():
+        return {"name": place, "pretrained": None}
     name, _, weights = clip.partition("/")
-    for file in (ROOT / os.path.expanduser(weights), Path(weights)):
-        if weights and os.path.isfile(file):
-            return {"name": name, "pretrained": str(file.resolve())}
+    if weights and (file := _placed(weights, ROOT)[0]).is_file():
+        return {"name": name, "pretrained": str(file.resolve())}
     if clip == "shapes":
         return {"name": clip, "pretrained": None}
     from open_clip import list_pretrained
