@@ -55,13 +55,20 @@ DEVICE = click.option("--device", default="auto", callback=_joined, help="auto, 
 STEPS = click.option("--steps", type=click.IntRange(0), default=0, help="training steps; 0 takes the preset's")
 RUN = click.option("--run", default="demo", help="name of the folder under results/")
 CLIP = click.option("--clip", default="", help="a folder in open_clip's layout, or MODEL/WEIGHTS; else the preset's")
+VQGAN = click.option("--vqgan", default="", help="train none: take that of a run, a folder, 'shapes' or RELEASE=FILE")
+STORE = click.option("--store", default="", help="extract none: take the VQGAN and the token store of a run")
 
 
 def _run_options(command):
-    """What every stage takes: the notebooks' PRESET, OVERRIDES, RUN, DATA, SEED, DEVICE and CLIP."""
-    for option in (CLIP, DEVICE, SEED, DATA, RUN, SET, PRESET):
+    """What every stage takes: the notebooks' PRESET, OVERRIDES, RUN, DATA, SEED, DEVICE and CLIP, and short forms of --set."""
+    for option in (STORE, VQGAN, CLIP, DEVICE, SEED, DATA, RUN, SET, PRESET):
         command = option(command)
     return command
+
+
+def _changes(changes: tuple[str, ...], **shared: str) -> str:
+    """What --set and its short forms change of a preset."""
+    return shlex.join([*changes, *(f"shared.{stage}={source}" for stage, source in shared.items() if source)])
 
 
 class _Commands(click.Group):
@@ -91,17 +98,18 @@ def main() -> None:
 
 
 def _open(run: str, device: str, data: str, changes: tuple[str, ...], begins: bool = True, **others):
-    """The run of a stage's options; one that is not there is begun, or refused by a stage that goes on from others."""
+    """The run of a stage's options; one that is not there is begun, or refused by a stage that goes on from what it lacks."""
     from .runtime.distributed import tell
 
     source = click.get_current_context().get_parameter_source
     given = {name for name in ("data", *others) if source(name) != ParameterSource.DEFAULT}
     folder = open_run(run).path
     knows = (folder / "config.json").is_file() and given <= {"data"} and not changes  # what it was begun with
-    if knows or not (begins or folder.is_dir()):
+    changes = _changes(changes, **{stage: others.pop(stage) for stage in ("vqgan", "store")})
+    preset = load_preset(others.pop("preset"), changes)
+    if knows or not (begins or folder.is_dir() or any(asdict(preset.shared).values())):
         wb = clipgen_lib.Workbench.reopen(run, device, data if given else "")
     else:
-        preset = load_preset(others.pop("preset"), shlex.join(changes))
         wb = clipgen_lib.Workbench.open(preset, run, data, device=device, **others)
     tell(wb.notice)
     return wb
@@ -318,7 +326,9 @@ def doctor() -> None:
 @click.option("--notebook", "only", multiple=True, help="run only these: a name or its beginning, such as 04")
 @click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a parameter, such as DATA=/my/photos")
 @SET
-def run_notebooks(preset: str, run: str | None, only: tuple, parameters: tuple, changes: tuple[str, ...]) -> str:
+@VQGAN
+@STORE
+def run_notebooks(preset: str, run: str | None, only: tuple, parameters: tuple, **changes) -> str:
     """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
     from .metrics.captions import split_prompts
     from .workbench import clip_fields, pick_device
@@ -327,8 +337,7 @@ def run_notebooks(preset: str, run: str | None, only: tuple, parameters: tuple, 
     known = {name: parameters_of(name) for name in chosen}
     everything = {key: default for names in known.values() for key, default in names.items()}
     values = {"PRESET": preset} | dict(parse_parameter(text, everything) for text in parameters)
-    if changes:
-        values["OVERRIDES"] = f"{values.get('OVERRIDES', '')} {shlex.join(changes)}".strip()
+    values["OVERRIDES"] = f"{values.get('OVERRIDES', '')} {_changes(**changes)}".strip()
     of_preset = default_run(values["PRESET"], values.get("DATA", "shapes"))
     default = of_preset if "PRESET" in everything else chosen[0].partition("_")[2]
     if run and values.get("RUN", run) != run:
@@ -348,8 +357,9 @@ def run_notebooks(preset: str, run: str | None, only: tuple, parameters: tuple, 
     opened, notice = open_run(values["RUN"]), ""
     if "DATA" in everything:
         given = {key.lower(): values[key] for key in ("RUN", "DATA", "SEED", "DEVICE", "CLIP") if key in values}
-        wb, _ = clipgen_lib.Workbench.checked(load_preset(values["PRESET"], values.get("OVERRIDES", "")), **given)
-        notice = wb.notice
+        wb, _ = clipgen_lib.Workbench.checked(load_preset(values["PRESET"], values["OVERRIDES"]), **given)
+        notice, shared = wb.notice, asdict(wb.preset.shared)  # its paths are absolute
+        values["OVERRIDES"] = f"{values['OVERRIDES']} {_changes((), **shared)}".strip()
     click.echo(notice, err=True, nl=bool(notice))
     copies = opened.file("notebooks", chosen[0]).parent
     with held(copies, f"run {opened.name!r}"):
@@ -440,7 +450,8 @@ def _execute(name: str, values: dict, output: Path) -> None:
     finally:
         if output.exists():
             text = output.read_text(encoding="utf-8")
-            for path in filter(Path.is_absolute, (Path(values.get(key, "")) for key in PATHS)):
+            given = re.findall(r"=(/[^\s'\"]+)", values.get("OVERRIDES", ""))
+            for path in filter(Path.is_absolute, map(Path, [*given, *(values.get(key, "") for key in PATHS)])):
                 text = text.replace(str(path), path.name)  # a copy names the data, not where they lie on this machine
             nbformat.write(tidied(nbformat.reads(text, as_version=4)), output)
     if stop.number:

@@ -84,7 +84,9 @@ class ClipConfig(Config):
 class SharedConfig(Config):
     """Stages taken from elsewhere, where a text is given, in place of being made by the run."""
 
-    vqgan: str = ""  # a run, a folder of VQGAN.save_pretrained or of a generator, or RELEASE=FILE
+    vqgan: str = (
+        ""  # a run, a folder of a VQGAN or a generator, shapes, or RELEASE=FILE; the run's, where others are given
+    )
     store: str = ""  # a run of the same VQGAN, CLIP and images
     transformer: str = ""  # a run of the same store
 
@@ -173,9 +175,7 @@ class OptimConfig(FitConfig):
     log_every: Count = 100
     save_every: Count = 5_000
     workers: CountFromZero = 8  # processes that decode images; 0 decodes in the loop and keeps what fits in memory
-    seed: Annotated[int, Field(ge=0, le=MOST)] = (
-        0  # added to the run's: other weights, batches and noise on the same images
-    )
+    seed: CountFromZero = 0  # added to the run's: other weights, batches and noise on the same images
 
 
 @checked_dataclass
@@ -328,11 +328,8 @@ def scaled(preset: Preset, scale: float) -> Preset:
     """
     model, train, root = preset.transformer, preset.transformer_train, scale**0.5
     heads, accumulate = max(1, round(model.heads * scale)), train.accumulate
-    sizes = {
-        "heads": heads,
-        "width": heads * (model.width // model.heads),
-        "layers": max(1, round(model.layers * root)),
-    }
+    sizes = {"heads": heads, "width": heads * (model.width // model.heads)}
+    sizes["layers"] = max(1, round(model.layers * root))
     batch_size = accumulate * max(1, round(train.batch_size * scale / accumulate))
     training = {"batch_size": batch_size, "steps": round(train.steps * root), "lr": train.lr / root}
     return replace(preset, transformer=replace(model, **sizes), transformer_train=replace(train, **training))

@@ -25,18 +25,7 @@ from PIL import Image
 
 from . import evaluate, train_transformer, train_vqgan
 from .clip_embed import ClipEmbedder, photo_notice
-from .config import (
-    PRESETS,
-    Config,
-    Preset,
-    SampleConfig,
-    SharedConfig,
-    changed,
-    checked_dataclass,
-    from_dict,
-    load_preset,
-    with_clip,
-)
+from .config import PRESETS, Config, Preset, SampleConfig, changed, checked_dataclass, from_dict, load_preset, with_clip
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_images
 from .data.images import grid, to_float
@@ -47,8 +36,8 @@ from .runtime import distributed, runs
 from .runtime.checkpoints import module_hash
 from .runtime.runs import ROOT, ClipgenError, Run, reason, shortened
 from .store import TokenStore, extract
-from .study.released import RELEASES, load_released
-from .text_to_image import PRETRAINED, TextToImage
+from .study.released import load_vqgan, named_sources, placed, source_place
+from .text_to_image import TextToImage
 from .training import finish, named_step
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
@@ -173,7 +162,8 @@ class Workbench:
         if begun is None and chosen.shared.vqgan:
             wb = wb._with_sources()
         elif begun and chosen.shared == begun.preset.shared:  # checked when the run began, and perhaps taken
-            wb = replace(wb, preset=replace(chosen, **{name: getattr(begun.preset, name) for name in wb._taken}))
+            taken = [name for name in ("vqgan", "transformer") if getattr(chosen.shared, name)]
+            wb = replace(wb, preset=replace(chosen, **{name: getattr(begun.preset, name) for name in taken}))
         config = RunConfig(wb.preset, label, seed)
         if begun and not data:  # unseen
             config = replace(config, data_hash=begun.data_hash)
@@ -212,11 +202,6 @@ class Workbench:
     def images(self, split: str = "train") -> ImageSet:
         return open_images(self.data, split, self.preset.vqgan.image_size, self.preset.shapes, self.seed)
 
-    @property
-    def _taken(self) -> list[str]:
-        """The networks that come from elsewhere."""
-        return [name for name in ("vqgan", "transformer") if getattr(self.preset.shared, name)]
-
     def _with_sources(self) -> Workbench:
         """With the sizes of the networks that are taken from elsewhere in its preset; all that is taken has been checked."""
         shared, vqgan = self.preset.shared, load_vqgan(self.preset.shared.vqgan)
@@ -224,13 +209,13 @@ class Workbench:
         for split in ("val", "train") if shared.store else ():
             wb._source_store(split, vqgan)
         if shared.transformer:
-            config = wb._transformer(_source(shared.transformer)[0] / "transformer", vqgan).config
+            config = wb._transformer(source_place(shared.transformer)[0] / "transformer", vqgan).config
             wb = replace(wb, preset=replace(wb.preset, transformer=config))
         return wb
 
     def _source_store(self, split: str, vqgan: VQGAN) -> TokenStore:
         """A split of the store that is to be taken; of other networks or images it is a ClipgenError."""
-        folder, flip = _source(self.preset.shared.store)[0] / "store" / split, self._mirrored(split)
+        folder, flip = source_place(self.preset.shared.store)[0] / "store" / split, self._mirrored(split)
         return TokenStore.open_for(folder, self.images(split), vqgan, self.clip, flip)
 
     def _mirrored(self, split: str) -> bool:
@@ -381,7 +366,7 @@ class Workbench:
             text_mean = self.text_mean() if preset.transformer_train.centre else None
             frozen = train_transformer.Frozen(vqgan, self.clip, text_mean)
             if source := preset.shared.transformer:
-                folder = self.run.path if (self.run.path / "transformer").is_dir() else _source(source)[0]
+                folder = self.run.path if (self.run.path / "transformer").is_dir() else source_place(source)[0]
                 trained = self._transformer(folder / "transformer", vqgan)
                 trained = finish(self.run, "transformer", trained, {}, trained_with=self._trained_with(vqgan))
                 named = {"source": source, "hash": module_hash(trained)}
@@ -540,7 +525,7 @@ class Workbench:
         """
         start, refused = time.perf_counter(), ""
         begun = step not in OF_EARLIER or any(self.run.path.glob(f"checkpoints/{step}-*"))
-        resumable = resumable and (begun or step in self._taken and (self.run.path / step).is_dir())
+        resumable = resumable and (begun or getattr(self.preset.shared, step) and (self.run.path / step).is_dir())
         with ExitStack() as stack:
             try:
                 if distributed.is_main():
@@ -570,70 +555,17 @@ def _begun_with(path: Path) -> RunConfig:
         raise ClipgenError(f"{what}: restore it, or delete {path.parent}") from None
 
 
-def _placed(text: str, *bases: Path) -> tuple[Path, str]:
-    """Where a file or folder lies that is looked for in `bases`, then here; and its name, which is the same from anywhere.
-
-    That is its place in the first base that it lies in, else its absolute path, or the text where nothing is there.
-    """
-    tried = [base / os.path.expanduser(text) for base in bases] + [Path(text)]
-    path = Path(os.path.abspath(next(filter(os.path.exists, tried), text)))
-    places = [str(path.relative_to(base)) for base in map(Path.absolute, bases) if path.is_relative_to(base)]
-    return path, (places + [str(path)])[0] if os.path.exists(path) else text
-
-
-def _source(source: str) -> tuple[Path, str]:
-    """Folder and name of a stage's source: a run by its name alone, `shapes`, or another folder."""
-    return _placed(str(PRETRAINED.get(source, source)), runs.RESULTS, ROOT)
-
-
-def _released(source: str) -> tuple[str, Path, str]:
-    """Release, file and name of RELEASE=FILE; the release is empty where a source is something else."""
-    release, _, file = source.partition("=")
-    path, name = _placed(file, ROOT)
-    return release if file and release in RELEASES else "", path, f"{release}={name}"
-
-
-def named_sources(shared: SharedConfig) -> SharedConfig:
-    """Each source by one name, wherever it is given. A store or transformer alone brings the VQGAN of its run."""
-    vqgan = shared.vqgan or shared.store or shared.transformer
-    released, _, name = _released(vqgan)
-    others = (_source(source)[1] if source else "" for source in (shared.store, shared.transformer))
-    return SharedConfig(name if released else _source(vqgan)[1] if vqgan else "", *others)
-
-
-def load_vqgan(source: str) -> VQGAN:
-    """The tokenizer of a source, on the CPU: a run, a folder of its weights or a generator's, `shapes`, or RELEASE=FILE.
-
-    Raises ClipgenError: none is there, or it is damaged or of another model.
-    """
-    (release, file, _), (folder, _) = _released(source), _source(source)
-    if not release and not folder.is_dir():
-        what = f"VQGAN {shortened(source)!r} is neither a run, a folder of weights nor RELEASE=FILE"
-        raise ClipgenError(f"{what}: write for example taming-f16-16384=last.ckpt, or one of {', '.join(RELEASES)}")
-    if release:
-        vqgan = load_released(release, file)
-    elif not (folder / "model.safetensors").exists():
-        vqgan = VQGAN.load(folder / "vqgan")
-    elif "vqgan" in runs.read_json(folder / "config.json"):
-        vqgan = TextToImage.from_pretrained(folder).vqgan
-    else:
-        vqgan = VQGAN.load(folder)
-    if not isinstance(vqgan, VQGAN):
-        raise ClipgenError(f"{release} is a transformer, not a VQGAN: choose another release")
-    return vqgan
-
-
 def clip_fields(clip: str) -> dict[str, str | None]:
     """Name and weights of a CLIP from one text: `shapes`, a folder, or MODEL/WEIGHTS.
 
     A folder inside the project is named by its place there. WEIGHTS is a tag of open_clip's or a checkpoint file. Both are looked
     for in the project first, then here.
     """
-    path, place = _placed(clip, ROOT)
+    path, place = placed(clip, ROOT)
     if path.is_dir():
         return {"name": place, "pretrained": None}
     name, _, weights = clip.partition("/")
-    if weights and (file := _placed(weights, ROOT)[0]).is_file():
+    if weights and (file := placed(weights, ROOT)[0]).is_file():
         return {"name": name, "pretrained": str(file.resolve())}
     if clip == "shapes":
         return {"name": clip, "pretrained": None}

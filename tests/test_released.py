@@ -15,17 +15,23 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from clipgen_lib import cli
 from clipgen_lib.config import SampleConfig, TransformerConfig, VQGANConfig, load_preset
+from clipgen_lib.data.batches import ordered_batches
+from clipgen_lib.data.images import to_float
 from clipgen_lib.runtime.checkpoints import save_weights
 from clipgen_lib.runtime.runs import ClipgenError
 from clipgen_lib.study import released
 from clipgen_lib.text_to_image import TextToImage
 from clipgen_lib.transformer import ImageTransformer
 from clipgen_lib.vqgan import VQGAN
+from clipgen_lib.workbench import Workbench
 
 # ---------------------------------------------------------------------------------------------- reference
 
@@ -404,3 +410,26 @@ def test_a_released_generator_computes_the_published_formulas_and_is_saved(small
     assert torch.equal(again("a red circle", seed=3), generator("a red circle", seed=3))
     other = {"name": "ViT-B-32-quickgelu", "pretrained": "elsewhere/ViT-B-32.pt"}
     assert TextToImage.from_pretrained(str(tmp_path / "model"), clip=other).clip_source == other
+
+
+def test_a_released_tokenizer_takes_the_place_of_a_trained_one(results, images_folder, tmp_path, monkeypatch):
+    published = filled(PublishedVQGAN("taming", 40, **SMALL))
+    torch.save({"state_dict": published.state_dict()}, tmp_path / "last.ckpt")
+    small = released.RELEASES["taming-f16-16384"]._replace(build=partial(VQGAN, SMALL_CONFIG))
+    monkeypatch.setitem(released.RELEASES, "taming-f16-16384", small)
+    monkeypatch.chdir(tmp_path)
+
+    def command(name, *words):
+        done = CliRunner().invoke(cli.main, [name, *map(str, words)])
+        assert done.exit_code == 0, done.output
+
+    for path in (".", tmp_path):  # the second time it is done
+        source = f"taming-f16-16384={path}/last.ckpt"
+        options = ["--preset", "smoke", "--data", images_folder, "--set", "transformer_train.steps=3"]
+        command("train-transformer", "--run", "r", "--vqgan", source, *options)
+    wb = Workbench.reopen("r", data=str(images_folder))
+    assert wb.preset.vqgan == SMALL_CONFIG and wb.run.summary()["vqgan"]["source"] == source
+    _, batch = next(ordered_batches(wb.images("val"), range(4), 4))
+    assert torch.equal(wb.store("val").tokens(slice(0, 4)), published(to_float(batch))[1].flatten(1))
+    command("generate", "a red circle", "--run", "r", "-n", 2)
+    assert Image.open("out.png").width > 2 * 32

@@ -3,16 +3,19 @@
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import same_weights
 
 from clipgen_lib.clip_embed import photo_notice
-from clipgen_lib.config import load_preset
+from clipgen_lib.config import SharedConfig, changed, load_preset
 from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.images import to_float
 from clipgen_lib.runtime.checkpoints import module_hash, save_weights
 from clipgen_lib.runtime.runs import DATA, ClipgenError, held, open_run, read_json, write_json
+from clipgen_lib.study.released import named_sources
 from clipgen_lib.workbench import Workbench, clip_fields
 
 
@@ -215,3 +218,90 @@ def test_each_class_shows_its_photos_and_what_its_name_gives(open_folder, wb, cl
     assert torch.equal(rows["dog"][:2], to_float(batch))
     assert torch.allclose(rows["dog"][2:], wb.generator()("a photo of a dog", n=3, seed=0)[0], atol=1e-5)
     assert list(wb.class_rows(real=3, generated=1)) == ["a cat"]
+
+
+@pytest.fixture
+def source(results, preset, images_folder):
+    """A run `source`, and a function that begins others which take stages from elsewhere."""
+    preset = replace(preset, vqgan_train=replace(preset.vqgan_train, perceptual="none"))  # faster
+
+    def begin(run, parts=(), **shared):
+        return Workbench.open(changed(preset, {**dict(parts), "shared": shared}), run, str(images_folder))
+
+    wb = begin("source")
+    wb.train_vqgan()
+    wb.extract()
+    wb.train_transformer()
+    return wb, begin
+
+
+def test_a_run_takes_stages_of_another_one(source, results, images_folder, monkeypatch):
+    wb, begin = source
+    other = begin("other", store=str(results / "source"))
+    losses = other.train_transformer()  # what comes before it is taken first
+    assert same_weights(other.generator(), wb.generator())  # bit for bit
+    entries, own = other.run.summary(), wb.run.summary()
+    taken = {"source": "source", "hash": module_hash(wb.vqgan())}
+    assert entries["vqgan"] == own["vqgan"] | taken and entries["transformer"] == own["transformer"] == losses
+    files = ["store/train/tokens.u16", "store/val/meta.json"]
+    assert all((other.run.path / file).samefile(wb.run.path / file) for file in files)
+    assert not other.run.metrics("vqgan") and other.run.metrics("transformer") == wb.run.metrics("transformer")
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: os.link("/nowhere", "/nowhere"))
+    last = begin("last", parts={"transformer": {"width": 64}}, transformer="source", store="other")
+    assert last.preset.transformer == wb.preset.transformer
+    taken["hash"] = module_hash(wb.generator().transformer)
+    assert last.train_transformer() == losses and last.run.summary()["transformer"] == losses | taken
+    assert [path.name for path in (last.run.path / "previews").iterdir()] == ["000000.png"]
+    assert not (last.run.path / files[0]).samefile(wb.run.path / files[0])
+    begun = begin("begun", vqgan="source")
+    assert "begun with another preset.shared.vqgan" in outcome(begin, "source", vqgan="last")
+    assert "begun with another preset.shared.store" in outcome(begin, "last", store="source", transformer="source")
+    wb.run.path.rename(results / "moved")  # what was taken is the run's own
+    for run in ("other", "last"):
+        assert Workbench.reopen(run, data=str(images_folder)).train_transformer() == losses
+    assert "neither a run, a folder of weights nor RELEASE=FILE" in outcome(begun.train_vqgan)
+
+
+def test_a_wrong_source_begins_nothing(source, results, images_folder, tmp_path):
+    wb, begin = source
+    shutil.copytree(wb.run.path / "vqgan", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    (results / "empty").mkdir()
+    shutil.copytree(wb.run.path / "store", results / "foreign" / "store")
+    meta = results / "foreign" / "store" / "train" / "meta.json"
+    write_json(meta, read_json(meta) | {"clip_hash": "another"})
+    before = sorted(results.rglob("*"))
+    for shared, sentence in (
+        ({"vqgan": "none"}, "'none' is neither a run, a folder of weights nor RELEASE=FILE"),
+        ({"vqgan": "hfai-gpt-coco=gpt_coco.pt"}, "neither a run"),  # no VQGAN
+        ({"vqgan": "taming-f16-1024=/nowhere"}, "last.ckpt is missing: get it from github.com/CompVis"),
+        ({"vqgan": "empty"}, "empty/vqgan/config.json is missing"),
+        ({"vqgan": str(tmp_path / "cut")}, "is damaged"),
+        ({"vqgan": "source/transformer"}, "VQGANConfig"),
+        ({"vqgan": "x\0" * 3_000}, "neither a run"),
+        ({"vqgan": "source", "store": "empty"}, "holds no finished token store"),
+        ({"vqgan": "shapes", "store": "source"}, "is of another VQGAN"),
+        ({"vqgan": "shapes", "transformer": "source"}, "was trained with"),
+        ({"store": "source", "parts": {"transformer_train": {"flip": False}}}, "made from other images"),
+        ({"vqgan": "source", "store": "foreign"}, "is of another CLIP (another, not"),
+    ):
+        assert sentence in outcome(begin, "r", **shared), shared
+    next(images_folder.glob("*.png")).unlink()
+    assert "made from other images" in outcome(begin, "r", store="source")
+    assert sorted(results.rglob("*")) == before
+
+
+def test_a_source_has_one_name_from_anywhere(results, tmp_path, monkeypatch):
+    (results / "a,b=1" / "vqgan").mkdir(parents=True)
+    (tmp_path / "last.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
+    release, folder = "taming-f16-1024=", str(tmp_path)
+    for name, others in {
+        "a,b=1": ("a,b=1", "results/a,b=1", f"{results}/a,b=1/vqgan/.."),
+        folder: (".", folder),
+        f"{release}{folder}/last.ckpt": (f"{release}last.ckpt", f"{release}{folder}/last.ckpt"),
+        "data/shapes_generator": ("shapes", "data/shapes_generator", str(DATA / "shapes_generator")),
+    }.items():
+        assert {named_sources(SharedConfig(other)).vqgan for other in others} == {name}
+    assert named_sources(SharedConfig(store="a,b=1")) == SharedConfig("a,b=1", "a,b=1")

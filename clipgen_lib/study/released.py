@@ -1,4 +1,4 @@
-"""Released weights of other projects, loaded strictly into our own modules.
+"""Weights from elsewhere: the sources of a stage, and released weights of other projects, loaded strictly into our own modules.
 
 In: a file as it was published. Out: a VQGAN, an ImageTransformer or a TextToImage that computes the same function as the
 original. A release is a file, a module of ours and a family. A family is a key map (regular expressions, in order) and
@@ -6,6 +6,7 @@ what its originals compute differently. The map names every tensor of a file or 
 tensor of ours; anything else is an error. Axes: K codebook size, C code dimension, E width.
 """
 
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..clip_embed import ClipEmbedder
-from ..config import Config, SampleConfig, TransformerConfig, VQGANConfig
-from ..runtime.runs import ClipgenError, reason
-from ..text_to_image import TextToImage
+from ..config import Config, SampleConfig, SharedConfig, TransformerConfig, VQGANConfig
+from ..runtime import runs
+from ..runtime.runs import ROOT, ClipgenError, read_json, reason, shortened
+from ..text_to_image import PRETRAINED, TextToImage
 from ..transformer import ImageTransformer
 from ..vqgan import EPSILON, VQGAN
 
@@ -234,3 +236,46 @@ def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ClipgenError(f"no tensors under {entry!r}")
     return tensors
+
+
+def placed(text: str, *bases: Path) -> tuple[Path, str]:
+    """Where a file or folder lies that is looked for in `bases`, then here; and its name, which is the same from anywhere.
+
+    That is its place in the first base that it lies in, else its absolute path, or the text where nothing is there.
+    """
+    tried = [*(base / os.path.expanduser(text) for base in bases if text[:1] != "."), text]
+    path = Path(os.path.abspath(next(filter(os.path.exists, tried), text)))
+    places = [str(path.relative_to(base)) for base in map(Path.absolute, bases) if path.is_relative_to(base)]
+    return path, [*places, str(path)][0] if os.path.exists(path) else text
+
+
+def source_place(source: str) -> tuple[Path, str]:
+    """Where a source lies, and its name: of a run its own, of `shapes`, another folder or RELEASE=FILE as by `placed`."""
+    release, _, file = source.partition("=")
+    if release in _VQGANS:
+        path, name = placed(file, ROOT)
+        return path, f"{release}={name}"
+    return placed(str(PRETRAINED.get(source, source)), runs.RESULTS, ROOT)
+
+
+def named_sources(shared: SharedConfig) -> SharedConfig:
+    """Each source by one name, wherever it is given from. A store or transformer alone brings the VQGAN of its run."""
+    sources = (shared.vqgan or shared.store or shared.transformer, shared.store, shared.transformer)
+    return SharedConfig(*(source and source_place(source)[1] for source in sources))
+
+
+def load_vqgan(source: str) -> VQGAN:
+    """A tokenizer on the CPU: of a run, of a folder of its weights or a generator's, of `shapes`, or of RELEASE=FILE.
+
+    Raises ClipgenError: none is there, or it is damaged or of another model.
+    """
+    release, folder = source.partition("=")[0], source_place(source)[0]
+    if release in _VQGANS:
+        return load_released(release, folder)
+    if not os.path.isdir(folder):
+        what = f"VQGAN {shortened(source)!r} is neither a run, a folder of weights nor RELEASE=FILE"
+        raise ClipgenError(f"{what}: write for example taming-f16-16384=last.ckpt, or one of {', '.join(_VQGANS)}")
+    if not (folder / "model.safetensors").exists():
+        return VQGAN.load(folder / "vqgan")
+    is_generator = "vqgan" in read_json(folder / "config.json")
+    return TextToImage.from_pretrained(folder).vqgan if is_generator else VQGAN.load(folder)
