@@ -190,12 +190,10 @@ class Workbench:
     def reopen(cls, run: str, device: str = "auto", data: str = "") -> Workbench:
         """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its images lie now."""
         path = runs.open_run(run).path / "config.json"
-        if not path.is_file() and path.parent.is_dir():
-            raise ClipgenError(
-                f"{path} is missing: restore it, or give a stage the preset, data and seed of its beginning"
-            )
         if not path.is_file():
-            raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}' or train-vqgan")
+            lost = f"{path} is missing: restore it, or give a stage the preset, data and seed of its beginning"
+            none = f"there is no run {run!r}: begin it with 'clipgen run --run {run}' or train-vqgan"
+            raise ClipgenError(lost if path.parent.is_dir() else none)
         begun = _begun_with(path)
         return cls.open(begun.preset, run, data, begun.seed, device)
 
@@ -215,11 +213,9 @@ class Workbench:
 
     def _source_store(self, split: str, vqgan: VQGAN) -> TokenStore:
         """A split of the store that is to be taken; of other networks or images it is a ClipgenError."""
-        folder, flip = source_place(self.preset.shared.store)[0] / "store" / split, self._mirrored(split)
+        folder = source_place(self.preset.shared.store)[0] / "store" / split
+        flip = split == "train" and self.preset.transformer_train.flip
         return TokenStore.open_for(folder, self.images(split), vqgan, self.clip, flip)
-
-    def _mirrored(self, split: str) -> bool:
-        return split == "train" and self.preset.transformer_train.flip
 
     @property
     def has_oracle(self) -> bool:
@@ -268,13 +264,11 @@ class Workbench:
 
     def _transformer(self, folder: Path, vqgan: VQGAN) -> ImageTransformer:
         """A transformer from a folder; trained with another VQGAN or CLIP it is a ClipgenError."""
-        transformer, now = ImageTransformer.load(folder, self.device), self._trained_with(vqgan)
+        transformer, now = ImageTransformer.load(folder, self.device), {"vqgan": module_hash(vqgan)}
+        now["clip"] = self.clip.weights_hash
         if (then := runs.read_json(folder / "config.json").get("trained_with")) != now:
             raise ClipgenError(f"{folder} was trained with {then}, here is {now}: train it again")
         return transformer
-
-    def _trained_with(self, vqgan: VQGAN) -> dict[str, str]:
-        return {"vqgan": module_hash(vqgan), "clip": self.clip.weights_hash}
 
     def bank_and_offset(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What `neighbours` and `shift` need beside the weights, each None where the setting is off.
@@ -328,17 +322,16 @@ class Workbench:
 
     def extract(self) -> TokenStore:
         """Both splits through the frozen encoders, or its source's store; returns the train store."""
-        source, workers = self.preset.shared.store, self.preset.transformer_train.workers
+        source, train = self.preset.shared.store, self.preset.transformer_train
         if self.preset.shared.vqgan and not (self.run.path / "vqgan").is_dir():
             self.train_vqgan()
         vqgan = self.vqgan()
         with self._timed("extract"):
-            for split in ("val", "train"):
+            for split, flip in (("val", False), ("train", train.flip)):
                 images, folder = self.images(split), self.run.path / "store" / split
                 if source and distributed.is_main() and not folder.is_dir():
                     self._source_store(split, vqgan).take(folder)
-                distributed.barrier()
-                store = extract(images, vqgan, self.clip, folder, self._mirrored(split), workers)
+                store = extract(images, vqgan, self.clip, folder, flip, train.workers)
                 if images.skipped:
                     self._record(skipped=images.skipped)
             if source:
@@ -366,9 +359,10 @@ class Workbench:
             text_mean = self.text_mean() if preset.transformer_train.centre else None
             frozen = train_transformer.Frozen(vqgan, self.clip, text_mean)
             if source := preset.shared.transformer:
-                folder = self.run.path if (self.run.path / "transformer").is_dir() else source_place(source)[0]
-                trained = self._transformer(folder / "transformer", vqgan)
-                trained = finish(self.run, "transformer", trained, {}, trained_with=self._trained_with(vqgan))
+                folders = self.run.path / "transformer", source_place(source)[0] / "transformer"
+                folder = next(filter(Path.is_dir, folders), folders[1])
+                trained, facts = self._transformer(folder, vqgan), runs.read_json(folder / "config.json")
+                trained = finish(self.run, "transformer", trained, {}, trained_with=facts["trained_with"])
                 named = {"source": source, "hash": module_hash(trained)}
                 if distributed.is_main():
                     preview(trained, 0)
@@ -562,10 +556,10 @@ def clip_fields(clip: str) -> dict[str, str | None]:
     for in the project first, then here.
     """
     path, place = placed(clip, ROOT)
-    if path.is_dir():
+    if os.path.isdir(path):
         return {"name": place, "pretrained": None}
     name, _, weights = clip.partition("/")
-    if weights and (file := placed(weights, ROOT)[0]).is_file():
+    if weights and os.path.isfile(file := placed(weights, ROOT)[0]):
         return {"name": name, "pretrained": str(file.resolve())}
     if clip == "shapes":
         return {"name": clip, "pretrained": None}
