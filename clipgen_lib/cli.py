@@ -331,6 +331,7 @@ def doctor() -> None:
 def run_notebooks(preset: str, run: str | None, only: tuple, parameters: tuple, **changes) -> str:
     """Run the notebooks in order by papermill; executed copies go to results/<run>/notebooks/."""
     from .metrics.captions import split_prompts
+    from .study.released import placed
     from .workbench import clip_fields, pick_device
 
     chosen = [_notebook(wanted) for wanted in only or NOTEBOOKS]
@@ -344,9 +345,8 @@ def run_notebooks(preset: str, run: str | None, only: tuple, parameters: tuple, 
         raise ClipgenError(f"the run is called {run!r} by --run and {values['RUN']!r} by -p RUN: give one of them")
     values["RUN"] = run or values.get("RUN") or default
     for key in PATHS:  # notebooks run in their own folder
-        is_name = values.get(key, "shapes") in ("shapes", *PRESETS)
-        if not is_name and os.path.exists(os.path.expanduser(values[key])):
-            values[key] = str(Path(values[key]).expanduser().resolve())
+        if values.get(key, "shapes") not in ("shapes", *PRESETS):
+            values[key] = placed(values[key])[1]
     # all that can be told before hours of training
     if values.get("CLIP"):
         values["CLIP"] = "/".join(filter(None, clip_fields(values["CLIP"]).values()))

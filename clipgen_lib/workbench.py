@@ -114,16 +114,13 @@ class Workbench:
     def open(
         cls, preset: str | Preset, run: str, data: str = "shapes", seed: int = 0, device: str = "auto", clip: str = ""
     ) -> Workbench:
-        """Open or begin a run; a run begins when all of `checked` is well.
+        """Open or begin a run; a run begins when all of `checked` is well, which raises ClipgenError where it is not.
 
         Args:
             preset: its name, or one of your own.
             data: `shapes` or what `open_images` reads; "" takes the run's own, unseen.
             clip: the conditioning CLIP in place of the preset's: a folder in open_clip's layout, or an open_clip
                 model and its weights, such as `ViT-B-32-quickgelu/openai`.
-
-        Raises:
-            ClipgenError: as `checked`.
         """
         wb, config = cls.checked(preset, run, data, seed, device, clip)
         if distributed.is_main() and not (wb.run.path / "config.json").exists():
@@ -204,18 +201,14 @@ class Workbench:
         """With the sizes of the networks that are taken from elsewhere in its preset; all that is taken has been checked."""
         shared, vqgan = self.preset.shared, load_vqgan(self.preset.shared.vqgan)
         wb = replace(self, preset=replace(self.preset, vqgan=vqgan.config))
-        for split in ("val", "train") if shared.store else ():
-            wb._source_store(split, vqgan)
+        if shared.store:
+            stores, flip = source_place(shared.store)[0] / "store", self.preset.transformer_train.flip
+            TokenStore.open_for(stores / "val", wb.images("val"), vqgan, wb.clip, flip=False)
+            TokenStore.open_for(stores / "train", wb.images(), vqgan, wb.clip, flip)
         if shared.transformer:
             config = wb._transformer(source_place(shared.transformer)[0] / "transformer", vqgan).config
             wb = replace(wb, preset=replace(wb.preset, transformer=config))
         return wb
-
-    def _source_store(self, split: str, vqgan: VQGAN) -> TokenStore:
-        """A split of the store that is to be taken; of other networks or images it is a ClipgenError."""
-        folder = source_place(self.preset.shared.store)[0] / "store" / split
-        flip = split == "train" and self.preset.transformer_train.flip
-        return TokenStore.open_for(folder, self.images(split), vqgan, self.clip, flip)
 
     @property
     def has_oracle(self) -> bool:
@@ -295,9 +288,10 @@ class Workbench:
         return self.clip.texts(texts).cpu().mean(0)
 
     def train_vqgan(self, steps: int = 0, step_of: Callable = train_vqgan.generator_step) -> dict[str, float]:
-        """Stage 1, or its source's VQGAN; returns PSNR and codebook use on the val split. `steps` above 0 replaces the preset's.
+        """Stage 1, or the VQGAN of a source; returns its PSNR and codebook use on the val split.
 
-        `step_of` computes the generator's loss: a function with the arguments and results of `generator_step`.
+        `steps` above 0 replaces the preset's. `step_of` computes the generator's loss: a function with the arguments and
+        results of `generator_step`.
         """
         preset = changed(self.preset, {"vqgan_train": {"steps": steps}} if steps else {})
         images, val_images = self.images(), self.images("val")
@@ -330,7 +324,7 @@ class Workbench:
             for split, flip in (("val", False), ("train", train.flip)):
                 images, folder = self.images(split), self.run.path / "store" / split
                 if source and distributed.is_main() and not folder.is_dir():
-                    self._source_store(split, vqgan).take(folder)
+                    TokenStore.open(source_place(source)[0] / "store" / split, vqgan, self.clip).take(folder)
                 store = extract(images, vqgan, self.clip, folder, flip, train.workers)
                 if images.skipped:
                     self._record(skipped=images.skipped)

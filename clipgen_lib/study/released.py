@@ -243,10 +243,13 @@ def placed(text: str, *bases: Path) -> tuple[Path, str]:
 
     That is its place in the first base that it lies in, else its absolute path, or the text where nothing is there.
     """
-    tried = [*(base / os.path.expanduser(text) for base in bases if text[:1] != "."), text]
-    path = Path(os.path.abspath(next(filter(os.path.exists, tried), text)))
-    places = [str(path.relative_to(base)) for base in map(Path.absolute, bases) if path.is_relative_to(base)]
-    return path, [*places, str(path)][0] if os.path.exists(path) else text
+    expanded = os.path.expanduser(text)
+    tried = [*(base / expanded for base in bases if text[:1] != "."), expanded]
+    if not (found := next(filter(os.path.exists, tried), None)):
+        return Path(text), text
+    path = Path(os.path.abspath(found))
+    places = (path.relative_to(base) for base in map(Path.absolute, bases) if path.is_relative_to(base))
+    return path, str(next(places, path))
 
 
 def source_place(source: str) -> tuple[Path, str]:
