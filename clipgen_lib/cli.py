@@ -54,6 +54,8 @@ SEED = click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, help
 DEVICE = click.option("--device", default="auto", callback=_joined, help="auto, cpu, cuda, cuda:1, ...")
 STEPS = click.option("--steps", type=click.IntRange(0), default=0, help="training steps; 0 takes the preset's")
 RUN = click.option("--run", default="demo", help="name of the folder under results/")
+track = lambda context, option, name: name and os.environ.update(CLIPGEN_TRACKER=name)  # kernels inherit it
+TRACK = click.option("--tracker", callback=track, expose_value=False, help="tensorboard, wandb, mlflow, ...")
 CLIP = click.option("--clip", default="", help="a folder in open_clip's layout, or MODEL/WEIGHTS; else the preset's")
 VQGAN = click.option("--vqgan", default="", help="train none: take that of a run, a folder, 'shapes' or RELEASE=FILE")
 STORE = click.option("--store", default="", help="extract none: take the VQGAN and the token store of a run")
@@ -118,6 +120,7 @@ def _open(run: str, device: str, data: str, changes: tuple[str, ...], begins: bo
 @main.command("train-vqgan")
 @_run_options
 @STEPS
+@TRACK
 def train_vqgan(steps: int, **run_options) -> dict[str, float]:
     """Stage 1: train the VQGAN on images."""
     return _open(**run_options).train_vqgan(steps)
@@ -135,6 +138,7 @@ def extract(**run_options) -> str:
 @main.command("train-transformer")
 @_run_options
 @STEPS
+@TRACK
 def train_transformer(steps: int, **run_options) -> dict[str, float]:
     """Stage 2: train the transformer on the token store."""
     return _open(begins=False, **run_options).train_transformer(steps)
@@ -325,6 +329,7 @@ def doctor() -> None:
 @click.option("--run", help="name of the folder under results/  [default: my-PRESET, with the data's name]")
 @click.option("--notebook", "only", multiple=True, help="run only these: a name or its beginning, such as 04")
 @click.option("-p", "parameters", multiple=True, metavar="KEY=VALUE", help="a parameter, such as DATA=/my/photos")
+@TRACK
 @SET
 @VQGAN
 @STORE

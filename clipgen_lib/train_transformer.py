@@ -171,14 +171,14 @@ def train_transformer(
     stores: tuple[TokenStore, TokenStore],
     preset: Preset,
     frozen: Frozen,
-    preview: Callable[[ImageTransformer, int], None] = lambda transformer, step: None,
+    preview: Callable[[ImageTransformer, int], np.ndarray | None] = lambda transformer, step: None,
     step_of: Callable = transformer_step,
 ) -> ImageTransformer:
     """Train p(tokens | embedding), or resume, and write `<run>/transformer/`; returns the EMA. Raises what `train_vqgan` does.
 
     Args:
         stores: to train on, and of images not trained on, whose NLL is logged at every checkpoint.
-        preview: called with the EMA model and the step at every checkpoint.
+        preview: called with the EMA model and the step at every checkpoint; returns what a tracker gets, (H, W, 3) uint8.
         step_of: computes the loss; a function of your own takes and returns what `transformer_step` does.
     """
     config, device, (store, val_store) = preset.transformer_train, distributed.training_device(run.device), stores
@@ -209,8 +209,7 @@ def train_transformer(
 
     def validate(step: int) -> float:
         scores = validation_losses(ema.module, val_store, frozen)
-        run.log("transformer_val", step, **scores)
-        preview(ema.module, step)
+        log.line("transformer_val", step, scores, previews=preview(ema.module, step))
         return scores["nll"]
 
     with closing(training.loop(state, log, start, validate)) as steps:

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,7 +19,7 @@ from .clip_embed import ClipEmbedder
 from .config import Preset, VQGANTrainConfig
 from .data.batches import dead_workers_told, ordered_batches, training_batches
 from .data.datasets import ImageSet
-from .data.images import to_float
+from .data.images import grid, to_float
 from .runtime import distributed
 from .runtime.checkpoints import VGG16, weights_alone, weights_file
 from .runtime.kernels import compile_in_place
@@ -170,9 +171,8 @@ def train_vqgan(
     The discriminator learns from step 0; only its weight in the generator's loss is ramped. `clip` is for the perceptual loss
     "clip". `step_of` computes the generator's loss: a function of your own takes and returns what `generator_step` does.
 
-    Raises:
-        ClipgenError: nothing finite for `MOST_SKIPPED` steps in a row, a checkpoint of another configuration, a full disk.
-        Stopped: SIGTERM or SIGINT, after a checkpoint.
+    Raises ClipgenError: nothing finite for `MOST_SKIPPED` steps in a row, a checkpoint of another configuration, a full disk;
+    Stopped: SIGTERM or SIGINT, after a checkpoint.
     """
     config, device, (images, val_images) = preset.vqgan_train, distributed.training_device(run.device), splits
     training.local_rows(config)  # refuses a batch that does not divide
@@ -195,8 +195,8 @@ def train_vqgan(
     batches = training_batches(images, config, run.seed, start)
 
     def validate(step: int) -> float:
-        scores = validation_reconstruction(ema.module, val_images)
-        run.log("vqgan_val", step, **scores)
+        scores, shown = validation_reconstruction(ema.module, val_images)
+        log.line("vqgan_val", step, scores, reconstructions=shown)
         return scores["l2"]
 
     with closing(training.loop(state, log, start, validate)) as steps, dead_workers_told(images, config.workers):
@@ -226,11 +226,12 @@ def train_vqgan(
 
 
 @torch.inference_mode()
-def validation_reconstruction(vqgan: VQGAN, images: ImageSet) -> dict[str, float]:
-    """L1 and L2 between a set's first 256 images (B, 3, S, S) in [-1, 1] and their reconstructions, clamped."""
-    l1, l2, count = 0.0, 0.0, 0
+def validation_reconstruction(vqgan: VQGAN, images: ImageSet) -> tuple[dict[str, float], np.ndarray]:
+    """L1 and L2 between a set's first 256 images (B, 3, S, S) in [-1, 1] and their reconstructions, and 8 of both, (H, W, 3) uint8."""
+    l1, l2, count, shown = 0.0, 0.0, 0, None
     for _, batch in ordered_batches(images, range(min(256, len(images))), 64):
         real = to_float(batch).to(next(vqgan.parameters()).device)
-        error = vqgan.decode(vqgan.encode(real)) - real
+        fake = vqgan.decode(vqgan.encode(real))
+        shown, error = grid(torch.cat([real[:8], fake[:8]]), len(real[:8])) if shown is None else shown, fake - real
         l1, l2, count = l1 + float(error.abs().sum()), l2 + float(error.pow(2).sum()), count + error.numel()
-    return {"l1": l1 / count, "l2": l2 / count}
+    return {"l1": l1 / count, "l2": l2 / count}, shown

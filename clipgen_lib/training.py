@@ -7,10 +7,12 @@ of sums. A step without a finite loss and gradient changes no weight and is coun
 
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from .config import FitConfig, OptimConfig
 from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
 from .runtime.kernels import has_bf16, set_muon_dtype
-from .runtime.runs import ClipgenError, Run, Unreadable, differences, progress, stoppable
+from .runtime.runs import ClipgenError, Run, Unreadable, differences, progress, read_json, reason, stoppable
 from .vqgan import codebook_statistics
 
 KEPT = 2  # last checkpoints of a training; the one with the best validation score stays as well
@@ -177,6 +179,72 @@ class TrainingState:
         return step
 
 
+def chosen_tracker() -> str:
+    """What CLIPGEN_TRACKER names: tensorboard, wandb, mlflow, ..., "" for none. Raises ClipgenError: Accelerate finds no such one."""
+    if name := os.environ.get("CLIPGEN_TRACKER", ""):
+        from accelerate.tracking import get_available_trackers
+
+        if name not in (found := list(map(str, get_available_trackers()))):
+            cure = f"install it by pip, or choose from what is installed ({', '.join(found) or 'none'})"
+            raise ClipgenError(f"tracker {name!r} is not here, or not known to Accelerate: {cure}")
+    return name
+
+
+class Tracker:
+    """One training in the chosen tracker, by the first process. An error in it is told once, and ends the tracking alone."""
+
+    def __init__(self, run: Run, stage: str, start: int, facts: dict):
+        """Resume from step `start`, or begin with the run's config and `facts` as hyper-parameters; files in `<run>/tracker/`."""
+        self.name, self.tracker, project = chosen_tracker(), None, f"clipgen-{stage}"
+        if not self.name or not distributed.is_main():
+            return
+        from accelerate import Accelerator
+
+        with self._told():
+            config, known, place = run.path / "config.json", run.file("tracker", f"{project}.id"), run.path / "tracker"
+            own_id = known.read_text() if start and known.exists() else None
+            values = _flat((read_json(config) if config.exists() else {}) | facts) if own_id is None else None
+            os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(place / 'mlflow.db').resolve()}")
+            options = {"tensorboard": {"purge_step": start + 1}, "mlflow": {"run_id": own_id, "run_name": run.name}}
+            options["wandb"] = {"id": own_id, "resume": "allow", "name": run.name, "dir": str(place)}
+            chosen = {"cpu": run.device == "cpu", "log_with": self.name, "project_dir": place}
+            accelerator = Accelerator(mixed_precision="no", **chosen)
+            accelerator.init_trackers(project, values, options)
+            self.tracker = accelerator.get_tracker(self.name)
+            ids = {"wandb": attrgetter("id"), "mlflow": attrgetter("info.run_id")}
+            known.write_text(ids.get(self.name, repr)(self.tracker.tracker))
+
+    def log(self, stage: str, step: int, scalars: dict[str, float], images: dict[str, np.ndarray | None]) -> None:
+        """Scalars and, where Accelerate hands this tracker any, images (H, W, 3) uint8; what is not finite or None is left out."""
+        layout = {"dataformats": "NHWC"} if self.name == "tensorboard" else {}
+        with self._told():
+            if self.tracker:
+                self.tracker.log({f"{stage}/{k}": v for k, v in scalars.items() if math.isfinite(v)}, step=step)
+            found = {f"{stage}/{key}": image[None] for key, image in images.items() if image is not None}
+            if found and hasattr(self.tracker, "log_images"):
+                self.tracker.log_images(found, step=step, **layout)
+
+    def close(self) -> None:
+        with self._told():
+            if self.tracker:  # Accelerate's own end_training ends the launch as well
+                self.tracker.finish()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each tracker has its own
+            what = f"tracker {self.name} failed ({reason(error)})"
+            warnings.warn(f"{what}: from here on this training is in metrics.jsonl alone", stacklevel=4)
+            self.tracker = None
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, str | float]:
+    """A nested dict as one of plain values, their names joined by dots."""
+    parts = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in values.items()]
+    return {k: v if isinstance(v, (str, int, float)) else str(v) for part in parts for k, v in part.items()}
+
+
 class Log:
     """Means of scalars since the last line, kept as tensors until then: no waiting for the GPU in between."""
 
@@ -184,6 +252,7 @@ class Log:
         self.run, self.stage, self.most = run, stage, min(MOST_SKIPPED, steps)
         self.scalars: dict[str, list[torch.Tensor]] = {}
         self.counts: torch.Tensor | None = None  # of the codes used since the last line
+        self.tracker: Tracker | None = None
         self.skipped, self.in_a_row = 0, 0  # steps that were not finite: since the last line, since the last that was
 
     def add(self, **scalars: torch.Tensor) -> None:
@@ -207,10 +276,16 @@ class Log:
         if self.skipped:
             line["skipped"] = self.skipped
         if distributed.is_main():
-            self.run.log(self.stage, step, **line)
+            self.line(self.stage, step, line)
         self.scalars, self.counts, self.skipped = {}, None, 0
         shown = ("psnr", "perplexity", "nll", "embedding_loss", "loss")
         return {key: f"{line[key]:.3g}" for key in shown if key in line}
+
+    def line(self, stage: str, step: int, scalars: dict[str, float], **images: np.ndarray | None) -> None:
+        """A line of metrics.jsonl, which a tracker gets as well, with images (H, W, 3) uint8."""
+        self.run.log(stage, step, **scalars)
+        if self.tracker:
+            self.tracker.log(stage, step, scalars, images)
 
 
 def optimizer_step(log: Log, step: int, max_grad_norm: float, **optimizers: Optimizer) -> bool:
@@ -257,7 +332,8 @@ def loop(state: TrainingState, log: Log, start: int, validate: Callable = lambda
     config, stage = state.config, state.stage
     optimizers = [part for part in state.parts.values() if isinstance(part, Optimizer)]
     peaks = [(group, optimizer.defaults["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    with progress(config.steps, f"training {stage}", distributed.is_main(), start) as bar, stoppable() as stop:
+    bar = progress(config.steps, f"training {stage}", distributed.is_main(), start)
+    with bar, closing(Tracker(state.run, stage, start, state.facts)) as log.tracker, stoppable() as stop:
         for step in range(start, config.steps):
             for group, peak in peaks:
                 group["lr"] = learning_rate(step, config.steps, peak, config.warmup)

@@ -38,7 +38,7 @@ from .runtime.runs import ROOT, ClipgenError, Run, reason, shortened
 from .store import TokenStore, extract
 from .study.released import load_vqgan, named_sources, placed, source_place
 from .text_to_image import TextToImage
-from .training import finish, named_step
+from .training import chosen_tracker, finish, named_step
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
@@ -142,6 +142,7 @@ class Workbench:
             ClipgenError: a wrong value, no such data or device, or a run begun with another preset, data, seed or CLIP; a
                 stage to be taken from elsewhere that is missing, damaged or of other networks or images.
         """
+        chosen_tracker()  # refuses one that is not there
         chosen = preset if isinstance(preset, Preset) else load_preset(preset)
         chosen = replace(with_clip(chosen, clip_fields(clip)) if clip else chosen, shared=named_sources(chosen.shared))
         opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
@@ -347,7 +348,9 @@ class Workbench:
         def preview(transformer, step):  # always of the same prompts and seeds
             generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, extras)
             images = torch.cat([generator.generate_each(p, list(range(len(p))), candidates=1) for p in prompts])
-            Image.fromarray(grid(images, columns=len(images))).save(self.run.file("previews", f"{step:06d}.png"))
+            sheet = grid(images, columns=len(images))
+            Image.fromarray(sheet).save(self.run.file("previews", f"{step:06d}.png"))
+            return sheet
 
         with self._timed("transformer"):
             text_mean = self.text_mean() if preset.transformer_train.centre else None

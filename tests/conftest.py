@@ -166,9 +166,9 @@ def clipgen():
 
 @pytest.fixture(scope="session")
 def smoke_run(clipgen, tmp_path_factory):
-    """The folder of a run `smoke` of preset smoke, made once by the notebooks 01 to 04."""
+    """The folder of a run `smoke` of preset smoke, made once by the notebooks 01 to 04, with a tracker."""
     results = tmp_path_factory.mktemp("results")
-    done = clipgen("run", "--preset", "smoke", "--run", "smoke", results=results)
+    done = clipgen("run", "--preset", "smoke", "--run", "smoke", "--tracker", "tensorboard", results=results)
     assert done.returncode == 0, done.stderr[-3000:]
     return results / "smoke"
 

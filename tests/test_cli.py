@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipgen_lib.cli import default_run, main, parameters_of, parse_parameter
 from clipgen_lib.config import PRESETS, load_preset
@@ -39,6 +40,35 @@ def test_all_notebooks_run_and_measure(smoke_run):
     figures = {path.stem for path in (smoke_run / "figures").glob("*.png")}
     wanted = "reconstructions vqgan_curves codebook token_grid neighbours previews contact_sheet"
     assert set(wanted.split()) <= figures
+
+
+@pytest.mark.parametrize("stage, shown", [("vqgan", "reconstructions"), ("transformer", "previews")])
+def test_a_tracker_has_each_line_of_metrics_once(smoke_run, clipgen, tmp_path, stage, shown):
+    def tracked(run):
+        events = EventAccumulator(str(run / "tracker" / f"clipgen-{stage}")).Reload()
+        values = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+        assert len(values) == sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"])
+        return values, [image.step for image in events.Images(f"{stage}_val/{shown}")]
+
+    run = shutil.copytree(smoke_run, tmp_path / "smoke")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["stage"] in (stage, f"{stage}_val")]
+    wanted = {(f"{x['stage']}/{k}", x["step"]): v for x in lines for k, v in x.items() if k not in ("stage", "step")}
+    steps = [line["step"] for line in lines if line["stage"] == f"{stage}_val"]
+    assert tracked(run) == (pytest.approx(wanted), steps)
+
+    sorted((run / "checkpoints").glob(f"{stage}-*"))[-1].unlink()  # as after a kill
+    done = clipgen(f"train-{stage}", "--run", "smoke", "--tracker", "tensorboard", results=tmp_path)
+    assert done.returncode == 0 and "failed" not in done.stderr, done.stderr
+    assert tracked(run) == (pytest.approx(wanted), steps) and len(steps) > 1
+    (hyper_parameters,) = (run / "tracker").glob(f"clipgen-{stage}/*/hparams.yml")
+    assert "preset.vqgan.codebook_size: " in hyper_parameters.read_text()
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_written(results):
+    arguments = ["train-vqgan", "--preset", "smoke", "--run", "y", "--tracker", "pen"]
+    done = CliRunner().invoke(main, arguments, env={"CLIPGEN_TRACKER": ""})  # restored after
+    assert done.exit_code == 1 and "tracker 'pen' is not here" in done.output and not results.exists()
 
 
 def test_executed_copies_are_whole_and_clean(smoke_run):

@@ -204,7 +204,7 @@ def test_gradients_are_clipped_and_a_step_that_is_not_finite_is_not_taken(tmp_pa
     assert torch.allclose(weight.detach(), torch.tensor([-0.3, -0.4]))
 
 
-def test_fit_resumed_is_uninterrupted_and_learns(tmp_path):
+def test_fit_resumed_is_uninterrupted_and_learns(tmp_path, monkeypatch):
     def train(name, steps_before=99):
         torch.manual_seed(0)
         model, target = torch.nn.Linear(4, 4), torch.eye(4)
@@ -219,9 +219,15 @@ def test_fit_resumed_is_uninterrupted_and_learns(tmp_path):
         fit(run, "layer", model, config, loss_of, {"data": "x"})
         return model, run.metrics("layer")
 
-    whole, lines = train("whole")
-    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    whole, whole_lines = train("whole")
+    assert whole_lines[-1]["loss"] < 0.3 * whole_lines[0]["loss"]
     with pytest.raises(Killed):
         train("parts", 10)
     parts, lines = train("parts")
     assert torch.equal(whole.weight, parts.weight) and [line["step"] for line in lines] == [5, 10, 15, 20]
+    monkeypatch.setenv("CLIPGEN_TRACKER", "tensorboard")
+    (tmp_path / "tracked").mkdir()
+    (tmp_path / "tracked" / "tracker").touch()  # no folder can be made there
+    with pytest.warns(UserWarning, match="tracker tensorboard failed .*in metrics.jsonl alone") as told:
+        tracked, tracked_lines = train("tracked")
+    assert torch.equal(whole.weight, tracked.weight) and tracked_lines == whole_lines and len(told) == 1
