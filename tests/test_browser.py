@@ -87,13 +87,22 @@ def lab(tmp_path_factory):
         server.wait(timeout=30)
 
 
-FIRST_IMAGE = ".jp-OutputArea-output img.widget-image"
+FIRST_IMAGE, GALLERY = ".clipgen-tiles img.widget-image", ".clipgen-gallery > *"
 BYTES = "async image => Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer()))"
 
 
 def first_image(page):
     """The pixels of the box's first image, as the browser has them."""
     return np.asarray(Image.open(io.BytesIO(bytes(page.locator(FIRST_IMAGE).first.evaluate(BYTES)))).convert("RGB"))
+
+
+def publish(page):
+    """The box as README and the quickstart show it, in 256 colours."""
+    page.set_viewport_size({"width": 1280, "height": 1040})
+    page.get_by_placeholder("what to generate").evaluate("field => field.closest('.jp-Cell').scrollIntoView()")
+    page.wait_for_timeout(1_000)
+    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    image.save(ROOT / "results" / "reference" / "figures" / "prompt_box.png", optimize=True)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -149,9 +158,30 @@ def test_a_prompt_typed_in_a_browser_gives_a_new_image(page, lab):
     page.get_by_text("temperature is 0.0: use a value above 0").wait_for()
     assert np.array_equal(first_image(page), after)
 
-    fill("temperature", "1"), fill("images", "64"), fill("rerank", "64")
+    page.get_by_role("button", name="Save", exact=True).nth(1).click()
+    page.get_by_text(re.compile(r"^saved as quickstart/generated/a-large-green-heart-1-\w{8}\.png$")).wait_for()
+    fill("temperature", "1")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Image (0)").click()
+    file = io.BytesIO()
+    Image.fromarray(after).save(file, "PNG")
+    chooser.value.set_files([{"name": "heart.png", "mimeType": "image/png", "buffer": file.getvalue()}])
+    page.get_by_role("button", name="Clear image").wait_for()
+    fill("images", "4")
+    button.click()
+    page.locator(GALLERY).nth(19).wait_for()
+    varied = first_image(page)
+    assert page.get_by_text("variation of an image").count() == 4 and not np.array_equal(varied, after)
+    if os.environ.get("CLIPGEN_PUBLISH") == "1":
+        publish(page)
+    page.get_by_role("button", name="Use", exact=True).nth(5).click()  # the second green heart
+    seed = page.get_by_label("seed", exact=True).element_handle()
+    page.wait_for_function("field => field.value === '1'", arg=seed)
+    assert field.input_value() == "a large green heart" and field.is_enabled()
+
+    fill("images", "64"), fill("rerank", "64")
     button.click()
     page.locator(FIRST_IMAGE).nth(63).wait_for()
     page.get_by_role("button", name="Stop", exact=True).click()
     page.get_by_text("stopped: the images before are back").wait_for()
-    assert page.locator(FIRST_IMAGE).count() == 8 and np.array_equal(first_image(page), after)
+    assert page.locator(FIRST_IMAGE).count() == 4 and np.array_equal(first_image(page), varied)

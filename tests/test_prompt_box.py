@@ -1,3 +1,4 @@
+import datetime
 import io
 import re
 from dataclasses import replace
@@ -6,11 +7,13 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import saved
 from PIL import Image
 
 from clipgen_lib.cli import tidied
-from clipgen_lib.data.images import to_arrays
-from clipgen_lib.prompt_box import PromptBox
+from clipgen_lib.data.images import from_arrays, to_arrays
+from clipgen_lib.prompt_box import PromptBox, read_image
+from clipgen_lib.runtime.runs import ClipgenError, open_run
 
 
 def shown(box):
@@ -93,6 +96,84 @@ def test_what_is_wrong_appears_as_a_sentence(generator):
         box.generate()
     assert "ZeroDivisionError: division by zero" in box.message.value and not box.button.disabled
     assert np.array_equal(shown(box), before)
+
+
+def upload(box, content, name="cat.png"):
+    file = {"name": name, "type": "image/png", "size": len(content), "content": content}
+    box.upload.value = ({**file, "last_modified": datetime.datetime.now(datetime.UTC)},)
+
+
+@pytest.fixture
+def photo():
+    """An image of the generator's size as a file, and in [-1, 1]."""
+    array = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return saved(Image.fromarray(array), "PNG"), from_arrays(array[None])
+
+
+def test_an_uploaded_image_is_varied_until_it_is_cleared(generator, photo):
+    box, (content, image) = PromptBox(generator, "a red circle", n=2, seed=5), photo
+    for name, wrong in (("cut.png", content[:200]), ("note.png", b"no image")):
+        upload(box, wrong, name)
+        assert name in box.message.value and box.image is None and not box.prompt.disabled
+    upload(box, content)
+    assert box.message.value == "" and box.prompt.disabled and box.upload.value == ()
+    press(box)
+    assert torch.equal(box.images, generator(image, n=2, seed=5)[0])
+    box.clear.click()
+    press(box)
+    assert torch.equal(box.images, generator("a red circle", n=2, seed=5)[0])
+
+
+def buttons(box, row):
+    """The buttons Use and Save of an image in the gallery, and what is said of it."""
+    _, beside = box.gallery.children[row].children
+    return *beside.children[1].children, beside.children[0].value
+
+
+def test_the_gallery_brings_back_what_made_an_image(generator, photo):
+    box = PromptBox(generator, "a red <circle>", n=2, seed=5)
+    press(box, guidance=1.5, guidance_schedule="linear")
+    upload(box, photo[0])
+    press(box, seed=8, n=62, guidance=3.0)
+    assert len(box.gallery.children) == 64 and "seed 69," in buttons(box, 61)[2]
+    use, _, text = buttons(box, 63)
+    assert "a red &lt;circle&gt;" in text and "seed 6, guidance 1.5, schedule linear" in text
+    use.click()
+    assert (box.prompt.value, box.fields["seed"].value, box.fields["guidance"].value) == ("a red <circle>", 6, 1.5)
+    press(box, n=1)
+    assert torch.equal(box.images, generator("a red <circle>", 1, 6, guidance=1.5, guidance_schedule="linear")[0])
+    assert len(box.gallery.children) == 64 and "seed 5," in buttons(box, 63)[2]
+    buttons(box, 1)[0].click()
+    assert box.prompt.disabled and torch.equal(box.image, photo[1])
+
+
+def test_a_saved_image_can_be_made_again(generator, photo, tmp_path):
+    box = PromptBox(generator, "a red circle", n=2, seed=5, run=open_run("quickstart", tmp_path))
+    press(box, top_k=7, candidates=2)
+    upload(box, photo[0])
+    press(box)
+    for row in (1, 3):  # a variation, a text
+        buttons(box, row)[1].click()
+    names = sorted(path.name for path in (tmp_path / "quickstart" / "generated").iterdir())
+    assert [name[:-13] for name in names] == ["a-red-circle-6", "variation-of-an-image-6"]
+    assert f"saved as quickstart/generated/{names[0]}" in box.message.value
+    weights = set()
+    for name, prompt in zip(names, ("a red circle", photo[1]), strict=True):
+        made = read_image(tmp_path / "quickstart" / "generated" / name)
+        assert made.prompt == prompt if isinstance(prompt, str) else torch.equal(made.prompt, generator.embed(box.image))
+        again = generator(made.prompt, seed=made.seed, **made.settings)[0]
+        assert np.array_equal(to_arrays(again), to_arrays(made.image[None])) and made.settings["top_k"] == 7
+        weights |= set(made.weights.items())
+    assert dict(weights).keys() == {"generator", "clip"} and len(weights) == 2
+    for content in (photo[0], b"no image"):
+        (tmp_path / "other.png").write_bytes(content)
+        with pytest.raises(ClipgenError, match="other.png was not saved by a prompt box"):
+            read_image(tmp_path / "other.png")
+    (tmp_path / "quickstart" / "published").touch()
+    buttons(box, 0)[1].click()
+    assert "is a published result" in box.message.value and torch.equal(
+        box.images, generator(photo[1], 2, 5, top_k=7, candidates=2)[0]
+    )
 
 
 @pytest.mark.parametrize(
