@@ -168,7 +168,7 @@ class PromptBox(widgets.VBox):
         kept = [*map(self._card, made), *self.gallery.children]
         self.gallery.children = kept[:MOST_KEPT]
         for card in kept[MOST_KEPT:]:
-            card.close_all()
+            _close(card)
 
     def _card(self, made: Made) -> widgets.HBox:
         """An image of the gallery, how it was made, and its buttons."""
@@ -224,6 +224,13 @@ def _words_of_shapes() -> set[str]:
     """The words of the Shapes world's captions."""
     texts = (text for i in range(50) for text in shapes.captions(shapes.scene_at(0, i, wild=True), 20))
     return {word for text in texts for word in WORDS.findall(text)}
+
+
+def _close(widget: widgets.Widget) -> None:
+    """A widget and those in it leave the page and the memory."""
+    for part in getattr(widget, "children", ()):
+        _close(part)
+    widget.close()
 
 
 def _grid(width: int, **layout: str) -> widgets.Layout:

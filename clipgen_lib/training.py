@@ -212,7 +212,7 @@ class Tracker:
             accelerator.init_trackers(project, values, options)
             self.tracker = accelerator.get_tracker(self.name)
             ids = {"wandb": attrgetter("id"), "mlflow": attrgetter("info.run_id")}
-            known.write_text(ids.get(self.name, repr)(self.tracker.tracker))
+            known.write_text(ids[self.name](self.tracker.tracker) if self.name in ids else project)
 
     def log(self, stage: str, step: int, scalars: dict[str, float], images: dict[str, np.ndarray | None]) -> None:
         """Scalars and, where Accelerate hands this tracker any, images (H, W, 3) uint8; what is not finite or None is left out."""

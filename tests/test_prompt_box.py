@@ -143,6 +143,7 @@ def test_the_gallery_brings_back_what_made_an_image(generator, photo):
     press(box, n=1)
     assert torch.equal(box.images, generator("a red <circle>", 1, 6, guidance=1.5, guidance_schedule="linear")[0])
     assert len(box.gallery.children) == 64 and "seed 5," in buttons(box, 63)[2]
+    assert use.comm is None and box.prompt.comm and buttons(box, 63)[0].comm, "the one that left the gallery is closed"
     buttons(box, 1)[0].click()
     assert box.prompt.disabled and torch.equal(box.image, photo[1])
 
@@ -160,7 +161,9 @@ def test_a_saved_image_can_be_made_again(generator, photo, tmp_path):
     weights = set()
     for name, prompt in zip(names, ("a red circle", photo[1]), strict=True):
         made = read_image(tmp_path / "quickstart" / "generated" / name)
-        assert made.prompt == prompt if isinstance(prompt, str) else torch.equal(made.prompt, generator.embed(box.image))
+        assert (
+            made.prompt == prompt if isinstance(prompt, str) else torch.equal(made.prompt, generator.embed(box.image))
+        )
         again = generator(made.prompt, seed=made.seed, **made.settings)[0]
         assert np.array_equal(to_arrays(again), to_arrays(made.image[None])) and made.settings["top_k"] == 7
         weights |= set(made.weights.items())
