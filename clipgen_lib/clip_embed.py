@@ -5,8 +5,6 @@ The only place that knows CLIP's input size, resize, mean and standard deviation
 embedded one under data/shapes_clip knows the Shapes world and nothing else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

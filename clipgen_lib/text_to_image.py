@@ -5,14 +5,12 @@ Prompt -> CLIP embedding -> condition -> tokens (sample.py) -> image (vqgan.py) 
 Axes: P prompts, n images of each, B = P * n, D CLIP dimension, L = h * w tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +75,7 @@ class TextToImage(
         clip_source: dict,
         settings: SampleConfig,
         bank_and_offset: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-    ) -> TextToImage:
+    ) -> Self:
         """Put trained parts together; parts that do not fit each other are a ClipgenError.
 
         Args:
@@ -101,7 +99,7 @@ class TextToImage(
         return generator.to(clip.device)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options: object) -> TextToImage:
+    def from_pretrained(cls, name: str | Path, **options: object) -> Self:
         """Read `shapes`, which comes with the project, a folder of `save_pretrained`, or a hub id.
 
         `options` are `clip`, or those of `PyTorchModelHubMixin.from_pretrained` (revision, cache_dir, ...). A generator

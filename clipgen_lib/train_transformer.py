@@ -3,12 +3,10 @@
 In: a token store. Out: p(tokens | embedding). No caption is seen: previews of text prompts come in as a callable.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -44,7 +42,7 @@ class Batch(NamedTuple):
     condition: torch.Tensor  # (B, D), what the transformer reads: embeddings with noise, some of them zero
     loss_weights: torch.Tensor  # (B,) on the CPU, in the embedding loss: 0 for most rows, mean 1 over a whole batch
 
-    def part(self, rows: np.ndarray, device: torch.device) -> Batch:
+    def part(self, rows: np.ndarray, device: torch.device) -> Self:
         """Some of the rows, on a device."""
         *inputs, loss_weights = (x[rows] for x in self)
         return Batch(*(x.to(device) for x in inputs), loss_weights)

@@ -10,13 +10,11 @@ convolutions padded on the right and below. `patch` folds pixels into channels f
 encoder kernels no wider than their stride: a token then depends on its own square of pixels alone.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -306,7 +304,7 @@ class VQGAN(nn.Module):
         return asdict(self.config)
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device = "cpu") -> VQGAN:
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> Self:
         """Read what `train_vqgan` wrote to a folder, in eval mode."""
         return load_weights(Path(folder), lambda described: cls(from_dict(VQGANConfig, described))).to(device).eval()
 

@@ -4,8 +4,6 @@ In: a folder. Out: a `Listing`: the images below it, what their folders say of s
 Links are followed; a name that stands in a data file is only ever looked up in a listing, never opened.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -13,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from ..runtime.distributed import tell
 from ..runtime.runs import ClipgenError, shortened
@@ -52,7 +50,7 @@ class Listing(NamedTuple):
             groups.setdefault(name[: max(name.find("/"), 0)] if has_train else "train", []).append(name)
         return groups
 
-    def without_strays(self) -> Listing:
+    def without_strays(self) -> Self:
         """Without the images beside class folders, at most one in ten, with which none would have a class; metadata keep them."""
         groups, strays = self.splits(), set()
         for names in groups.values() or [self.names]:

@@ -4,11 +4,10 @@ In: images sorted into class folders. Out: `<run>/classifier/`, a timm network t
 neither CLIP nor a generated image: unlike CapS, its accuracy is independent of the networks it evaluates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,7 @@ class Classifier(nn.Module):
         return {"config": asdict(self.config), "names": self.names}
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device = "cpu") -> Classifier:
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> Self:
         """Read what `train_classifier` wrote to a folder, in eval mode."""
 
         def make(described: dict) -> Classifier:

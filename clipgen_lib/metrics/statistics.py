@@ -4,12 +4,10 @@ In: batches of images and a feature network. Out: sums in float64 that do not gr
 (KID, precision, recall, density, coverage, Inception Score, FID over N) looks at a sample of at most SAMPLE rows, chosen by seed.
 """
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -57,7 +55,7 @@ class GaussianStatistics:
         covariance = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
         return Moments(mean.numpy(), covariance.numpy())
 
-    def __add__(self, other: GaussianStatistics) -> GaussianStatistics:
+    def __add__(self, other: Self) -> Self:
         """The statistics of two disjoint sets taken together."""
         whole = GaussianStatistics()
         whole.n, whole.total, whole.outer = self.n + other.n, self.total + other.total, self.outer + other.outer
