@@ -79,7 +79,7 @@ def test_an_unreadable_image_is_told_and_replaced(photos):
     assert batch.shape == (7, 3, 16, 16) and sorted(photos.skipped) == ["train/4.png", "train/6.png"]
     assert photos.skipped["train/4.png"].startswith("train/4.png is not an image")
     assert {int(x[0, 0, 0]) for x in batch} == {0, 30, 60, 90, 150}
-    for path in photos.paths:
+    for path in map(photos.encoded, range(7)):
         path.write_bytes(b"no image")
     with pytest.raises(ClipgenError, match="none of 7 images"):
         next(training_batches(open_images(photos.root, "train", 16), config(batch_size=7), seed=0))
@@ -120,9 +120,9 @@ def test_a_read_that_fails_stops_and_leaves_nothing_out(photos, monkeypatch, fau
     monkeypatch.setattr("time.sleep", waits.append)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     if fault != "descriptors":
-        photos.paths[2].unlink()
+        photos.encoded(2).unlink()
     if fault == "a folder":
-        photos.paths[2].mkdir()
+        photos.encoded(2).mkdir()
     with pytest.raises(ClipgenError, match="2.png cannot be read|Too many open files") as error:
         for rows, _ in ordered_batches(photos, range(7), 2, workers):
             if fault == "descriptors":

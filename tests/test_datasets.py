@@ -34,6 +34,10 @@ def secret(tmp_path):
     return str(save(tmp_path, "secret.png") / "secret.png")
 
 
+def files_of(images):
+    return [images.encoded(row) for row in range(len(images))]
+
+
 def both(path, size=8):
     return [open_images(path, split, size) for split in ("train", "val")]
 
@@ -144,12 +148,12 @@ def test_folder_with_captions_and_a_split_by_hash(tmp_path):
         text = save(tmp_path, f"deep/{i}.png") / "deep" / f"{i}.{'txt' if i % 2 else 'TXT'}"
         text.write_text(f"first {i}\n\nsecond\n")
     train, val = both(tmp_path)
-    assert len(train) == 44 and len(val) == 16 and not set(train.paths) & set(val.paths)
-    assert train.captions == [(f"first {path.stem}", "second") for path in train.paths]
-    for path in val.paths:
+    assert len(train) == 44 and len(val) == 16 and not set(train.names) & set(val.names)
+    assert train.captions == [(f"first {path.stem}", "second") for path in files_of(train)]
+    for path in files_of(val):
         next(path.parent.glob(f"{path.stem}.[tT]*")).unlink()
     assert not open_images(tmp_path, "val").has_captions
-    for path in val.paths[:10] + train.paths[:40]:
+    for path in files_of(val)[:10] + files_of(train)[:40]:
         path.unlink()
     train, again = both(tmp_path)
     assert len(train) == len(again) == 5 and set(again.names) & set(val.names)  # few images change their split
@@ -217,7 +221,7 @@ LAYOUTS = {  # files -> those of train, those of val, classes of train
 def test_splits_are_splits_and_no_classes(tmp_path, layout):
     files, *wanted, classes = LAYOUTS[layout]
     train, val = both(save(tmp_path, *(f"{name}.jpg" for name in files.split())))
-    assert ["".join(path.stem for path in images.paths) for images in (train, val)] == wanted
+    assert ["".join(path.stem for path in files_of(images)) for images in (train, val)] == wanted
     assert train.classes == (classes and list(classes))
 
 
@@ -348,7 +352,7 @@ def test_photos_in_archives_are_those_of_the_folder(shared, tmp_path, kind):
     folders = {split: open_images(shared / "coco-mini", split, 64) for split in ("train", "val")}
     for split, folder in folders.items():
         for number, part in enumerate(np.array_split(np.arange(len(folder)), 3)):
-            files = [(folder.paths[row].read_bytes(), folder.paths[row].name) for row in part]
+            files = [(folder.encoded(row).read_bytes(), folder.encoded(row).name) for row in part]
             texts = [folder.captions[row][0] for row in part]
             if kind == "tar":
                 members = {name: content for content, name in files}
@@ -363,7 +367,7 @@ def test_photos_in_archives_are_those_of_the_folder(shared, tmp_path, kind):
         assert len(found) == len(folder) and not found.skipped and found.split == split
         assert all(torch.equal(found[row], folder[row]) for row in range(0, len(found), 9))
         assert [texts[0] for texts in found.captions] == [texts[0] for texts in folder.captions]
-        assert found.names == [path.name for path in folder.paths]
+        assert found.names == [path.name for path in files_of(folder)]
         x, y = (torch.stack(list(training_batches(images, config, 1))) for images in (found, folder))
         assert torch.equal(x, y)
 

@@ -92,15 +92,11 @@ class ImageSet(Dataset):
             raise BadImage(f"{self.names[row]} has no bytes in the archive: write the images themselves into it")
         return image["bytes"]
 
-    @property
-    def paths(self) -> list[Path]:
-        """The file of each row; an archive has none."""
-        return [self.root / name for name in self.names]
-
     @cached_property
     def _texts(self) -> Texts:
         captions, classes = self._describe() if self._describe else (None, None)
-        return captions or (classes and [(CLASS_PROMPT.format(name),) for name in classes]), classes
+        named = classes and [(CLASS_PROMPT.format(name),) for name in classes]
+        return captions if any(captions or ()) else named, classes
 
     @property
     def captions(self) -> list[tuple[str, ...]]:
@@ -302,7 +298,7 @@ def _describe_folder(root: Path, names: list[str], listing: Listing, named: dict
         captions = [_captions(read_text(root / listing.texts[stem])) if stem in listing.texts else () for stem in stems]
     if classes is None and (found := folder_classes(names, bool(listing.splits()))):
         classes = class_names(found, root)
-    return captions if any(captions) else None, classes
+    return captions, classes
 
 
 def _metadata(path: Path) -> list[dict]:

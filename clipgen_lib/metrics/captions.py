@@ -88,11 +88,8 @@ def choose_captions(images: ImageSet, n: int, seed: int) -> Pairs:
     A smaller set gives further captions of its images until n or all of them are used.
     """
     order, captions = np.random.default_rng([seed, 17]).permutation(len(images)).tolist(), images.captions
-    rounds = range(max(map(len, captions), default=0))
-    pairs = [(row, captions[row][i]) for i in rounds for row in order if i < len(captions[row])]
-    if not pairs:
-        raise ClipgenError(f"the {images.split} split of {images.root} has no captions: evaluate on another split")
-    return pairs[:n]
+    rounds = range(max(map(len, captions)))
+    return [(row, captions[row][i]) for i in rounds for row in order if i < len(captions[row])][:n]
 
 
 def split_prompts(text: str) -> list[str]:

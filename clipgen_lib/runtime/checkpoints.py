@@ -6,10 +6,11 @@ A file is written beside its place and renamed, so that an interruption leaves t
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -193,15 +194,5 @@ def weights_file(weights: Weights, needed_by: str, otherwise: str) -> Path:
     return path
 
 
-@contextmanager
-def weights_alone() -> Iterator[None]:
-    """Within the block torch.load runs no code of any file, also where the package that calls it does not ask for that."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+# a context: within it torch.load runs no code of any file, also where the package that calls it does not ask for that
+weights_alone = partial(patch.dict, os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")

@@ -405,12 +405,8 @@ class Run:
         return figure
 
     def summary(self) -> dict:
-        path = self.path / "summary.json"
-        return (
-            read_json(path, "delete it: a step that is run again fills its part")
-            if path.exists()
-            else {"run": self.name}
-        )
+        path, cure = self.path / "summary.json", "delete it: a step that is run again fills its part"
+        return read_json(path, cure) if path.exists() else {"run": self.name}
 
     def add_to_summary(self, **entries: object) -> dict:
         """Put entries into summary.json, those of several steps (MERGED) into what is there, and return the whole."""

@@ -28,7 +28,7 @@ from ..data.batches import augmented_rows, batch_rows
 from ..data.datasets import ImageSet
 from ..data.images import from_arrays, to_float
 from ..metrics.captions import embed_pairs
-from ..runtime.runs import ClipgenError, Run, fresh_folder, progress
+from ..runtime.runs import Run, fresh_folder, progress
 from ..training import autocast, fit
 
 CONTEXT = 32
@@ -91,8 +91,6 @@ class ImagePairs:
         self.images, self.config, self.seed = images, config, seed
         self.hash = hashlib.sha256(repr([images.hash, images.captions]).encode()).hexdigest()[:16]
         self.rows = np.array([row for row, texts in enumerate(images.captions) if texts])
-        if not len(self.rows):
-            raise ClipgenError(f"{images.root} has no captions beside its images: CLIP learns from pairs")
         self.corpus = sorted({text for texts in images.captions for text in texts})
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
