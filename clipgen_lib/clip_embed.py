@@ -89,13 +89,9 @@ def find_weights(name: str = EMBEDDED, pretrained: str | None = None) -> Path | 
     from huggingface_hub import try_to_load_from_cache
     from open_clip.pretrained import get_pretrained_cfg
 
-    source = get_pretrained_cfg(name, pretrained or "")
-    repository, _, file = source.get("hf_hub", "").rpartition("/")
-    if not repository:
-        downloaded = Path("~/.cache/clip").expanduser() / Path(source.get("url", "")).name
-        return downloaded if downloaded.is_file() else None
+    repository, _, file = get_pretrained_cfg(name, pretrained or "").get("hf_hub", "").rpartition("/")
     known = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    cached = (try_to_load_from_cache(repository, file) for file in known)
+    cached = (try_to_load_from_cache(repository, file) for file in known if repository)
     return next((Path(path) for path in cached if isinstance(path, str)), None)
 
 

@@ -61,20 +61,18 @@ def weights_of(preset: Preset) -> list[str]:
 
 def missing_weights() -> dict[str, str]:
     """Every weights file that a preset or a metric asks for: its name, and where it is not here how to get it, else an empty text."""
-    found = {}
+    known = []  # name, whether it is here, how to get it
     for preset in map(load_preset, PRESETS):
         cure = "open_clip downloads it on first use, or copy its Hugging Face cache here"
-        if preset.clip.pretrained is None:
-            cure = f"restore {DATA / 'shapes_clip'} from the repository"
-        is_here = find_weights(preset.clip.name, preset.clip.pretrained) is not None
-        found[weights_of(preset)[0]] = "" if is_here else cure
-    is_here = (DATA / "shapes_generator" / "model.safetensors").is_file()
-    found["data/shapes_generator"] = "" if is_here else "restore it from the repository: clipgen generate needs it"
+        cure = cure if preset.clip.pretrained else f"restore {DATA / 'shapes_clip'} from the repository"
+        known.append((weights_of(preset)[0], find_weights(preset.clip.name, preset.clip.pretrained), cure))
+    cure = "restore it from the repository: clipgen generate needs it"
+    known.append(("data/shapes_generator", (DATA / "shapes_generator" / "model.safetensors").is_file(), cure))
     uses = (VGG16, "LPIPS loss"), (ALEXNET, "LPIPS"), (FID_INCEPTION, "FID"), (TORCHVISION_INCEPTION, "protocol dmgan")
     for file, use in uses:
-        is_here = (hub_folder() / file.file).is_file()
-        found[file.file] = "" if is_here else f"for {use}: put it into {hub_folder()}, from {file.source}"
-    return found
+        cure = f"for {use}: put it into {hub_folder()}, from {file.source}"
+        known.append((file.file, (hub_folder() / file.file).is_file(), cure))
+    return {name: "" if is_here else cure for name, is_here, cure in known}
 
 
 @cache

@@ -90,8 +90,6 @@ def training_batches(images: ImageSet, config: VQGANTrainConfig, seed: int, star
     where no image of a whole share can be decoded, one cannot be read at all, or a worker process was killed.
     """
     size, world = config.batch_size, distributed.world_size()
-    if size % world:
-        raise ClipgenError(f"batch_size {size} does not divide by {world} processes: change one of them")
     share = slice(distributed.rank() * size // world, (distributed.rank() + 1) * size // world)
     keys = (
         (batch_rows(len(images), size, seed, step)[share].tolist(), range(step * size, (step + 1) * size)[share])

@@ -29,7 +29,7 @@ class Classifier(nn.Module):
         import timm
 
         super().__init__()
-        self.config, self.names = config, list(names)
+        self.config, self.names = config, list(map(str, names))
         shape = {"channels": tuple(config.width * 2**i for i in range(4)), "output_stride": 16}
         self.network = timm.create_model("resnet18", num_classes=len(self.names), **shape)
 
@@ -48,13 +48,7 @@ class Classifier(nn.Module):
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Self:
         """Read what `train_classifier` wrote to a folder, in eval mode."""
-
-        def make(described: dict) -> Classifier:
-            config, names = from_dict(ClassifierConfig, described.get("config")), described.get("names")
-            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-                raise ClipgenError(f"config.json of {folder} lacks the names of the classes: restore the original file")
-            return cls(config, names)
-
+        make = lambda described: cls(from_dict(ClassifierConfig, described.get("config")), described.get("names"))
         return load_weights(Path(folder), make).to(device).eval().requires_grad_(False)
 
 
