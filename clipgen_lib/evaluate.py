@@ -256,7 +256,7 @@ def evaluate_generator(
     texts = dict(enumerate(prompts)) if images.has_captions else {}
     listed = caption_list((images.names[rows[i]], text) for i, text in texts.items())
     reconstruct = lambda x: generator.vqgan.decode(generator.vqgan.encode(x))
-    generated = ImageSet(folder.name, "all", folder, paths, images.size)
+    generated = ImageSet(folder.name, "all", folder, [path.name for path in paths], images.size)
     provenance = Provenance(texts, dict(enumerate(rows)), seed, listed, reconstruct)
     numbers = score_images(generated, images, config, evaluators, provenance)
     numbers["condition"] = "captions" if texts else "embeddings of the reference images, which have no captions"

@@ -170,7 +170,7 @@ def short(train, tmp_path_factory):
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
     for i in range(8):  # not square, so that crops differ
         Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((96, 64)).save(folder / f"{i}.png")
-    images = ImageSet("photos", "train", folder, sorted(folder.glob("*.png")), 64)
+    images = ImageSet("photos", "train", folder, sorted(p.name for p in folder.glob("*.png")), 64)
     steps = {"steps": 3, "adversarial_ramp": (0.0, 0.1), "adversarial_weight": 1.0, "save_every": 9}
     call = lambda folder, **changes: train(folder, "r", images, **steps | changes)
     return call, call(folder)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from .datasets import ImageSet
 from .images import BadImage, crop
 
 Batch = tuple[list[int], torch.Tensor]  # rows that could be read, (len(rows), 3, S, S) uint8
+Squares = tuple[*Batch, list[tuple[int, str]]]  # and the rows that could not, each with why
 
 
 @lru_cache(maxsize=4)
@@ -35,23 +35,22 @@ def batch_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     return np.concatenate([_epoch_order(n, seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
-class _Squares(NamedTuple):
-    rows: list[int]  # of a Batch
-    images: torch.Tensor
-    failed: list[tuple[int, str]]  # row, why not
-
-
 class _Reader(Dataset):
     """(rows, positions) -> their squares: centre crops, or augmented as seed and position in the training say."""
 
     def __init__(self, images: ImageSet, seed: int = 0, flip: bool = False, random_crop: bool = False):
         self.images, self.seed, self.flip, self.random_crop = images, seed, flip, random_crop
 
-    def __getitem__(self, key: tuple[Sequence[int], Sequence[int]]) -> _Squares | ClipgenError:
+    def __getitem__(self, key: tuple[Sequence[int], Sequence[int]]) -> Squares | ClipgenError:
         good, squares, failed, size = [], [], [], self.images.size
         for row, position in zip(*key, strict=True):
             try:
-                squares.append(self._square(row, position))
+                image, at = self.images[row], (0.5, 0.5)
+                if self.flip or self.random_crop:  # the same with any number of workers and processes
+                    top, left, side = np.random.default_rng([self.seed, 13, position]).random(3)
+                    at = (top, left) if self.random_crop else at
+                    image = image.flip(2) if self.flip and side < 0.5 else image
+                squares.append(crop(image, size, at))
                 good.append(row)
             except BadImage as error:
                 failed.append((row, str(error)))
@@ -59,18 +58,10 @@ class _Reader(Dataset):
                 return error  # not raised in a worker, from where torch brings a traceback
         # in a worker default_collate stacks straight into the memory that is shared
         stacked = default_collate(squares) if good else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return _Squares(good, stacked, failed)
-
-    def _square(self, row: int, position: int) -> torch.Tensor:
-        image, at = self.images[row], (0.5, 0.5)
-        if self.flip or self.random_crop:  # the same with any number of workers and processes
-            top, left, side = np.random.default_rng([self.seed, 13, position]).random(3)
-            at = (top, left) if self.random_crop else at
-            image = image.flip(2) if self.flip and side < 0.5 else image
-        return crop(image, self.images.size, at)
+        return good, stacked, failed
 
 
-def _load(reader: _Reader, keys: Iterable[tuple[Sequence[int], Sequence[int]]], workers: int) -> Iterator[_Squares]:
+def _load(reader: _Reader, keys: Iterable[tuple[Sequence[int], Sequence[int]]], workers: int) -> Iterator[Squares]:
     """Squares in the order of the keys, read ahead by workers; what is no image is told to `images.skipped`."""
     # a generator of its own: a loader otherwise takes numbers from the global one, and a resumed run would differ
     generator, images = torch.Generator().manual_seed(0), reader.images
@@ -78,7 +69,7 @@ def _load(reader: _Reader, keys: Iterable[tuple[Sequence[int], Sequence[int]]], 
         for found in DataLoader(reader, batch_size=None, sampler=keys, num_workers=workers, generator=generator):
             if isinstance(found, ClipgenError):
                 raise found
-            images.skipped |= {images.names[row]: why for row, why in found.failed}
+            images.skipped |= {images.names[row]: why for row, why in found[2]}
             yield found
 
 

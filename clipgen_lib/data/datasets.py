@@ -53,7 +53,7 @@ class ImageSet(Dataset):
 
     Args:
         name: what the data are called in results.
-        source: paths below `root`, or an opened `datasets.Dataset` with one column, the encoded images.
+        source: names below `root`, or an opened `datasets.Dataset` with one column, the encoded images.
         describe: () -> (captions, classes) of the rows, each None where there are none; called when they are asked for.
 
     `names` are paths below `root`, or names in the archive. `skipped`, name -> why it was left out, grows as images fail.
@@ -64,8 +64,7 @@ class ImageSet(Dataset):
     ):
         self.name, self.split, self.root, self.size, self._describe = name, split, root, size, describe
         self.table = None if isinstance(source, list) else source
-        names = source if self.table is None else _member_names(source)
-        self.names = [p.relative_to(root).as_posix() if isinstance(p, Path) else p for p in names]
+        self.names = source if self.table is None else _member_names(source)
         self.skipped: dict[str, str] = {}
         self._cache: dict[int, torch.Tensor] = {}
         self._cached_bytes = 0

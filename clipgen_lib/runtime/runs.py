@@ -266,13 +266,10 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def file_hash(*paths: Path) -> str:
-    """The first 16 hex digits of the SHA-256 of the files' bytes, in order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest()[:16]
+def file_hash(path: Path) -> str:
+    """The first 16 hex digits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
