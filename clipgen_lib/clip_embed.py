@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.transforms import v2
 
 from .runtime import distributed
 from .runtime.checkpoints import finite
@@ -46,8 +47,7 @@ def _plain(file: Path, folder: Path) -> str:
     published = {get_pretrained_url(name, tag).split("/")[-2] for name, tag in list_pretrained() if tag == "openai"}
     with open(file, "rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() not in published:
-            what = f"{file} holds code (a TorchScript archive that is not one of OpenAI's own), which is not run"
-            raise ClipgenError(f"{what}: save its state dict as .safetensors and give that")
+            raise ClipgenError(f"{file} holds code, which is not run: give its state dict as .safetensors")
     warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=FutureWarning)
     sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that lie among the tensors
     tensors = {k: v.clone() for k, v in torch.jit.load(file, map_location="cpu").state_dict().items() if k not in sizes}
@@ -121,15 +121,15 @@ class ClipEmbedder(nn.Module):
         preprocess = model.visual.preprocess_cfg
         for key, known in (("resize_mode", ("shortest", "squash")), ("interpolation", ("bicubic", "bilinear"))):
             if preprocess[key] not in known:
-                what = f"{key.replace('_', ' ')} {shortened(repr(preprocess[key]))}"
-                raise ClipgenError(f"CLIP {name} wants {what}: use a model of {' or '.join(map(repr, known))}")
+                raise ClipgenError(f"CLIP {name} has another {key} than {' and '.join(known)}: use another model")
         words = getattr(tokenizer, "vocab_size", 0)
         table = getattr(getattr(model, "text", model), "token_embedding", None)
         if table is not None and words > table.num_embeddings:
             what = f"the tokenizer of CLIP {name} has {words} words, its text tower {table.num_embeddings}"
             raise ClipgenError(f"{what}: put the merges of its training (bpe_merges.txt.gz) beside the weights")
-        self.squash, self.interpolation = preprocess["resize_mode"] == "squash", preprocess["interpolation"]
+        self.interpolation = v2.InterpolationMode(preprocess["interpolation"])
         self.size = preprocess["size"] if isinstance(preprocess["size"], int) else preprocess["size"][0]
+        self.sides = [self.size] * (2 if preprocess["resize_mode"] == "squash" else 1)  # one is the shorter
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(1, 3, 1, 1), persistent=False)
         with torch.inference_mode():
@@ -163,8 +163,8 @@ class ClipEmbedder(nn.Module):
         elif ":" in name:  # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files
             raise ClipgenError(f"CLIP {tag} names a place: give a folder, or an open_clip model and its weights")
         elif pretrained is None:
-            what = f"CLIP {shortened(name)!r} is no folder here, and as an open_clip model it needs `pretrained`"
-            raise ClipgenError(f"{what}: a tag such as 'openai' or a checkpoint file")
+            named = shortened(name, 100)
+            raise ClipgenError(f"CLIP {named!r} is no folder, and a model needs `pretrained`: give a tag or a file")
         else:
             source, digest = name, file_hash(Path(pretrained)) if is_file else tag
         try:
@@ -192,15 +192,10 @@ class ClipEmbedder(nn.Module):
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> what the image encoder takes: antialiased resize, centre crop, mean and std."""
-        height, width = images.shape[-2:]
-        sides = (self.size, self.size) if self.squash else (height, width)
-        target = tuple(side * self.size // min(sides) for side in sides)  # rounded down, as torchvision does
-        if target != (height, width):
-            images = F.interpolate(images, target, mode=self.interpolation, antialias=True, align_corners=False)
-            images = images.clamp(-1, 1)  # bicubic overshoots; 8-bit images cannot
-        top, left = round((target[0] - self.size) / 2), round((target[1] - self.size) / 2)
-        images = images[..., top : top + self.size, left : left + self.size]
-        return ((images + 1) / 2 - self.mean) / self.std
+        resized = v2.functional.resize(images, self.sides, self.interpolation)
+        if resized.shape != images.shape:
+            resized = resized.clamp(-1, 1)  # bicubic overshoots; 8-bit images cannot
+        return ((v2.functional.center_crop(resized, [self.size]) + 1) / 2 - self.mean) / self.std
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, D) image features before normalisation; what CLIP-FID is computed on."""
