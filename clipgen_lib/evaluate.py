@@ -22,7 +22,7 @@ from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_folder  # noqa: F401 (the second by others)
 from .data.images import codec, eight_bit, from_arrays, load_image, png, to_arrays, to_float
 from .metrics import oracle
-from .metrics.captions import PAIRS, caption_facts, caption_list, caption_scores, choose_captions
+from .metrics.captions import PAIRS, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
 from .metrics.distances import frechet_distance, reconstruction_scores  # noqa: F401 (the first by others)
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
@@ -68,8 +68,7 @@ def generate_images(
         generator: anything with `generate_each(prompts, seeds, **settings)`; settings are fields of SampleConfig.
         prompts: texts, or CLIP embeddings (N, D) of images.
 
-    Raises:
-        ClipgenError: the folder holds files that were not generated here, or an image has pixels that are not finite.
+    Raises ClipgenError: the folder holds files that were not generated here, or an image has pixels that are not finite.
     """
     paths = [folder / f"{row:05d}.png" for row in range(len(prompts))]
     if distributed.is_main():
@@ -176,6 +175,8 @@ def _distances(
     if provenance.reconstruct:
         batches = _batches(reference, config.batch_size, device, provenance.reconstruct)
         rfid = fid_by_radius(set_statistics(batches, network, config.blur), real)
+    listed = provenance.captions
+    digest = hashlib.sha256(listed.encode()).hexdigest()[:16]
     card = {
         "protocol": network.protocol,
         "definition": DEFINITIONS[network.protocol],
@@ -187,7 +188,7 @@ def _distances(
         "resize": RESIZE,
         "scored": {"name": images.name, "n": _count(images), "codec": codec(images.names)},
         "reference": described,
-        "captions": {**caption_facts(provenance.captions), "seed": provenance.seed} if provenance.captions else None,
+        "captions": {"n": listed.count("\n"), "hash": digest, "seed": provenance.seed} if listed else None,
         "versions": versions(),
     }
     biased = "its distances are biased upwards and compare with themselves only"
@@ -237,10 +238,8 @@ def evaluate_generator(
     """Generate for one caption each of `config.n` images of a split, and score what was generated against the split.
 
     Where a split has no captions, the CLIP embeddings of its images are the prompts. In a launch all processes generate and
-    the first one scores. The generated images stay in `folder`.
-
-    Returns:
-        (numbers, shown): what `score_images` gives; the first 64 `prompts` and `images`, and the caption list as text.
+    the first one scores. The generated images stay in `folder`. Returns what `score_images` gives, and a dict of the first
+    64 `prompts` and `images` and the caption list as text, `captions`.
     """
     if images.has_captions:
         rows, prompts = map(list, zip(*choose_captions(images, config.n, seed), strict=True))

@@ -52,22 +52,13 @@ def noise_embeds(embeds: torch.Tensor, lowest_cos: float, uniform: torch.Tensor,
     """Turn unit vectors (B, D) by random angles: each cosine with its origin uniform in [lowest_cos, 1].
 
     The noise is made orthogonal first, so the cosine is met exactly, whatever D (LAFITE, arXiv 2111.13792, adds it
-    without; its strongest setting corresponds to 0.32 at D = 512).
-
-    Args:
-        uniform: (B, 1) in [0, 1). noise: (B, D), normal.
+    without; its strongest setting corresponds to 0.32 at D = 512). `uniform` is (B, 1) in [0, 1), `noise` (B, D), normal.
     """
     if lowest_cos >= 1:
         return embeds
     cosine = lowest_cos + (1 - lowest_cos) * uniform
     noise = F.normalize(noise - (noise * embeds).sum(-1, keepdim=True) * embeds, dim=-1)
     return cosine * embeds + (1 - cosine**2).sqrt() * noise
-
-
-def drop_condition(embeds: torch.Tensor, share: float, uniform: torch.Tensor) -> torch.Tensor:
-    """Zero a share of the rows, those whose `uniform` (B, 1) is below it: the unconditional case that guidance needs
-    (arXiv 2207.12598)."""
-    return embeds * (uniform >= share)
 
 
 def embedding_loss(
@@ -121,11 +112,7 @@ def transformer_step(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss on a batch: NLL of the tokens + embedding_weight * CLIP embedding reconstruction (section 3.3).
 
-    Args:
-        model: a `NLLAndLogits`.
-
-    Returns:
-        The loss, and its two terms, the NLL in nats per token.
+    `model` is a `NLLAndLogits`. Returns the loss, and its two terms, the NLL in nats per token.
     """
     device, rows = batch.tokens.device, torch.nonzero(batch.loss_weights)[:, 0]
     weights, rows = batch.loss_weights[rows].to(device), rows.to(device)
@@ -156,7 +143,8 @@ def make_batch(
     size, dim = embeds.shape
     cosine, noise = torch.rand(size, 1, generator=rng), torch.randn(size, dim, generator=rng)
     condition = noise_embeds(centre(embeds, image_mean), config.noise_cos, cosine, noise)
-    condition = drop_condition(condition, config.condition_dropout, torch.rand(size, 1, generator=rng))
+    # zero rows are the unconditional case that guidance needs (arXiv 2207.12598)
+    condition = condition * (torch.rand(size, 1, generator=rng) >= config.condition_dropout)
     weights = torch.zeros(size)
     if config.embedding_weight > 0:
         count = max(1, round(config.embedding_share * size))

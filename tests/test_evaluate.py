@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -28,7 +29,7 @@ from clipgen_lib.evaluate import (
     score_images,
 )
 from clipgen_lib.metrics import oracle
-from clipgen_lib.metrics.captions import caption_facts, caption_list, read_captions, texts_of
+from clipgen_lib.metrics.captions import caption_list, read_captions, texts_of
 from clipgen_lib.metrics.distances import frechet_distance, reconstruction_scores
 from clipgen_lib.metrics.features import FeatureNetwork, feature_network
 from clipgen_lib.metrics.report import score_table, table
@@ -127,7 +128,8 @@ def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
     card = numbers["card"]
     assert card["protocol"] == "clip" and card["weights_hash"] == clip.weights_hash and card["k"] == [0, 1]
     assert card["reference"] == {"name": "world", "split": "val", "n": 12, "codec": "PNG"} and card["scored"]["n"] == 24
-    assert card["captions"] == {**caption_facts(shown["captions"]), "seed": 0} and "torch" in card["versions"]
+    digest = hashlib.sha256(shown["captions"].encode()).hexdigest()[:16]
+    assert card["captions"] == {"n": 24, "hash": digest, "seed": 0} and "torch" in card["versions"]
     assert "KID" in table({"run": "x", "evaluation": numbers}) and json.loads(json.dumps(numbers)) == numbers
     alone = score_images(open_folder(tmp_path / "g"), open_reference(world, 64), config, Evaluators(clip))
     assert alone["fid"] == numbers["fid"] and alone["floor"] == numbers["floor"] and "caps" not in alone
@@ -201,12 +203,14 @@ def test_reconstructions_by_hand(vqgan, world, tmp_path, monkeypatch):
 def folders(world, tmp_path):
     """Two folders of 20 images each, and a caption file of the first."""
     images = open_images(world, "train")
-    for name, paths in (("a", images.paths[:20]), ("b", images.paths[20:])):
+    for name, rows in (("a", range(20)), ("b", range(20, 40))):
         (tmp_path / name).mkdir()
-        for path in paths:
-            shutil.copy(path, tmp_path / name)
-    pairs = zip(images.paths, images.captions, strict=True)
-    (tmp_path / "captions.txt").write_text(caption_list((path.name, texts[0]) for path, texts in pairs))
+        for row in rows:
+            shutil.copy(images.encoded(row), tmp_path / name)
+    pairs = zip(images.names, images.captions, strict=True)
+    (tmp_path / "captions.txt").write_text(
+        caption_list((name[6:], texts[0]) for name, texts in pairs)
+    )  # without train/
     return tmp_path
 
 

@@ -180,7 +180,7 @@ def test_a_read_error_ends_no_extraction_as_if_it_were_done(images, tmp_path):
             return super().__getitem__(row)
 
     whole = extracted(images, tmp_path / "whole")
-    failing = FailingDisk(images.name, images.split, images.root, images.paths, images.size)
+    failing = FailingDisk(images.name, images.split, images.root, images.names, images.size)
     with pytest.raises(ClipgenError, match="Input/output error"):
         extracted(failing, tmp_path / "store")
     assert not (tmp_path / "store").exists() and extracted(images, tmp_path / "store") == whole

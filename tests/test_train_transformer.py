@@ -18,7 +18,6 @@ from clipgen_lib.store import extract
 from clipgen_lib.train_transformer import (
     Frozen,
     NLLAndLogits,
-    drop_condition,
     embedding_loss,
     make_batch,
     noise_embeds,
@@ -73,9 +72,10 @@ def test_noise_meets_its_cosine():
     assert noise_embeds(embeds, 1.0, uniform, noise) is embeds
 
 
-def test_condition_dropout_zeroes_whole_rows():
-    uniform = torch.rand(10_000, 1, generator=torch.Generator().manual_seed(0))
-    kept = drop_condition(torch.ones(10_000, 4), 0.1, uniform)
+def test_condition_dropout_zeroes_whole_rows(preset):
+    config = replace(preset.transformer_train, noise_cos=1.0, condition_dropout=0.1)
+    embeds, rng = torch.ones(10_000, 4), torch.Generator().manual_seed(0)
+    kept = make_batch(torch.zeros(10_000, 1), embeds, torch.zeros(4), config, rng).condition
     assert set(kept.sum(1).tolist()) == {0.0, 4.0} and abs((kept[:, 0] == 0).float().mean().item() - 0.1) < 0.01
 
 

@@ -3,7 +3,6 @@
 In: unit-norm CLIP embeddings (N, D) of images and of texts, or caption files. Out: CapS, R-precision, row -> caption.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -41,9 +40,8 @@ def caption_scores(
         pairs: (row, caption); those whose image cannot be read are left out, ClipgenError where none can.
         owners: row -> the real image that its caption describes, where some share one.
 
-    Returns:
-        `caps` (CapS, the mean cosine), `truncated_captions`, and of the first PAIRS pairs what `fit_scores` gives and their
-        number as `judged`.
+    Returns `caps` (CapS, the mean cosine), `truncated_captions`, and of the first PAIRS pairs what `fit_scores` gives and
+    their number as `judged`.
     """
     kept, shown, texts = embed_pairs(images, pairs, clip)
     wording, described = [text for _, text in kept], [owners[row] for row, _ in kept] if owners else []
@@ -103,11 +101,6 @@ def split_prompts(text: str) -> list[str]:
 def caption_list(pairs: Iterable[tuple[str, str]]) -> str:
     """A caption list as text: `name<TAB>caption` lines, names and captions on one line each."""
     return "".join(f"{name}\t{' '.join(text.split())}\n" for name, text in pairs)
-
-
-def caption_facts(text: str) -> dict:
-    """Length and hash of a caption list, for the protocol card."""
-    return {"n": text.count("\n"), "hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def read_captions(path: Path, seed: int = 0) -> dict[str, str]:
