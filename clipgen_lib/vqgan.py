@@ -47,13 +47,9 @@ def norm(channels: int, local: bool) -> nn.Module:
     return ChannelNorm(channels) if local else nn.GroupNorm(groups, channels, eps=EPSILON)
 
 
-def _zero(layer: nn.Conv2d) -> None:
-    """Residual branches begin as nothing and grow (Fixup, arXiv 1901.09321): short trainings get further."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
 class ResBlock(nn.Module):
+    """The branch begins as nothing and grows (Fixup, arXiv 1901.09321), as that of attention: short trainings get further."""
+
     def __init__(self, channels_in: int, channels_out: int, local: bool, kernel: int = 3):
         super().__init__()
         self.norm1 = norm(channels_in, local)
@@ -61,7 +57,8 @@ class ResBlock(nn.Module):
         self.norm2 = norm(channels_out, local)
         self.conv2 = nn.Conv2d(channels_out, channels_out, kernel, padding="same")
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-        _zero(self.conv2)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -76,7 +73,8 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = norm(channels, local=False)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-        _zero(self.proj_out)
+        for parameter in self.proj_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
@@ -275,8 +273,7 @@ class VQGAN(nn.Module):
     def forward(self, images: torch.Tensor, until_last_layer: bool = False) -> tuple[torch.Tensor, Quantized]:
         """(B, 3, H, W) in [-1, 1] -> reconstructions of the same shape (not clamped), and the quantiser's output.
 
-        Args:
-            until_last_layer: return what `decoder.last` reads in place of the reconstructions, for the adaptive weight.
+        With `until_last_layer` what `decoder.last` reads takes the place of the reconstructions, for the adaptive weight.
         """
         quantized = self.quantizer(self.quant_conv(self.encoder(images)))
         features = self.decoder.features(self.post_quant_conv(quantized.codes))
