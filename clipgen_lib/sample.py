@@ -34,12 +34,8 @@ def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0
         top_k: 0 keeps all.
         top_p: 1 keeps all (nucleus sampling, arXiv 1904.09751).
 
-    Returns:
-        (B, K) with -inf where a token is dropped. The likeliest token always stays, and so does every token that is as
-        likely as the last one kept.
-
-    Raises:
-        ClipgenError: temperature, top_k or top_p is out of range.
+    Returns (B, K) with -inf where a token is dropped. The likeliest token always stays, and so does every token that is as
+    likely as the last one kept. Raises ClipgenError: temperature, top_k or top_p is out of range.
     """
     if temperature < 1e-3:
         raise ClipgenError(f"temperature is {temperature}: use a value above 0.001 (top_k=1 takes the likeliest token)")
@@ -111,14 +107,11 @@ def seeded_uniforms(seeds: list[Seed], length: int, device: torch.device) -> tor
 
 
 def sample_token(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Sample a token for each row by inverting the cumulative distribution at one uniform number.
+    """Sample a token for each row, (B,) int64, by inverting the cumulative distribution at one uniform number.
 
     Args:
         logits: (B, K), -inf where a token is dropped.
         uniform: (B,) in [0, 1).
-
-    Returns:
-        (B,) int64.
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
@@ -201,11 +194,8 @@ def generate_tokens(
         seeds: one for each row; the same embedding and seed give the same tokens in a batch of any size.
         known: the first tokens of each row, (B, T) int64 with T < L; only those behind them are sampled.
 
-    Yields:
-        (B, L) int64 after every step, -1 where no token is sampled yet; the same tensor each time, so copy what is kept.
-
-    Raises:
-        ClipgenError: the transformer is in training mode, or seeds or known tokens do not fit the embeddings.
+    Yields (B, L) int64 after every step, -1 where no token is sampled yet; the same tensor each time, so copy what is kept.
+    Raises ClipgenError: the transformer is in training mode, or seeds or known tokens do not fit the embeddings.
     """
     known = embeds.new_empty(len(embeds), 0, dtype=torch.int64) if known is None else known
     _check(transformer, embeds, seeds, known)
@@ -251,5 +241,4 @@ def _check(transformer: ImageTransformer, embeds: torch.Tensor, seeds: list[Seed
         wanted = f"a row for each of the {len(embeds)} embeddings, shorter than the {transformer.n_tokens} of an image"
         raise ClipgenError(f"known tokens are {tuple(known.shape)}: give {wanted}")
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < transformer.codebook_size:
-        cure = "use those of the VQGAN of this transformer's training"
-        raise ClipgenError(f"known tokens lie outside 0 to {transformer.codebook_size - 1}: {cure}")
+        raise ClipgenError(f"known tokens lie outside 0 to {transformer.codebook_size - 1}: use its own VQGAN")

@@ -87,8 +87,7 @@ class TextToImage(
         if transformer.codebook_size != vqgan.config.codebook_size or transformer.n_tokens != vqgan.config.side**2:
             raise ClipgenError("VQGAN and transformer differ in codebook or token count: use both from one run")
         if transformer.clip_dim != clip.dim:
-            dims = f"{transformer.clip_dim} dimensions and CLIP {clip.name} has {clip.dim}"
-            raise ClipgenError(f"the transformer takes embeddings of {dims}: use the CLIP of its training")
+            raise ClipgenError(f"the transformer takes {transformer.clip_dim} dimensions: use the CLIP of its training")
         bank = torch.zeros(0, clip.dim) if bank is None else bank
         generator = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), len(bank))
         generator.bank.copy_(bank)
@@ -115,8 +114,7 @@ class TextToImage(
             raise
         except Exception as error:  # files may hold any bytes: hub, mixin and torch raise errors of many types
             unread = f"{shortened(str(name))!r} is no generator that can be read here ({reason(error)})"
-            cure = "give 'shapes', a folder that save_pretrained wrote, or a hub id"
-            raise ClipgenError(f"{unread}: {cure}") from error
+            raise ClipgenError(f"{unread}: give 'shapes', a folder of save_pretrained, or a hub id") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: object):

@@ -58,12 +58,9 @@ def adaptive_weight(
     Clamped to [0, largest]: unclamped it explodes where the discriminator saturates. Not differentiable itself. The gradients
     are those of the whole batch, whatever number of processes share it: one weight for all.
 
-    Args:
-        images: (B, 3, H, W), which both losses are computed on and `layer` has made; the perceptual network and the
-            discriminator are gone through once, here, and their part of the graph is freed.
-
-    Returns:
-        The weight, and the gradients of the two losses at the images, with which a backward pass can continue.
+    Both losses are computed on `images` (B, 3, H, W), which `layer` has made; the perceptual network and the discriminator
+    are gone through once, here, and their part of the graph is freed. Returns the weight, and the gradients of the two
+    losses at the images, with which a backward pass can continue.
     """
     grads = [torch.autograd.grad(loss, images)[0] for loss in (reconstruction, adversarial)]
     at_layer = [torch.autograd.grad(images, layer, grad, retain_graph=True)[0] for grad in grads]
@@ -122,8 +119,7 @@ def generator_step(
 ) -> GeneratorStep:
     """The generator's loss on images (B, 3, H, W) in [-1, 1], and its parts (arXiv 2012.09841).
 
-    Args:
-        adv_weight: of the adversarial loss, beside the adaptive weight; 0 leaves the discriminator out.
+    `adv_weight` is that of the adversarial loss, beside the adaptive weight; 0 leaves the discriminator out.
     """
     decoder = getattr(vqgan, "module", vqgan).decoder  # DDP hides the parts of a module
     with training.autocast(config, images.device):

@@ -141,15 +141,12 @@ class ImageTransformer(nn.Module):
         nn.init.normal_(self.condition.weight, std=0.5)
 
     def forward(self, embeds: torch.Tensor, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Logits of each token given the embedding and the tokens before it.
+        """Logits (B, T, K) float of each token given the embedding and the tokens before it.
 
         Args:
             embeds: (B, D) of unit norm, or zero rows for the unconditional case.
             tokens: (B, T) int64, 1 <= T <= L; the last one is predicted, never read.
             cache: with one, only positions that it does not hold are computed and returned, and it then holds them.
-
-        Returns:
-            (B, T, K) float logits; with a cache those of the positions that it did not hold.
         """
         return self.head(self.hidden(embeds, tokens, cache)).float()
 

@@ -89,8 +89,7 @@ def training_batches(images: ImageSet, config: VQGANTrainConfig, seed: int, star
     reader = _Reader(images, seed, config.flip, config.random_crop)
     for rows, squares, failed in _load(reader, keys, config.workers):
         if not rows:
-            what = f"none of {len(failed)} images of {images.root} could be read ({failed[0][1]})"
-            raise ClipgenError(f"{what}: check the data")
+            raise ClipgenError(f"none of {len(failed)} images of {images.root} could be read ({failed[0][1]})")
         again = torch.arange(len(failed)) % len(rows)
         yield torch.cat([squares, squares[again]]) if failed else squares
 
@@ -104,8 +103,7 @@ def ordered_batches(images: ImageSet, rows: Sequence[int], batch_size: int, work
             yield kept, squares
     if len(rows) and not count:
         why = next(reversed(images.skipped.values()))
-        what = f"none of {len(rows)} {images.split} images of {images.root} could be read ({why})"
-        raise ClipgenError(f"{what}: check the data")
+        raise ClipgenError(f"none of {len(rows)} {images.split} images of {images.root} could be read ({why})")
 
 
 def image_batches(images: ImageSet, batches: Iterable[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
@@ -120,10 +118,8 @@ def augmented_rows(
     """Images of given rows for a training that needs to know which is which (CLIP, a classifier).
 
     Each is cropped to between half and all of its area and resized back, and mirrored or not, as seed and step say.
-
-    Returns:
-        The rows that could be read, (b,), and their images, (b, 3, S, S) uint8; the others are in `images.skipped`. Raises
-        ClipgenError where none of them is an image, or one cannot be read at all.
+    Returns the rows that could be read, (b,), and their images, (b, 3, S, S) uint8; the others are in `images.skipped`.
+    Raises ClipgenError where none of them is an image, or one cannot be read at all.
     """
     crops = v2.Compose([v2.RandomResizedCrop(images.size, (0.5, 1.0)), v2.RandomHorizontalFlip(0.5 * flip)])
     good = {}
@@ -151,9 +147,8 @@ def dead_workers_told(images: ImageSet, workers: int) -> Iterator[None]:
     except RuntimeError as error:
         if not re.search(r"DataLoader worker \(pid", str(error)):
             raise
-        why = str(error).splitlines()[0]
-        what = f"a process that reads images of {images.root} was killed, most often for want of memory or of /dev/shm"
-        raise ClipgenError(f"{what} ({why}): take fewer workers than {workers}, or give more of both") from None
+        what = f"a process that reads images of {images.root} was killed ({str(error).splitlines()[0]})"
+        raise ClipgenError(f"{what}: take fewer workers than {workers}, or give it more memory or /dev/shm") from None
     finally:
         if len(images.skipped) > before:
             why = f"the last: {next(reversed(images.skipped.values()))}"

@@ -159,8 +159,7 @@ def open_images(
     if archives := _archives(root):
         first = Path(next(iter(archives.values()))[0])
         if root.is_dir() and (names := list_folder(root).names):
-            what = f"{root} holds {len(names):,} images and the archive {first.name}"
-            raise ClipgenError(f"{what}: give each a folder of its own")
+            raise ClipgenError(f"{root} holds {len(names):,} images and the archive {first.name}: give each its folder")
         kind = {".tar": "webdataset", ".parquet": "parquet"}[first.suffix.lower()]
         return _open_table(root, kind, split, size, named, archives)
     if root.is_dir():
@@ -202,8 +201,7 @@ def _split_by_hash(names: list[str], split: str, where: Path) -> np.ndarray:
     is_val[np.argsort(order, kind="stable")[: max(count, min(FEWEST_VAL, len(names) // 2))]] = True
     rows = np.flatnonzero(is_val == (split == "val"))
     if not len(rows):
-        cure = "add more, or make train/ and val/ folders"
-        raise ClipgenError(f"{where} has {len(names)} images, too few for a {split} split: {cure}")
+        raise ClipgenError(f"{where} has {len(names)} images, too few for a {split} split: add more, or make val/")
     return rows
 
 
@@ -215,8 +213,7 @@ def _open_coco(root: Path, split: str, size: int, name: str, year: str = "") -> 
     try:
         places, left_out = _coco_places(content, chosen, there)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        why = f"{type(error).__name__}: {reason(error)}"
-        raise ClipgenError(f"{path} is not in COCO's caption layout ({why}): restore the original file") from None
+        raise ClipgenError(f"{path} is not in COCO's layout ({shortened(repr(error))}): restore it") from None
     if not places:
         missing = f"none of the {len(content['images'])} images of {path.name}"
         raise ClipgenError(f"{root / chosen} holds {missing}: unpack {chosen}.zip there")

@@ -54,8 +54,7 @@ def patiently(read: Callable, path: object) -> Any:
         except (OSError, MemoryError) as error:
             why = getattr(error, "strerror", None) or reason(error)
         time.sleep(pause)
-    cure = "see that it is there, may be read and fits into memory, then run the same command again to resume"
-    raise ClipgenError(f"{path} cannot be read ({why}): {cure}")
+    raise ClipgenError(f"{path} cannot be read ({why}): mend that, then run the same command again to resume")
 
 
 def read_text(path: Path) -> str:
@@ -83,12 +82,9 @@ def load_image(source: Path | bytes, size: int, name: str = "") -> torch.Tensor:
     """Read an image, a file or its bytes, upright and in RGB, its short side resized to `size` pixels.
 
     Grey, palette, CMYK, 16-bit, float and alpha images become 8-bit RGB (alpha over white); EXIF rotation is applied.
-    Errors call it `name`, or by its path.
-
-    Returns:
-        (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`. Raises BadImage where the file is no image
-        of these formats, is cut short, is larger than 100 megapixels or 1 GB, or is a line; ClipgenError where it cannot be
-        read, now or some seconds later, or there is no memory for it.
+    Returns (3, H, W) uint8 with min(H, W) == size; the longer side is kept for `crop`. Raises BadImage where the file is no
+    image of these formats, is cut short, is larger than 100 megapixels or 1 GB, or is a line; ClipgenError where it cannot
+    be read, now or some seconds later, or there is no memory for it. Errors call it `name`, or by its path.
     """
     return patiently(lambda: _load(source, size, str(name or source)), name or source)
 

@@ -111,8 +111,7 @@ def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.T
         with weights_alone():
             module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
     except ModuleNotFoundError:
-        cure = "pip install torch-fidelity, which holds it"
-        raise MissingWeights(f"protocol {protocol!r} lacks torchmetrics' Inception: {cure}") from None
+        raise MissingWeights(f"protocol {protocol!r} lacks its network: pip install torch-fidelity") from None
     return module, module.fc.weight.detach()
 
 

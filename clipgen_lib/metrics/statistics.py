@@ -177,10 +177,9 @@ def fid_by_radius(scored: SetStatistics, reference: SetStatistics | Moments) -> 
 def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dict:
     """All that compares one set of images with another under one protocol.
 
-    Returns:
-        `fid` (k -> FID-k), `fid_over_n`, `inception_score` where the network has a head; of a reference of images `floor`
-        (FID-k of its halves), `kid` and `manifold` (precision, recall, density, coverage, of the same number `n` of
-        images of either set: coverage falls where the sets differ in size).
+    These are `fid` (k -> FID-k), `fid_over_n`, `inception_score` where the network has a head; of a reference of images
+    `floor` (FID-k of its halves), `kid` and `manifold` (precision, recall, density, coverage, of the same number `n` of
+    images of either set: coverage falls where the sets differ in size).
     """
     scores: dict = {"fid": fid_by_radius(scored, reference), "floor": {}}
     is_set = isinstance(reference, SetStatistics)

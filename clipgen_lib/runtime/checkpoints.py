@@ -123,9 +123,7 @@ def load_strictly(module: nn.Module, tensors: dict, source: Path) -> None:
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        what = f"{source} does not fit the {type(module).__name__} of its config ({detail})"
-        raise ClipgenError(f"{what}: use weights and config of one run") from None
+        raise ClipgenError(f"{source} does not fit its config ({reason(error)}): use both of one run") from None
 
 
 def load_weights(folder: Path, make: Callable[[dict], nn.Module]) -> nn.Module:
@@ -139,8 +137,7 @@ def load_weights(folder: Path, make: Callable[[dict], nn.Module]) -> nn.Module:
         with torch.device("meta"):
             module = make(described)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        what = f"{folder / 'config.json'} describes nothing that can be built ({reason(error)})"
-        raise ClipgenError(f"{what}: restore the original file") from None
+        raise ClipgenError(f"{folder}/config.json describes no network ({reason(error)}): restore it") from None
     load_strictly(module, read_weights(folder), folder)
     return module
 
@@ -189,8 +186,7 @@ def weights_file(weights: Weights, needed_by: str, otherwise: str) -> Path:
         what = f"{needed_by} needs {weights.file} (SHA-256 {weights.sha256}..., {weights.source})"
         raise MissingWeights(f"{what}: put it into {shown}, or {otherwise}")
     if not (found := file_hash(path)).startswith(weights.sha256):
-        what = f"{path} has the SHA-256 {found}..., not {weights.sha256}..."
-        raise ClipgenError(f"{what}: delete it and fetch it again from {weights.source}")
+        raise ClipgenError(f"{path} has another SHA-256, {found}: delete it and fetch it again from {weights.source}")
     return path
 
 

@@ -24,11 +24,8 @@ from .runs import ClipgenError
 def join(device: str = "cuda") -> torch.device:
     """Take this process into the launch it belongs to; nothing where there is no launcher, or it is in already.
 
-    Args:
-        device: `cpu` joins by gloo even where there are GPUs.
-
-    Returns:
-        The device to compute on: the given one, or in a launch this process's own.
+    `cpu` joins by gloo even where there are GPUs. Returns the device to compute on: the given one, or in a launch this
+    process's own.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return torch.device(device)
@@ -123,9 +120,8 @@ def together() -> Iterator[None]:
     except RuntimeError as error:  # of gloo as it is, of NCCL a subclass: only the text tells them from others
         if world_size() == 1 or not re.search(r"gloo|nccl|connection|socket|timed out", str(error), re.IGNORECASE):
             raise
-        cure = "run the same command again, with any number of processes, and it resumes from the last checkpoint"
-        ended = "another process of this launch has ended, and what it wrote says why"
-        raise ClipgenError(f"{ended}: {cure}") from None
+        ended = "another process of this launch has ended, and told why"
+        raise ClipgenError(f"{ended}: run the same command again, with any number of processes, to resume") from None
 
 
 def launch(function: Callable, *arguments: object, processes: int = 1) -> None:

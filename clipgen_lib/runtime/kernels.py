@@ -136,8 +136,7 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
         module.compile()
     except Exception as error:  # a missing compiler, header or backend each raises its own
         why = f"torch.compile does not work on this machine ({type(error).__name__})"
-        cure = "training runs without it, somewhat slower; a C++ compiler and Python's headers would mend it"
-        warnings.warn(f"{why}: {cure}", stacklevel=2)
+        warnings.warn(f"{why}, only slower without: a C++ compiler and Python's headers mend it", stacklevel=2)
 
 
 def largest(values: Tensor, k: int) -> Tensor:

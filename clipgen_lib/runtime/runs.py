@@ -145,8 +145,7 @@ def explained(kind: str, text: str) -> str:
     numbers = {int(number) for number in re.findall(r"(?:Errno |os error |code: )(\d+)", text)}
     text = shortened(re.sub(r"\[Errno \d+\] ", "", text)) or kind
     if "MemoryError" in kind or re.search(r"n't allocate memory|annot allocate memory|killed by signal", text):
-        cure = "close other programs or take a smaller preset, then run the same command to resume"
-        return f"the memory is used up ({text}): {cure}"
+        return f"the memory is used up ({text}): close other programs or take a smaller preset, then run it again"
     if kind != "SafetensorError" and not issubclass(getattr(builtins, kind, str), OSError):
         return ""
     otherwise = "see that its disk is there and well, then run the same command to resume"
