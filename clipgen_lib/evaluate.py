@@ -20,7 +20,7 @@ from .config import EvaluateConfig
 from .data import shapes
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_folder  # noqa: F401 (the second by others)
-from .data.images import codec, eight_bit, from_arrays, load_image, png, to_arrays, to_float
+from .data.images import blur, codec, eight_bit, from_arrays, jpeg, load_image, png, to_arrays, to_float
 from .metrics import oracle
 from .metrics.captions import PAIRS, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
@@ -321,3 +321,31 @@ def evaluate_vqgan(vqgan: VQGAN, images: ImageSet, lpips: torch.nn.Module | None
     values = {key: torch.cat([part[key].cpu() for part in scores]) for key in scores[0]}
     means = {key: float(value.mean()) for key, value in values.items()}
     return {**means, "n": len(values["psnr"]), **codebook_statistics(counts), **missing}
+
+
+CORRUPTIONS: dict[str, Change] = {
+    "none": lambda x: x,
+    "JPEG 50": lambda x: jpeg(x, 50),
+    "blur": lambda x: blur(x, 2),
+    "noise": lambda x: x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x),
+}
+
+
+def corruption_scores(images: ImageSet, network: FeatureNetwork, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """One half of a set's first 1,000 images, corrupted, against the other half: corruption -> metric -> value.
+
+    They show whether the metrics order corruptions. Metrics are `fid`, `kid`, precision, recall, density, coverage, and `psnr` and `ssim` against the half as it was.
+    """
+    rows = range(min(1_000, len(images)))
+    if len(rows) < 16:
+        raise ClipgenError(f"{images.root} has {len(rows)} images, too few to halve and compare: use at least 16")
+    whole = torch.cat([to_float(batch) for _, batch in ordered_batches(images, rows, 64)]).to(device)
+    reference, scores = set_statistics(whole[::2].split(64), network, (0,)), {}
+    for name, corrupt in CORRUPTIONS.items():
+        parts = [corrupt(part) for part in whole[1::2].split(64)]
+        distances = set_scores(set_statistics(parts, network, (0,)), reference)
+        pairs = reconstruction_scores(whole[1::2], torch.cat(parts))
+        manifold = {key: value for key, value in distances["manifold"].items() if key != "n"}
+        scores[name] = {"fid": distances["fid"]["0"], "kid": distances["kid"]["mean"], **manifold}
+        scores[name] |= {key: float(values.mean()) for key, values in pairs.items()}
+    return scores
