@@ -62,12 +62,7 @@ def noise_embeds(embeds: torch.Tensor, lowest_cos: float, uniform: torch.Tensor,
 
 
 def embedding_loss(
-    logits: torch.Tensor,
-    embeds: torch.Tensor,
-    vqgan: VQGAN,
-    clip: ClipEmbedder,
-    path: str = "straight-through",
-    form: str = "cosine",
+    logits: torch.Tensor, embeds: torch.Tensor, frozen: Frozen, path: str = "straight-through", form: str = "cosine"
 ) -> torch.Tensor:
     """CLIP embedding reconstruction (section 3.3): how far the embedding of the predicted image is from the given one, (b,).
 
@@ -85,10 +80,10 @@ def embedding_loss(
     else:
         soft = logits.softmax(-1)
         one_hot = torch.zeros_like(soft).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0) + soft - soft.detach()
-    codes = one_hot @ vqgan.quantizer.codes().to(one_hot.dtype)  # (b, L, C)
-    side = vqgan.config.side
-    images = vqgan.decode_codes(codes.transpose(1, 2).unflatten(2, (side, side)))
-    similarity = (clip.images(images) * embeds).sum(-1)
+    codes = one_hot @ frozen.vqgan.quantizer.codes().to(one_hot.dtype)  # (b, L, C)
+    side = frozen.vqgan.config.side
+    images = frozen.vqgan.decode_codes(codes.transpose(1, 2).unflatten(2, (side, side)))
+    similarity = (frozen.clip.images(images) * embeds).sum(-1)
     return 1 - similarity if form == "cosine" else -((1 + similarity) / 2).clamp_min(1e-6).log()
 
 
@@ -123,7 +118,7 @@ def transformer_step(
         distance = nll.new_zeros(())
         if len(rows):
             path, form = config.embedding_path, config.embedding_form
-            distances = embedding_loss(logits, batch.embeds[rows], frozen.vqgan, frozen.clip, path, form)
+            distances = embedding_loss(logits, batch.embeds[rows], frozen, path, form)
             distance = (weights * distances).sum() / len(batch.tokens)
     loss = nll + config.embedding_weight * distance
     return loss, {"loss": loss, "nll": nll, "embedding_loss": distance}
@@ -218,13 +213,13 @@ def validation_losses(
     transformer: ImageTransformer, store: TokenStore, frozen: Frozen, rows: int = 1_000
 ) -> dict[str, float]:
     """NLL (nats per token) and embedding loss on at most `rows` rows of a store, without noise."""
-    vqgan, clip, count = frozen.vqgan, frozen.clip, min(rows, len(store))
+    device, count = frozen.clip.device, min(rows, len(store))
     nll, distance = 0.0, 0.0
     for first in range(0, count, 100):
         part = slice(first, min(first + 100, count))
-        tokens, embeds = store.tokens(part).to(clip.device), store.embeds(part).to(clip.device)
+        tokens, embeds = store.tokens(part).to(device), store.embeds(part).to(device)
         logits = transformer(centre(embeds, transformer.image_mean), tokens)
         nll += F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() * len(tokens)
         if transformer.config.conditioning != "words":
-            distance += embedding_loss(logits, embeds, vqgan, clip).sum().item()
+            distance += embedding_loss(logits, embeds, frozen).sum().item()
     return {"nll": nll / count} | ({"embedding_loss": distance / count} if distance else {})

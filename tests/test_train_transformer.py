@@ -123,28 +123,28 @@ def test_transformer_step_is_the_formula(batch_of, transformer, frozen):
     assert plain.item() == pytest.approx(nll.item(), rel=1e-5) and "embedding_loss" not in scalars
 
 
-def test_forms_and_paths_of_the_embedding_loss(vqgan, clip):
+def test_forms_and_paths_of_the_embedding_loss(frozen):
     torch.manual_seed(0)
-    logits, embeds = torch.randn(2, 64, 32), clip.texts(["a red circle", "a blue star"])
-    cosine = 1 - embedding_loss(logits, embeds, vqgan, clip)
-    assert torch.allclose(embedding_loss(logits, embeds, vqgan, clip, form="log"), -((1 + cosine) / 2).log(), atol=1e-5)
+    logits, embeds = torch.randn(2, 64, 32), frozen.clip.texts(["a red circle", "a blue star"])
+    cosine = 1 - embedding_loss(logits, embeds, frozen)
+    assert torch.allclose(embedding_loss(logits, embeds, frozen, form="log"), -((1 + cosine) / 2).log(), atol=1e-5)
     sharp = F.one_hot(logits.argmax(-1), 32) * 200.0  # so sure that sampling takes the likeliest
-    sampled = embedding_loss(sharp, embeds, vqgan, clip, path="gumbel")
-    assert torch.allclose(sampled, embedding_loss(sharp, embeds, vqgan, clip), atol=1e-5)
+    sampled = embedding_loss(sharp, embeds, frozen, path="gumbel")
+    assert torch.allclose(sampled, embedding_loss(sharp, embeds, frozen), atol=1e-5)
     for settings in ({}, {"path": "gumbel", "form": "log"}):  # gradients reach the logits and nothing else
         leaf = logits.clone().requires_grad_()
-        embedding_loss(leaf, embeds, vqgan, clip, **settings).mean().backward()
+        embedding_loss(leaf, embeds, frozen, **settings).mean().backward()
         assert (leaf.grad.abs().sum((1, 2)) > 0).all()
-        assert all(p.grad is None for module in (vqgan, clip) for p in module.parameters())
+        assert all(p.grad is None for module in frozen[:2] for p in module.parameters())
 
 
-def test_descending_the_embedding_loss_lowers_the_clip_distance(vqgan, clip):
+def test_descending_the_embedding_loss_lowers_the_clip_distance(frozen):
     """Following the gradient brings the decoded image nearer to the prompt."""
     logits = torch.zeros(2, 64, 32).normal_(std=0.1, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    embeds = clip.texts(["a large red circle", "a blue star"])
+    embeds = frozen.clip.texts(["a large red circle", "a blue star"])
     optimizer, distances = torch.optim.Adam([logits], lr=0.1), []
     for _ in range(15):
-        loss = embedding_loss(logits, embeds, vqgan, clip).mean()
+        loss = embedding_loss(logits, embeds, frozen).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,7 +157,7 @@ def test_validation_losses_are_means_over_rows(store, transformer, frozen):
     tokens, embeds = store.tokens(slice(0, 5)), store.embeds(slice(0, 5))
     logits = transformer(embeds, tokens)
     assert found["nll"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item(), rel=1e-5)
-    assert found["embedding_loss"] == pytest.approx(embedding_loss(logits, embeds, *frozen[:2]).mean().item(), rel=1e-5)
+    assert found["embedding_loss"] == pytest.approx(embedding_loss(logits, embeds, frozen).mean().item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- training
