@@ -39,13 +39,7 @@ class Preview(NamedTuple):
     share: float  # of the tokens that are sampled, from 0 to 1
 
 
-class TextToImage(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="clipgen_lib",
-    tags=["text-to-image", "clip-gen"],
-    repo_url="https://arxiv.org/abs/2203.00386",
-):
+class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", tags=["text-to-image", "clip-gen"]):
     """Text or image in, images out.
 
     `save_pretrained(folder)` writes config.json and model.safetensors (VQGAN and transformer); the config names the CLIP,

@@ -334,17 +334,11 @@ def _write_world(root: Path, recipe: dict, splits: dict[str, tuple[int, int]]) -
             images, annotations = [], []
             for i in range(count):
                 scene = scene_at(recipe["seed"], first + i, held_out=split == "held_out")
-                entry = {
-                    "id": i,
-                    "file_name": f"{i:012d}.png",
-                    "height": CANVAS,
-                    "width": CANVAS,
-                    "scene": asdict(scene),
-                }
-                images.append(entry)
+                file, sides = f"{i:012d}.png", {"height": CANVAS, "width": CANVAS}
+                images.append({"id": i, "file_name": file, **sides, "scene": asdict(scene)})
                 texts = enumerate(captions(scene), 5 * i)
                 annotations += [{"id": j, "image_id": i, "caption": text} for j, text in texts]
-                Image.fromarray(render(scene)).save(folder / split / entry["file_name"], compress_level=1)
+                Image.fromarray(render(scene)).save(folder / split / file, compress_level=1)
                 bar.update()
             content = {"info": {"description": "Shapes world", **recipe}, "images": images, "annotations": annotations}
             (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))

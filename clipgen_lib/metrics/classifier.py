@@ -76,12 +76,9 @@ def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Cl
 
 
 def accuracy(
-    classifier: Classifier,
-    images: ImageSet,
-    classes: dict[int, str] | None = None,
-    change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    classifier: Classifier, images: ImageSet, classes: dict[int, str] | None = None, change: Callable = lambda x: x
 ) -> dict[str, float]:
-    """Share of images, changed first, that are classified as their class; None takes the classes of `images`."""
+    """Share of images, (B, 3, H, W) in [-1, 1] and changed first, classified as their class; None takes those of `images`."""
     device, correct = next(classifier.parameters()).device, []
     classes = dict(enumerate(images.classes)) if classes is None else classes
     for rows, batch in ordered_batches(images, list(classes), 250):

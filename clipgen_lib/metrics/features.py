@@ -80,9 +80,8 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
 def feature_network(protocol: str, clip: ClipEmbedder, weights: dict[str, Weights] = WEIGHTS) -> FeatureNetwork:
     """The feature network that a protocol names, on the CLIP's device.
 
-    Raises:
-        MissingWeights: its weights, or the package that holds its network, are not on this machine.
-        ClipgenError: unknown protocol, or a weights file that is not what its name says.
+    Raises MissingWeights: its weights, or the package that holds its network, are not on this machine; ClipgenError: unknown
+    protocol, or a weights file that is not what its name says.
     """
     if protocol not in PROTOCOLS:
         raise ClipgenError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
