@@ -160,11 +160,9 @@ class ClipEmbedder(nn.Module):
             merges = folder / "bpe_merges.txt.gz"
             arguments = {"bpe_path": str(merges)} if merges.is_file() else {}
             source, pretrained, is_file = f"local-dir:{folder}", None, False
-        elif ":" in name:  # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files
-            raise ClipgenError(f"CLIP {tag} names a place: give a folder, or an open_clip model and its weights")
-        elif pretrained is None:
-            named = shortened(name, 100)
-            raise ClipgenError(f"CLIP {named!r} is no folder, and a model needs `pretrained`: give a tag or a file")
+        # open_clip's `hf-hub:` and `local-dir:`, with which a config could name anybody's files, are no names of models
+        elif ":" in name or pretrained is None:
+            raise ClipgenError(f"CLIP {tag} is no folder, and a model's name needs `pretrained`: give a tag or a file")
         else:
             source, digest = name, file_hash(Path(pretrained)) if is_file else tag
         try:
