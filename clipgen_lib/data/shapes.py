@@ -106,7 +106,9 @@ def random_scene(rng: np.random.Generator, held_out: bool, n_objects: int | None
             if not wild:
                 x, y = (float(GRID * round(v / GRID)) for v in (x, y))
             objects.append(SceneObject(*pair, size, x, y, radius))
-        if _well_placed(objects):
+        pairs = itertools.combinations(objects, 2)
+        apart = all(math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2 for a, b in pairs)
+        if apart and (count != 2 or relation(*objects) is not None):
             ground, seed = _random_background(rng, wild), (int(rng.integers(2**31)),)
             return Scene(tuple(objects), ground, seed, jitter=9.0 if wild else 0.0)
 
@@ -127,12 +129,6 @@ def _random_pair(rng: np.random.Generator, held_out: bool, taken: set) -> tuple[
         pair = (str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))))
         if (pair in HELD_OUT) == held_out and pair not in taken:
             return pair
-
-
-def _well_placed(objects: list[SceneObject]) -> bool:
-    pairs = itertools.combinations(objects, 2)
-    apart = all(math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2 for a, b in pairs)
-    return apart and (len(objects) != 2 or relation(*objects) is not None)
 
 
 def relation(a: SceneObject, b: SceneObject, clear: float = 1.5) -> str | None:
