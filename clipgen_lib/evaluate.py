@@ -123,9 +123,8 @@ def score_images(
     images with their own captions, `caps_floor` with those of other images. rFID compares the reference with its
     reconstructions. `classes` are shares of images that are classified as the class they were generated for.
 
-    Returns:
-        What `set_scores` gives, with `rfid`, `card`, `warnings`, `n` and `n_reference`; `missing` says which weights are
-        not on this machine (`fid`, `rfid` and `floor` are then empty); `caps` and so on where captions are known.
+    Returns what `set_scores` gives, with `rfid`, `card`, `warnings`, `n` and `n_reference`; `missing` says which weights
+    are not on this machine (`fid`, `rfid` and `floor` are then empty); `caps` and so on where captions are known.
     """
     sets, clip = [some for some in (images, reference) if isinstance(some, ImageSet)], evaluators.clip
     numbers: dict = {

@@ -95,24 +95,22 @@ def _load(source: Path | bytes, size: int, path: str) -> torch.Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is in _decoded
-            array = _decoded(content, size, formats)
+            array = _decoded(content, size, formats, path)
     except Image.DecompressionBombError:  # Pillow's own limit, of twice as many
         raise BadImage(f"{path} has more than 100 megapixels: shrink it") from None
     except UnidentifiedImageError:
         raise BadImage(f"{path} is not an image that Pillow can read: remove it or save it again") from None
-    except BadImage as error:
-        raise BadImage(f"{path} {error}") from None
-    except MemoryError:
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # of a file of any bytes: Pillow's plugins raise whatever they stumble over
         raise BadImage(f"{path} is damaged ({reason(error)}): remove it or restore it from its source") from None
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def _decoded(content: bytes, size: int, formats: list[str]) -> np.ndarray:
+def _decoded(content: bytes, size: int, formats: list[str], path: str) -> np.ndarray:
     """(H, W, 3) uint8 with a short side of `size` pixels; raises BadImage where it is too large or a line."""
     with Image.open(io.BytesIO(content), formats=formats) as image:
-        pixels = f"has {image.width}x{image.height} pixels"
+        pixels = f"{path} has {image.width}x{image.height} pixels"
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{pixels}: shrink it below 100 megapixels")
         if max(image.size) > MAX_ASPECT * min(image.size):
