@@ -42,7 +42,7 @@ def _joined(context: click.Context, option: click.Parameter, device: str) -> str
     return device
 
 
-ALONE = ("train-classifier", "train-clip", "compare", "export")  # commands for one process, in no launch
+ALONE = ("train-classifier", "train-clip", "compare", "export", "sweep")  # commands for one process, in no launch
 PATHS = ("PRESET", "DATA", "CLIP", "IMAGE", "WEIGHTS")  # parameters of notebooks that may be paths
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
 OF_FOLDER = ("reference", "captions", "split", "protocol", "size", "output")  # options of evaluate, with --images
@@ -475,3 +475,49 @@ def tidied(notebook):
         for key in ("papermill", "execution", "widgets"):
             part.metadata.pop(key, None)
     return notebook
+
+
+@main.command("sweep")
+@click.argument("name")
+@PRESET
+@SET
+@click.option("--grid", multiple=True, metavar="PART.FIELD=VALUE,VALUE", help="a field and its values")
+@click.option("--seeds", type=click.IntRange(1), default=1, help="trainings of each combination of values")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="runs at a time, on several GPUs one after the other")
+@DATA
+@CLIP
+@DEVICE
+def sweep(name: str, preset: str, changes: tuple[str, ...], jobs: int, **options) -> str:
+    """Make a run for each combination of values, results/NAME/<cell>, and a table of them. Stages in common are made once.
+
+    The same command resumes; with another grid it keeps the runs that are there and adds the new ones.
+    """
+    from .study.compare import table_text
+    from .study.sweep import COLUMNS, Sweep
+
+    cells = options.pop("grid"), options.pop("seeds")
+    plan = replace(Sweep.checked(name, preset, shlex.join(changes), cells, **options), jobs=jobs)
+    failed, rows = plan.run(), plan.table()
+    shown = table_text(rows, [column for column in COLUMNS if any(column in row for row in rows)])
+    if failed:
+        click.echo(shown)
+        sentences = "; ".join(f"{cell}: {sentence}" for cell, sentence in failed.items())
+        raise ClipgenError(f"{len(failed)} of {len(plan.cells)} cells failed: {sentences}")
+    return f"{shown}\nruns: clipgen runs {name}   numbers: {plan.folder / 'table.json'}"
+
+
+@main.command("runs")
+@click.argument("sweep", default="")
+@click.option("--sort", default="", metavar="FIELD", help="rising, such as evaluation.caps  [default: by name]")
+@click.option("--where", multiple=True, metavar="FIELD=VALUE", help="only these, such as transformer.width=128")
+def list_runs(sweep: str, sort: str, where: tuple[str, ...]) -> str:
+    """Print the runs under results/, or those of SWEEP: the fields of their presets that differ, and the main metrics.
+
+    A FIELD is any of config.json or summary.json, with dots.
+    """
+    from .study.sweep import SHOWN, chosen, differing
+
+    table = chosen(clipgen_lib.Workbench.runs(sweep), where, sort)
+    asked = [text.partition("=")[0] for text in (*where, sort)]
+    shown = [name for name in dict.fromkeys([*differing(table), *asked, *SHOWN]) if name in table]
+    return table[shown].convert_dtypes().to_string(float_format="{:.4g}".format, na_rep="-")

@@ -12,12 +12,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ from .text_to_image import TextToImage
 from .training import chosen_tracker, finish, named_step
 from .transformer import ImageTransformer
 from .vqgan import VQGAN
+
+if TYPE_CHECKING:
+    import pandas
 
 PREVIEW_PROMPTS = (
     "a large red circle",
@@ -147,7 +150,7 @@ class Workbench:
         chosen = replace(with_clip(chosen, clip_fields(clip)) if clip else chosen, shared=named_sources(chosen.shared))
         opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
         path = opened.path / "config.json"
-        begun = _begun_with(path) if path.exists() else None
+        begun = begun_with(path) if path.exists() else None
         known = {} if begun else opened.summary()
         if (known.get("preset", chosen.name), known.get("seed", seed)) != (chosen.name, seed):
             before = f"preset {known['preset']} and seed {known['seed']}"
@@ -192,8 +195,37 @@ class Workbench:
             lost = f"{path} is missing: restore it, or give a stage the preset, data and seed of its beginning"
             none = f"there is no run {run!r}: begin it with 'clipgen run --run {run}' or train-vqgan"
             raise ClipgenError(lost if path.parent.is_dir() else none)
-        begun = _begun_with(path)
+        begun = begun_with(path)
         return cls.open(begun.preset, run, data, begun.seed, device)
+
+    @staticmethod
+    def runs(sweep: str = "") -> pandas.DataFrame:
+        """All runs under results/ with those of its sweeps, or those of one sweep: a row each, indexed by name.
+
+        Columns are the dotted fields of config.json, as for --set (`transformer.width`), and of summary.json
+        (`evaluation.caps`), which has the settings of the last evaluation (`sample.guidance`). A file that is missing or damaged
+        leaves its part of the row empty. Raises ClipgenError: no such sweep.
+        """
+        import pandas
+
+        sweeps = sorted(path.parent for path in runs.RESULTS.glob("*/sweep.json"))
+        if sweep and runs.RESULTS / sweep not in sweeps:
+            there = ", ".join(path.name for path in sweeps) or "none yet"
+            raise ClipgenError(f"there is no sweep {shortened(sweep)!r} in {runs.RESULTS}: choose from {there}")
+        roots = [runs.RESULTS / sweep] if sweep else [runs.RESULTS, *sweeps]
+        folders = {
+            path.parent for root in roots for kind in ("config", "summary") for path in root.glob(f"*/{kind}.json")
+        }
+        facts = {}
+        for folder in sorted(folders):
+            row = facts.setdefault(str(folder.relative_to(runs.RESULTS)), {})
+            with suppress(ClipgenError):
+                begun = begun_with(folder / "config.json")
+                fields = {**asdict(begun.preset), "preset": begun.preset.name, "data": begun.data, "seed": begun.seed}
+                row |= pandas.json_normalize(fields).drop(columns="name").to_dict("records")[0]
+            with suppress(ClipgenError):
+                row |= pandas.json_normalize(Run(folder).summary()).to_dict("records")[0]
+        return pandas.DataFrame.from_dict(facts, orient="index")
 
     def images(self, split: str = "train") -> ImageSet:
         return open_images(self.data, split, self.preset.vqgan.image_size, self.preset.shapes, self.seed)
@@ -535,7 +567,7 @@ class Workbench:
                 self._record(seconds={step: before + time.perf_counter() - start})
 
 
-def _begun_with(path: Path) -> RunConfig:
+def begun_with(path: Path) -> RunConfig:
     """What a run was begun with. A field that its config.json lacks has the default."""
     found = runs.read_json(path)
     try:

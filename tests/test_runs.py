@@ -172,7 +172,7 @@ def test_summary_merges_and_metrics_rewind(tmp_path):
 
 def test_names_seeds_and_differences(tmp_path):
     assert runs.differences({"a": {"b": 1, "c": (1, 2)}}, {"a": {"b": 2, "c": [1, 2]}, "d": 0}) == ["a.b", "d"]
-    for name in ("", "a/b", "..", ".hidden", "x" * 300, "a\nb", "a\0b", " a", None):
+    for name in ("", "a/b/c", "a/", "/a", "a/..", "..", ".hidden", "x" * 300, "a\nb", "a\0b", " a", None):
         with pytest.raises(ClipgenError, match="plain folder name"):
             open_run(name, tmp_path)
     for seed in (-1, 2**64, 1.5, "abc", None):

@@ -199,8 +199,11 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 
 
 def refuse_published(folder: Path) -> None:
-    """Raises `ClipgenError` where a file `published` in a folder says that it is; CLIPGEN_PUBLISH=1 allows to make it anew."""
-    if (folder / "published").exists() and os.environ.get("CLIPGEN_PUBLISH") != "1":
+    """Raises `ClipgenError` where a file `published` in it, or in its sweep, says that it is; CLIPGEN_PUBLISH=1 allows to make it anew."""
+    if (
+        any((place / "published").exists() for place in (folder, folder.parent))
+        and os.environ.get("CLIPGEN_PUBLISH") != "1"
+    ):
         cure = "write elsewhere by --run or CLIPGEN_RESULTS, or set CLIPGEN_PUBLISH=1 to make it anew"
         raise ClipgenError(f"{folder} is a published result: {cure}")
 
@@ -413,11 +416,17 @@ class Run:
 
 
 def open_run(name: str, results: Path | None = None) -> Run:
-    """The run of that name, a plain folder name; nothing is written."""
-    if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w .+=@,()-]{0,99}", name) or name != name.strip(" ."):
+    """The run of that name, a plain folder name, or SWEEP/CELL of two; nothing is written."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    plain = (re.fullmatch(r"[^\W_][\w .+=@,()-]*", part) and part == part.strip(" .") for part in parts)
+    if not all(plain) or len(parts) > 2 or len(parts[0]) > 100 or len(parts[-1]) > 200:
         cure = "use at most 100 letters, digits, '-' and '_'"
         raise ClipgenError(f"run name {shortened(repr(name), 80)} is not a plain folder name: {cure}")
     path = (results or RESULTS) / name
+    if len(parts) == 2 and (path.parent / "config.json").exists():
+        raise ClipgenError(f"{path.parent} is a run, not a sweep of several: choose another name than {name!r}")
+    if (path / "sweep.json").exists():
+        raise ClipgenError(f"{path} is a sweep: name one of its runs, which 'clipgen runs {name}' lists")
     if any(path.glob(".*.old")):  # a kill came between two renames, if no other process is at it
         with suppress(ClipgenError), held(path, f"run {name!r}"):
             pass

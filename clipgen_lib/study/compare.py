@@ -201,7 +201,7 @@ def _train(wb: Workbench, run: Run, configs: dict) -> None:
 
 def metrics(result: dict) -> dict[str, float]:
     """The columns of a result; `oracle_error` is one minus the mean of colour and shape accuracy of one-object texts."""
-    evaluation, oracle = result["evaluation"], result["oracle"]
+    evaluation, oracle = result["evaluation"], result.get("oracle", {})
     columns = {key: evaluation[key] for key in ("caps", "r_precision") if key in evaluation}
     if fid := evaluation["fid"]:
         columns |= {"fid_0": fid["0"], "fid_1": fid["1"], "rfid": evaluation["rfid"]["0"]}
@@ -230,12 +230,17 @@ def read_table(folder: Path, recipes: tuple[Recipe, ...]) -> list[dict]:
         results = [result for path in paths if path.exists() and _is_of(recipe, (result := read_json(path))["recipe"])]
         if not results:
             continue
-        columns = [metrics(result) for result in results]
-        shared = {key: [c[key] for c in columns] for key in columns[0] if all(key in c for c in columns)}
         row = {"name": recipe.name, "description": recipe.description, "text": recipe.text}
-        row["seeds"] = [result["seed"] for result in results]
-        table.append(row | {k: {"mean": float(np.mean(v)), "std": float(np.std(v))} for k, v in shared.items()})
+        table.append(row | mean_and_std(results))
     return table
+
+
+def mean_and_std(results: list[dict]) -> dict:
+    """The seeds of some results, and mean and std over them of every number that all of `metrics` have."""
+    columns = [{k: v for k, v in metrics(result).items() if isinstance(v, (int, float))} for result in results]
+    common = {key: [c[key] for c in columns] for key in columns[0] if all(key in c for c in columns)}
+    row = {"seeds": [result["seed"] for result in results]}
+    return row | {k: {"mean": float(np.mean(v)), "std": float(np.std(v))} for k, v in common.items()}
 
 
 def image_files(folder: Path, recipes: tuple[Recipe, ...], kind: str = "") -> dict[str, Path]:
