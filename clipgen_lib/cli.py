@@ -520,4 +520,5 @@ def list_runs(sweep: str, sort: str, where: tuple[str, ...]) -> str:
     table = chosen(clipgen_lib.Workbench.runs(sweep), where, sort)
     asked = [text.partition("=")[0] for text in (*where, sort)]
     shown = [name for name in dict.fromkeys([*differing(table), *asked, *SHOWN]) if name in table]
-    return table[shown].convert_dtypes().to_string(float_format="{:.4g}".format, na_rep="-")
+    lines = table[shown].convert_dtypes().to_string(float_format="{:.4g}".format, na_rep="-")
+    return lines if len(table) else "there are no such runs"

@@ -14,7 +14,7 @@ from clipgen_lib.cli import main
 from clipgen_lib.config import SharedConfig, changed, load_preset
 from clipgen_lib.runtime.runs import ClipgenError, write_atomic, write_json
 from clipgen_lib.study.compare import metrics
-from clipgen_lib.study.sweep import cells_of, shared
+from clipgen_lib.study.sweep import Sweep, cells_of, differing, shared
 from clipgen_lib.workbench import Workbench
 
 GRID = ["clip.name=shapes,nowhere", "sample.guidance=1,3"]
@@ -138,6 +138,16 @@ def test_runs_side_by_side(results):
     for name, sentence in (("s", "is a sweep: name one of its runs"), ("alone/a", "is a run, not a sweep")):
         done = command("run", "--preset", "smoke", "--run", name)
         assert done.exit_code == 1 and sentence in done.output
+
+
+def test_the_committed_sweep_is_that_of_its_cells(monkeypatch):
+    monkeypatch.setattr("clipgen_lib.runtime.runs.RESULTS", ROOT / "results")
+    rows = json.loads((ROOT / "results" / "smoke-sweep" / "table.json").read_text())
+    found = Sweep("smoke-sweep", "smoke", {}, {}, "shapes", "cpu").table()
+    assert sorted(found, key=lambda row: row["name"]) == sorted(rows, key=lambda row: row["name"]) and len(rows) == 4
+    table = Workbench.runs("smoke-sweep")
+    assert len(table) == 8 and (table["evaluation.n"] == 64).all()
+    assert differing(table) == ["transformer.width", "transformer_train.seed", "sample.guidance"]
 
 
 def test_a_sweep_is_killed_and_resumed_and_names_what_fails(clipgen, tmp_path):

@@ -226,7 +226,7 @@ def chosen(table: pandas.DataFrame, where: Sequence[str], sort: str) -> pandas.D
         if not sign:
             raise ClipgenError(f"{shortened(text)!r} is not FIELD=VALUE: write for example transformer.width=256")
         table = table[[found == wanted or str(found) == value for found in table[known(table, field)]]]
-    as_is = lambda column: column if column.dtype.kind in "biuf" else column.map(str)  # texts, lists and none at once
+    as_is = lambda column: column if column.dtype.kind in "biuf" else column.map(str, na_action="ignore")
     return table.sort_values(known(table, sort), key=as_is, kind="stable") if sort else table
 
 
