@@ -200,12 +200,10 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 
 def refuse_published(folder: Path) -> None:
     """Raises `ClipgenError` where a file `published` in it, or in its sweep, says that it is; CLIPGEN_PUBLISH=1 allows to make it anew."""
-    if (
-        any((place / "published").exists() for place in (folder, folder.parent))
-        and os.environ.get("CLIPGEN_PUBLISH") != "1"
-    ):
+    published = [place for place in (folder, folder.parent) if (place / "published").exists()]
+    if published and os.environ.get("CLIPGEN_PUBLISH") != "1":
         cure = "write elsewhere by --run or CLIPGEN_RESULTS, or set CLIPGEN_PUBLISH=1 to make it anew"
-        raise ClipgenError(f"{folder} is a published result: {cure}")
+        raise ClipgenError(f"{published[0]} is a published result: {cure}")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
