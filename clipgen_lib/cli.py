@@ -25,7 +25,7 @@ import clipgen_lib  # its public names are imported when they are first used
 from .config import PRESETS, EvaluateConfig, load_preset
 from .metrics.report import score_table, table
 from .runtime import runs
-from .runtime.runs import MOST_SEED, RESULTS, ROOT, ClipgenError, held, open_run, progress, refuse_published, shortened
+from .runtime.runs import MOST_SEED, ROOT, ClipgenError, held, open_run, progress, refuse_published, shortened
 
 
 def _joined(context: click.Context, option: click.Parameter, device: str) -> str:
@@ -270,9 +270,7 @@ def compare(name: str, run: str, steps: int, only: tuple[str, ...], data: str, d
     from .study.compare import TABLES, run_table, table_text
 
     wb = clipgen_lib.Workbench.reopen(run, device, data)
-    with held(RESULTS / name, f"table {name!r}"):
-        entries = run_table(wb, TABLES[name], steps=steps, only=only)
-    return table_text(entries, TABLES[name].columns)
+    return table_text(run_table(wb, TABLES[name], steps, only), TABLES[name].columns)
 
 
 @main.command("train-clip")

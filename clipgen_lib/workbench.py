@@ -284,9 +284,13 @@ class Workbench:
 
     def generator(self) -> TextToImage:
         """The run's networks put together; a transformer trained with others is a ClipgenError."""
-        settings, vqgan = self.preset.sample, self.vqgan()
-        transformer, extras = self._transformer(self.run.path / "transformer", vqgan), self.bank_and_offset(settings)
-        return TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, extras)
+        vqgan = self.vqgan()
+        transformer = self._transformer(self.run.path / "transformer", vqgan)
+        return self.assembled(vqgan, transformer, self.bank_and_offset(self.preset.sample))
+
+    def assembled(self, vqgan: VQGAN, transformer: ImageTransformer, extras: tuple) -> TextToImage:
+        """A generator of these networks, with what `bank_and_offset` gives."""
+        return TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample, extras)
 
     def _transformer(self, folder: Path, vqgan: VQGAN) -> ImageTransformer:
         """A transformer from a folder; trained with another VQGAN or CLIP it is a ClipgenError."""
@@ -374,11 +378,11 @@ class Workbench:
         if preset.shared.vqgan and not all((self.run.path / "store" / split).is_dir() for split in ("val", "train")):
             self.extract()
         vqgan, stores = self.vqgan(), (self.store(), self.store("val"))
-        prompts, settings = (self.preview_prompts(), stores[1].embeds(slice(0, 6))), preset.sample
-        extras = self.bank_and_offset(settings)
+        prompts = self.preview_prompts(), stores[1].embeds(slice(0, 6))
+        extras = self.bank_and_offset(preset.sample)
 
         def preview(transformer, step):  # always of the same prompts and seeds
-            generator = TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, settings, extras)
+            generator = self.assembled(vqgan, transformer, extras)
             images = torch.cat([generator.generate_each(p, list(range(len(p))), candidates=1) for p in prompts])
             sheet = grid(images, columns=len(images))
             Image.fromarray(sheet).save(self.run.file("previews", f"{step:06d}.png"))
@@ -500,9 +504,10 @@ class Workbench:
             val, config, place = self.images("val"), self.preset.evaluate, folder / "captions"
             numbers, shown = evaluate.evaluate_generator(generator, val, by, config, place, self.seed, **settings)
             entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
-            if self.has_oracle:
-                place, n = folder / "oracle", config.n_oracle
-                entries["oracle"] = evaluate.evaluate_oracle(generator, place, n, self.seed, **settings)
+            if self.has_oracle and config.n_oracle:
+                of_images = ("image", "reconstruction") if isinstance(generator, TextToImage) else ()
+                asked = folder / "oracle", config.n_oracle, self.seed, ("text", *of_images)
+                entries["oracle"] = evaluate.evaluate_oracle(generator, *asked, **settings)
         if distributed.is_main():
             start, texts = time.perf_counter(), shown["prompts"][:16]
             generator.generate_each(texts, list(range(len(texts))), **settings)

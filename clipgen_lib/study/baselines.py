@@ -142,9 +142,12 @@ class Supervised(System):
     settings: SampleConfig
 
     @torch.inference_mode()
-    def generate_each(self, prompts: list[str], seeds: list[int], **settings: object) -> torch.Tensor:
-        words, settings = self.clip.tokenizer(list(prompts)).to(self.device), replace(self.settings, **settings)
-        return decode(self.vqgan, generate(self.transformer, words, seeds, settings), settings.batch_size)
+    def generate_each(self, prompts: list[str] | torch.Tensor, seeds: list[int], **settings: object) -> torch.Tensor:
+        """Prompts may be their words too, as of a `WordStore`."""
+        words = prompts if isinstance(prompts, torch.Tensor) else self.clip.tokenizer(list(prompts))
+        settings = replace(self.settings, **settings)
+        tokens = generate(self.transformer, words.to(self.device), seeds, settings)
+        return decode(self.vqgan, tokens, settings.batch_size)
 
 
 class Fusion(nn.Module):

@@ -1,30 +1,35 @@
 """The comparison: one change at a time on the paper's plain recipe, and other systems under the same evaluation.
 
-In: a finished run, whose VQGAN and store all recipes share. Out: a folder of results/ for each of TABLES, with a JSON file
-and an image for each recipe and seed, and table.json with mean and spread over seeds. A result that is there is kept.
+In: a finished run, whose VQGAN and store all rows share. Out: a folder of results/ for each of TABLES, with a run for each recipe
+and seed, table.json with mean and spread over seeds, and images of each run in rows/. A run that is finished is kept.
 """
 
-import hashlib
 import itertools
 import json
-import time
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
 
-from .. import evaluate, train_transformer
-from ..config import SampleConfig, TransformerConfig, TransformerTrainConfig, from_dict, replaced
+from ..config import Preset, SharedConfig, changed
 from ..data.images import grid
-from ..runtime.checkpoints import module_hash
-from ..runtime.runs import RESULTS, ClipgenError, Run, open_run, read_json, write_json
+from ..metrics.classifier import Classifier
+from ..runtime import runs
+from ..runtime.runs import ClipgenError, Run
+from ..store import TokenStore
 from ..text_to_image import TextToImage
 from ..transformer import ImageTransformer
-from ..workbench import Workbench
+from ..vqgan import VQGAN
+from ..workbench import Workbench, begun_with
 from . import baselines
+from .released import named_sources
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Recipe:
     name: str
     description: str
     transformer: dict = field(default_factory=dict)
-    train: dict = field(default_factory=dict)
+    transformer_train: dict = field(default_factory=dict)
     sample: dict = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     text: str = "none"  # in training: none, unpaired (only its mean) or paired
@@ -50,7 +55,6 @@ class Table:
     n_captions: int
     n_oracle: int
     columns: list[str]
-    has_outside: bool = True  # also keeps images for prompts outside of the training data
 
 
 def _recipes(rows: list[dict], scales: list[float]) -> tuple[Recipe, ...]:
@@ -75,128 +79,138 @@ TABLES = {
 }
 
 
-def run_table(
-    wb: Workbench, table: Table, results: Path = RESULTS, steps: int = 0, only: Iterable[str] = ()
-) -> list[dict]:
-    """Train and evaluate the recipes that have no result yet; write and return the table.
+@dataclass(frozen=True)
+class Row(Workbench):
+    """A run of a table: what its recipe needs of pairs and other systems, and a `Workbench` does not have."""
+
+    recipe: Recipe
+    base: Workbench  # the run whose VQGAN and store it takes
+    clip, evaluation_clip = property(attrgetter("base.clip")), property(attrgetter("base.evaluation_clip"))
+
+    @classmethod
+    def begun(cls, base: Workbench, name: str, recipe: Recipe, preset: Preset) -> "Row":
+        """Begin or open the run, with VQGAN and store taken; a run of another recipe is a ClipgenError."""
+        opened = Workbench.open(preset, name, base.data, base.seed, base.device)
+        row = cls(opened.run, opened.preset, opened.data, recipe, base)
+        row.extract()
+        return row
+
+    def classifier(self) -> Classifier | None:
+        return self.base.classifier()
+
+    def store(self, split: str = "train") -> TokenStore:
+        store, words = super().store(split), self.preset.transformer.conditioning == "words"
+        if self.recipe.text != "paired":
+            return store
+        return baselines.paired_store(store, self.images(split).captions, self.clip, words)
+
+    def assembled(self, vqgan: VQGAN, transformer: ImageTransformer, extras: tuple) -> TextToImage | baselines.System:
+        if self.recipe.system == "supervised":
+            return baselines.Supervised(vqgan, self.clip, transformer, self.preset.sample)
+        return super().assembled(vqgan, transformer, extras)
+
+    def system(self) -> TextToImage | baselines.System:
+        """What is evaluated; trained first, or resumed, where it is to be trained."""
+        if self.recipe.system == "retrieval":
+            return baselines.Retrieval(self.vqgan(), self.clip, self.store(), self.images())
+        if self.recipe.system == "vqgan-clip":
+            return baselines.VQGANCLIP(self.vqgan(), self.clip, self.preset.vqgan_clip)
+        if self.recipe.system == "gan":
+            seed = self.seed + self.preset.transformer_train.seed
+            with self._timed("gan", resumable=False):
+                generator = baselines.train_fusion_gan(self.images(), self.clip, self.preset.fusion_gan, seed)
+            return baselines.FusionGAN(self.vqgan(), self.clip, generator)
+        self.train_transformer()
+        return self.generator()
+
+
+def run_table(wb: Workbench, table: Table, steps: int = 0, only: Iterable[str] = ()) -> list[dict]:
+    """Train and evaluate the rows that are not finished; write and return the table.
 
     Args:
         wb: a run with its VQGAN and store made; its preset gives all that a recipe does not name.
         steps: of each transformer; 0 takes the preset's.
         only: names of recipes; none means all.
+
+    Raises:
+        ClipgenError: no such row, or rows that are there were begun with another recipe, run or data.
     """
     names = [recipe.name for recipe in table.recipes]
     if unknown := set(only) - set(names):
         raise ClipgenError(f"table {table.name!r} has no row {sorted(unknown)[0]!r}: choose from {', '.join(names)}")
-    wanted = [(seed, recipe) for recipe in table.recipes for seed in recipe.seeds if not only or recipe.name in only]
-    # the first seed of every recipe comes before the second of any: an interrupted comparison has all its rows
-    for seed, recipe in sorted(wanted, key=lambda pair: pair[0]):
-        run_recipe(wb, table, recipe, seed, configs_of(wb, recipe, seed, steps), results)
-        write_json(results / table.name / "table.json", read_table(results / table.name, table.recipes))
-    return read_table(results / table.name, table.recipes)
-
-
-def configs_of(wb: Workbench, recipe: Recipe, seed: int = 0, steps: int = 0) -> dict:
-    """The configs of a recipe: the preset's, changed to the plain recipe, changed to this one, as far as they matter."""
-    preset, others = wb.preset, {"retrieval": None, "vqgan-clip": wb.preset.vqgan_clip, "gan": wb.preset.fusion_gan}
-    if recipe.system in others:
-        return {"system": recipe.system, "config": others[recipe.system], "text": recipe.text, "seed": seed}
-    parts = {"transformer": preset.transformer, "train": preset.transformer_train, "sample": preset.sample}
-    configs = {part: replaced(config, _changes(recipe, part)) for part, config in parts.items()}
-    if configs["transformer"].conditioning == "words":  # as many as CLIP itself reads
-        configs["transformer"] = replace(configs["transformer"], condition_tokens=wb.clip.tokenizer.context_length)
-    if steps:
-        configs["train"] = replace(configs["train"], steps=steps)
-    # a shift uses its text in sampling only: its training is that of a recipe without it
-    trains_on_text = recipe.text == "paired" or configs["train"].centre
-    return {**configs, "text": recipe.text if trains_on_text else "none", "seed": seed}
-
-
-def _changes(recipe: Recipe, part: str) -> dict:
-    """What a recipe decides of a part of the preset; the number of words is CLIP's own."""
-    changes = {**PLAIN[part], **getattr(recipe, part)}
-    return {k: v for k, v in changes.items() if k != "condition_tokens" or changes["conditioning"] != "words"}
-
-
-def run_recipe(wb: Workbench, table: Table, recipe: Recipe, seed: int, configs: dict, results: Path) -> None:
-    """Write the result of one recipe and seed; a file that is there and of the same configs is kept."""
-    meta, classifier, config = wb.store().meta, wb.classifier(), wb.preset.evaluate
-    inputs = {key: meta[f"{key}_hash"] for key in ("vqgan", "clip", "data")}
-    judges = {"judge": wb.evaluation_clip.weights_hash, "classifier": module_hash(classifier) if classifier else None}
-    n_oracle = min(table.n_oracle, config.n_oracle) if wb.has_oracle else 0
-    config = replace(config, n=min(table.n_captions, config.n), n_oracle=n_oracle)
-    kept = _plain_json({**configs, **inputs, "evaluate": config, **judges})
-    path = _row_file(results / table.name, recipe, seed)
-    if path.exists():
-        before = read_json(path)
-        if other := [key for key in inputs if before["recipe"][key] != inputs[key]]:
+    rows, folder, store = rows_of(wb, table, steps), runs.RESULTS / table.name, wb.store().meta["hash"]
+    for name in rows:
+        if Run(runs.RESULTS / name).summary().get("store", {}).get("hash", store) != store:
             cure = "move that folder away, or compare with the run they are of"
-            raise ClipgenError(f"{path.parent.parent} holds rows of another run (another {other[0]}): {cure}")
-        then = before["recipe"] | _plain_json(_configs(before["recipe"]))
-        if then == {key: value for key, value in kept.items() if key in then}:
-            return
-    print(f"{recipe.name}, seed {seed}", flush=True)
-    system, scores, seconds = _system(wb, recipe, configs, inputs, results / "ablation" / "trainings")
-    start, folder = time.perf_counter(), results / table.name / "generated" / path.stem
-    evaluators = evaluate.Evaluators(wb.evaluation_clip, classifier)
-    scored = (system, wb.images("val"), evaluators, config, folder / "captions", wb.seed)
-    result = {"name": recipe.name, "description": recipe.description, "seed": seed, "text": recipe.text, "recipe": kept}
-    result |= {"evaluation": evaluate.evaluate_generator(*scored)[0], "oracle": {}, "transformer": scores}
-    if n_oracle:
-        modalities = ("text", "image") if recipe.system == "clip-gen" else ("text",)
-        result["oracle"] = evaluate.evaluate_oracle(system, folder / "oracle", n_oracle, wb.seed, modalities)
-    evaluated, prompts = time.perf_counter(), wb.preview_prompts()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _save_images(system, prompts, path.with_suffix(".png"))
-    seconds |= {"evaluate": evaluated - start, "per_image": (time.perf_counter() - evaluated) / len(prompts)}
-    if table.has_outside:
-        _save_images(system, wb.outside_prompts(), path.with_name(f"{path.stem}-outside.png"))
-    write_json(path, result | {"seconds": seconds})
+            raise ClipgenError(f"{folder} holds rows of another run (another store): {cure}")
+    with runs.held(folder / "table.json", f"table {table.name!r}"):
+        for name, (recipe, preset) in rows.items():
+            if (only and recipe.name not in only) or result_of(runs.RESULTS / name, preset):
+                continue
+            print(name, flush=True)
+            source = preset.shared.transformer
+            if source and not (runs.RESULTS / source / "transformer").is_dir():  # not made, or a clone without weights
+                Row.begun(wb, source, *rows[source]).train_transformer()
+            row = Row.begun(wb, name, recipe, preset)
+            system = row.system()
+            row.evaluate(generator=system)
+            for kind, prompts in (("", wb.preview_prompts()), ("-outside", wb.outside_prompts())):
+                _save_images(system, prompts, folder / "rows" / f"{row.run.name}{kind}.png")
+            runs.write_json(folder / "table.json", _table(table.recipes, rows))
+    return _table(table.recipes, rows)
 
 
-def _save_images(system, prompts: list[str], path: Path) -> None:
+def rows_of(wb: Workbench, table: Table, steps: int = 0) -> dict[str, tuple[Recipe, Preset]]:
+    """The runs of a table, name -> recipe and preset. Rows that differ in sampling alone take the training of the first.
+
+    The first seed of every recipe comes before the second of any: an interrupted comparison has all its rows.
+    """
+    rows, makers = {}, {}
+    for seed, recipe in sorted(((seed, r) for r in table.recipes for seed in r.seeds), key=lambda pair: pair[0]):
+        preset, name = preset_of(wb, table, recipe, seed, steps), f"{table.name}/{row_name(recipe, seed)}"
+        trained = (preset.transformer, preset.transformer_train, recipe.text == "paired", recipe.system)
+        if makers.setdefault(trained, name) != name and recipe.system in ("clip-gen", "supervised"):
+            preset = changed(preset, {"shared": {"transformer": makers[trained]}})
+        rows[name] = recipe, preset
+    return rows
+
+
+def preset_of(wb: Workbench, table: Table, recipe: Recipe, seed: int = 0, steps: int = 0) -> Preset:
+    """The preset of a row: the run's, changed to the plain recipe, then to this one; its name tells system and text."""
+    parts = {part: {**plain, **getattr(recipe, part)} for part, plain in PLAIN.items()}
+    parts["transformer_train"] |= {"seed": seed} | ({"steps": steps} if steps else {})
+    if parts["transformer"]["conditioning"] == "words":  # as many as CLIP itself reads
+        parts["transformer"]["condition_tokens"] = wb.clip.tokenizer.context_length
+    most = wb.preset.evaluate
+    parts["evaluate"] = {"n": min(table.n_captions, most.n), "n_oracle": min(table.n_oracle, most.n_oracle)}
+    parts["shared"] = asdict(named_sources(SharedConfig(store=str(wb.run.path))))
+    name = f"{wb.preset.name}, {recipe.system}, text {recipe.text}"
+    return replace(changed(wb.preset, parts), name=name)
+
+
+def row_name(recipe: Recipe, seed: int) -> str:
+    """Of the folder of a row, and of its images."""
+    return "-".join([*re.findall(r"[^\W_]+", recipe.name), str(seed)])
+
+
+def result_of(folder: Path, preset: Preset | None = None) -> dict | None:
+    """The summary of a run that was evaluated as its preset says, with the seed of its training.
+
+    None of any other, and where `preset` is given of a run with another one.
+    """
+    with suppress(ClipgenError):
+        summary, begun = Run(folder).summary(), begun_with(folder / "config.json").preset
+        as_begun = not runs.differences(summary.get("sample", {}), asdict(begun.sample))
+        if "evaluation" in summary and as_begun and preset in (None, begun):
+            return {**summary, "seed": begun.transformer_train.seed}
+    return None
+
+
+@torch.inference_mode()
+def _save_images(system: TextToImage | baselines.System, prompts: list[str], path: Path) -> None:
     """One image for each prompt, with seeds 0, 1, ..., side by side in a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid(system.generate_each(prompts, list(range(len(prompts)))), columns=len(prompts))).save(path)
-
-
-def _system(wb: Workbench, recipe: Recipe, configs: dict, inputs: dict, trainings: Path) -> tuple[object, dict, dict]:
-    """The system of a recipe, the scores of its transformer on validation images, and the seconds of its training."""
-    vqgan, clip = wb.vqgan(), wb.clip
-    if recipe.system == "retrieval":
-        return baselines.Retrieval(vqgan, clip, wb.store(), wb.images()), {}, {}
-    if recipe.system == "vqgan-clip":
-        return baselines.VQGANCLIP(vqgan, clip, configs["config"]), {}, {}
-    if recipe.system == "gan":
-        start = time.perf_counter()
-        generator = baselines.train_fusion_gan(wb.images(), clip, configs["config"], configs["seed"])
-        return baselines.FusionGAN(vqgan, clip, generator), {}, {"train": time.perf_counter() - start}
-    # recipes that differ in sampling alone share a training, named by all that decides it
-    needed = _plain_json({**{key: value for key, value in configs.items() if key != "sample"}, **inputs})
-    name = hashlib.sha256(json.dumps(needed, sort_keys=True).encode()).hexdigest()[:8]
-    run, sample = replace(open_run(name, trainings), seed=configs["seed"], device=wb.device), configs["sample"]
-    if not (run.file("recipe.json").exists() and (run.path / "transformer").is_dir()):  # a clone has no weights
-        _train(wb, run, configs)
-        write_json(run.file("recipe.json"), needed)
-    transformer, summary = ImageTransformer.load(run.path / "transformer", wb.device), run.summary()
-    if recipe.system == "supervised":
-        return baselines.Supervised(vqgan, clip, transformer, sample), summary["transformer"], summary["seconds"]
-    parts = (vqgan, transformer, clip, wb.clip_source, sample, wb.bank_and_offset(sample))
-    return TextToImage.from_parts(*parts), summary["transformer"], summary["seconds"]
-
-
-def _train(wb: Workbench, run: Run, configs: dict) -> None:
-    """Train the transformer of a recipe, and put its seconds and validation losses into the run's summary."""
-    preset = replace(wb.preset, transformer=configs["transformer"], transformer_train=configs["train"])
-    frozen = train_transformer.Frozen(wb.vqgan(), wb.clip, wb.text_mean() if configs["train"].centre else None)
-    splits, words = ("train", "val"), preset.transformer.conditioning == "words"
-    stores = tuple(map(wb.store, splits))
-    if configs["text"] == "paired":
-        pairs = zip(stores, splits, strict=True)
-        stores = tuple(baselines.paired_store(s, wb.images(split).captions, wb.clip, words) for s, split in pairs)
-    start = time.perf_counter()
-    transformer = train_transformer.train_transformer(run, stores, preset, frozen)
-    facts = train_transformer.validation_losses(transformer.to(run.device), stores[1], frozen)
-    run.add_to_summary(seconds={"train": time.perf_counter() - start}, transformer=facts)
 
 
 def metrics(result: dict) -> dict[str, float]:
@@ -216,23 +230,27 @@ def metrics(result: dict) -> dict[str, float]:
         columns |= {"two_both": two["both"], "relation": two["relation"]}
     if "image" in oracle:
         columns |= {f"image_{key}": oracle["image"]["one"][key] for key in ("colour", "shape")}
-    return columns | result["transformer"] | {f"seconds_{key}": value for key, value in result["seconds"].items()}
+    return (
+        columns | result.get("transformer", {}) | {f"seconds_{key}": value for key, value in result["seconds"].items()}
+    )
+
+
+def _table(recipes: tuple[Recipe, ...], rows: dict[str, tuple[Recipe, Preset]]) -> list[dict]:
+    """For each recipe with a finished run its name, seeds, and mean and std of every metric."""
+    table = []
+    for recipe in recipes:
+        results = [result_of(runs.RESULTS / name, preset) for name, (of, preset) in rows.items() if of is recipe]
+        if results := list(filter(None, results)):
+            row = {"name": recipe.name, "description": recipe.description, "text": recipe.text}
+            table.append(row | mean_and_std(results))
+    return table
 
 
 def read_table(folder: Path, recipes: tuple[Recipe, ...]) -> list[dict]:
-    """The table in a folder: for each recipe that has a result its name, seeds, and mean and std of every metric.
-
-    A result of other configs than the recipe has now is left out.
-    """
-    table = []
-    for recipe in recipes:
-        paths = [_row_file(folder, recipe, seed) for seed in recipe.seeds]
-        results = [result for path in paths if path.exists() and _is_of(recipe, (result := read_json(path))["recipe"])]
-        if not results:
-            continue
-        row = {"name": recipe.name, "description": recipe.description, "text": recipe.text}
-        table.append(row | mean_and_std(results))
-    return table
+    """The rows of these recipes in the table.json of a folder; none where there is no such file."""
+    path = folder / "table.json"
+    rows = {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    return [rows[recipe.name] for recipe in recipes if recipe.name in rows]
 
 
 def mean_and_std(results: list[dict]) -> dict:
@@ -245,7 +263,7 @@ def mean_and_std(results: list[dict]) -> dict:
 
 def image_files(folder: Path, recipes: tuple[Recipe, ...], kind: str = "") -> dict[str, Path]:
     """The images of each recipe's first seed, name -> file; `kind` "-outside" gives the prompts outside of the data."""
-    files = {recipe.name: _row_file(folder, recipe, recipe.seeds[0], f"{kind}.png") for recipe in recipes}
+    files = {r.name: folder / "rows" / f"{row_name(r, r.seeds[0])}{kind}.png" for r in recipes}
     return {name: path for name, path in files.items() if path.exists()}
 
 
@@ -262,25 +280,3 @@ def table_text(table: list[dict], columns: tuple[str, ...]) -> str:
     lines = [("", *columns), *((row["name"], *(cell(row, key) for key in columns)) for row in table)]
     first, *widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
     return "\n".join(name.ljust(first) + "".join(map(str.rjust, cells, widths)) for name, *cells in lines)
-
-
-def _row_file(folder: Path, recipe: Recipe, seed: int, ending: str = ".json") -> Path:
-    words = "".join(c if c.isalnum() else " " for c in recipe.name).split()
-    return folder / "rows" / f"{'-'.join([*words, str(seed)])}{ending}"
-
-
-def _is_of(recipe: Recipe, row: dict) -> bool:
-    """Whether the configs in a row are the plain ones with the recipe's changes, whatever the preset decides."""
-    are_of = (config == replaced(config, _changes(recipe, part)) for part, config in _configs(row).items())
-    return row.get("system", recipe.system) == recipe.system and all(are_of)
-
-
-def _configs(row: dict) -> dict:
-    """The configs in a row that may be older than some of their fields: these did what the default does."""
-    kinds = {"transformer": TransformerConfig, "train": TransformerTrainConfig, "sample": SampleConfig}
-    return {part: from_dict(kind, row[part], whole=False) for part, kind in kinds.items() if part in row}
-
-
-def _plain_json(values: dict) -> dict:
-    """Configs as dicts and tuples as lists, as they come back from a file."""
-    return json.loads(json.dumps(values, default=asdict))

@@ -25,7 +25,7 @@ from ..config import Preset, changed, load_preset
 from ..runtime import runs
 from ..runtime.runs import ClipgenError, open_run, shortened
 from ..workbench import Workbench, begun_with
-from .compare import TABLES, mean_and_std
+from .compare import TABLES, mean_and_std, result_of
 
 MADE_IN = {"vqgan": "vqgan", "store": "store/train", "transformer": "transformer"}  # folder of a stage that is done
 SHOWN = [
@@ -129,7 +129,7 @@ class Sweep:
             cure = "choose another name or give the base that it was begun with"
             raise ClipgenError(f"sweep {name!r} was begun with another {', '.join(other[:3])}: {cure}")
         there = {path.parent.name: begun_with(path).preset for path in sorted(folder.glob("*seed=*/config.json"))}
-        begun = {cell: found for cell, found in there.items() if cell in presets or _result(folder / cell)}
+        begun = {cell: found for cell, found in there.items() if cell in presets or result_of(folder / cell)}
         return cls(name, preset, now, shared(presets, name, begun), wb.data, wb.device)
 
     def lacks(self, cell: str) -> str:
@@ -160,7 +160,7 @@ class Sweep:
         A cell begins when the stages that it takes of others are there. Raises `runs.Stopped` after a signal, when the cells
         that were being made have saved and ended.
         """
-        waiting = [cell for cell in self.cells if not _result(self.folder / cell)]
+        waiting = [cell for cell in self.cells if not result_of(self.folder / cell)]
         running, failed = {}, {}
 
         def stopped() -> None:  # a closed terminal and Ctrl-C reach the cells' processes by themselves
@@ -193,18 +193,9 @@ class Sweep:
         rows: dict[str, list[dict]] = {}
         folders = [self.folder / cell for cell in self.cells]
         for folder in dict.fromkeys([*folders, *sorted(self.folder.glob("*seed=*"))]):
-            if result := _result(folder):
+            if result := result_of(folder):
                 rows.setdefault(re.sub(r",?seed=\d+$", "", folder.name) or "base", []).append(result)
         return [{"name": name, **mean_and_std(results)} for name, results in rows.items()]
-
-
-def _result(folder: Path) -> dict | None:
-    """The summary of a finished cell, evaluated as its preset says, with the seed of its training; None of any other."""
-    with suppress(ClipgenError):
-        summary, preset = runs.Run(folder).summary(), begun_with(folder / "config.json").preset
-        if "evaluation" in summary and not runs.differences(summary.get("sample", {}), asdict(preset.sample)):
-            return {**summary, "seed": preset.transformer_train.seed}
-    return None
 
 
 def differing(table: pandas.DataFrame) -> list[str]:
