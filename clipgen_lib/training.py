@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -195,24 +194,23 @@ class Tracker:
 
     def __init__(self, run: Run, stage: str, start: int, facts: dict):
         """Resume from step `start`, or begin with the run's config and `facts` as hyper-parameters; files in `<run>/tracker/`."""
-        self.name, self.tracker, project = chosen_tracker(), None, f"clipgen-{stage}"
+        self.name, self.tracker = chosen_tracker(), None
         if not self.name or not distributed.is_main():
             return
         from accelerate import Accelerator
+        from pandas import json_normalize
 
         with self._told():
-            config, known, place = run.path / "config.json", run.file("tracker", f"{project}.id"), run.path / "tracker"
-            own_id = known.read_text() if start and known.exists() else None
-            values = _flat((read_json(config) if config.exists() else {}) | facts) if own_id is None else None
-            os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(place / 'mlflow.db').resolve()}")
-            options = {"tensorboard": {"purge_step": start + 1}, "mlflow": {"run_id": own_id, "run_name": run.name}}
-            options["wandb"] = {"id": own_id, "resume": "allow", "name": run.name, "dir": str(place)}
-            chosen = {"cpu": run.device == "cpu", "log_with": self.name, "project_dir": place}
+            config, database = run.path / "config.json", run.file("tracker", "mlflow.db").resolve()
+            os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+            options = {"tensorboard": {"purge_step": start + 1}, "mlflow": {"run_name": run.name}}
+            options["wandb"] = {"name": run.name, "dir": str(database.parent)}
+            chosen = {"cpu": run.device == "cpu", "log_with": self.name, "project_dir": database.parent}
             accelerator = Accelerator(mixed_precision="no", **chosen)
-            accelerator.init_trackers(project, values, options)
+            (values,) = json_normalize((read_json(config) if config.exists() else {}) | facts).to_dict("records")
+            plain = {k: v if isinstance(v, (str, int, float)) else str(v) for k, v in values.items()}
+            accelerator.init_trackers(f"clipgen-{stage}", None if start else plain, options)
             self.tracker = accelerator.get_tracker(self.name)
-            ids = {"wandb": attrgetter("id"), "mlflow": attrgetter("info.run_id")}
-            known.write_text(ids[self.name](self.tracker.tracker) if self.name in ids else project)
 
     def log(self, stage: str, step: int, scalars: dict[str, float], images: dict[str, np.ndarray | None]) -> None:
         """Scalars and, where Accelerate hands this tracker any, images (H, W, 3) uint8; what is not finite or None is left out."""
@@ -237,12 +235,6 @@ class Tracker:
             what = f"tracker {self.name} failed ({reason(error)})"
             warnings.warn(f"{what}: from here on this training is in metrics.jsonl alone", stacklevel=4)
             self.tracker = None
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, str | float]:
-    """A nested dict as one of plain values, their names joined by dots."""
-    parts = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in values.items()]
-    return {k: v if isinstance(v, (str, int, float)) else str(v) for part in parts for k, v in part.items()}
 
 
 class Log:
