@@ -4,10 +4,9 @@ In: a finished run, whose VQGAN and store all rows share. Out: a folder of resul
 and seed, table.json with mean and spread over seeds, and images of each run in rows/. A run that is finished is kept.
 """
 
-import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
@@ -41,7 +40,7 @@ class Recipe:
     transformer: dict = field(default_factory=dict)
     transformer_train: dict = field(default_factory=dict)
     sample: dict = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
+    seeds: Sequence[int] = (0,)
     text: str = "none"  # in training: none, unpaired (only its mean) or paired
     system: str = "clip-gen"  # or supervised, vqgan-clip, gan, retrieval
 
@@ -57,25 +56,10 @@ class Table:
     columns: list[str]
 
 
-def _recipes(rows: list[dict], scales: list[float]) -> tuple[Recipe, ...]:
-    """The rows of a table: each on top of the one that it is `based_on`, and with `scales` once at each guidance scale."""
-    made: dict[str, Recipe] = {}
-    for row in rows:
-        row = {"seeds": [0], **row}
-        base = made.get(row.pop("based_on", ""))
-        changes = {part: {**(getattr(base, part) if base else {}), **row.pop(part, {})} for part in PLAIN}
-        made[row["name"]] = Recipe(**{**row, "seeds": tuple(row["seeds"])}, **changes)
-    curves = (
-        replace(recipe, name=f"{recipe.name}, guidance {scale:g}", sample={**recipe.sample, "guidance": scale})
-        for recipe, scale in itertools.product(made.values(), scales)
-    )
-    return tuple(curves) or tuple(made.values())
-
-
 _content = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8"))
 PLAIN: dict[str, dict] = _content.pop("plain")
 TABLES = {
-    name: Table(name, _recipes(table.pop("rows"), table.pop("scales", [])), **table) for name, table in _content.items()
+    name: Table(name, tuple(Recipe(**row) for row in table.pop("rows")), **table) for name, table in _content.items()
 }
 
 
