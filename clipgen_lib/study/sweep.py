@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,7 +29,9 @@ from .compare import TABLES, mean_and_std, result_of
 MADE_IN = {"vqgan": "vqgan", "store": "store/train", "transformer": "transformer"}  # folder of a stage that is done
 SHOWN = [
     "transformer.nll",
-    *(f"evaluation.{name}" for name in ("fid.0", "caps", "classes.accuracy")),
+    "evaluation.fid.0",
+    "evaluation.caps",
+    "evaluation.classes.accuracy",
 ]  # of runs side by side
 SHOWN += [f"oracle.text.{name}" for name in ("one.colour", "one.shape", "two.both", "held_out.shape")]
 COLUMNS = dict.fromkeys(TABLES["ablation"].columns + TABLES["photos"].columns)  # printed where a cell has them
@@ -209,21 +210,15 @@ def chosen(table: pandas.DataFrame, where: Sequence[str], sort: str) -> pandas.D
 
     Raises ClipgenError: no run has such a field.
     """
+    for field in filter(None, (*(text.partition("=")[0] for text in where), sort)):
+        if field not in table:
+            nearest = [name for name in table if field in name][:5] or difflib.get_close_matches(field, table, 5, 0)
+            raise ClipgenError(f"no run has a field {shortened(field)!r}: the nearest are {', '.join(nearest)}")
     for text in where:
         field, sign, value = text.partition("=")
-        wanted = {"true": True, "false": False}.get(value, value)
-        with suppress(ValueError):
-            wanted = float(value)
         if not sign:
             raise ClipgenError(f"{shortened(text)!r} is not FIELD=VALUE: write for example transformer.width=256")
-        table = table[[found == wanted or str(found) == value for found in table[known(table, field)]]]
-    as_is = lambda column: column if column.dtype.kind in "biuf" else column.map(str, na_action="ignore")
-    return table.sort_values(known(table, sort), key=as_is, kind="stable") if sort else table
-
-
-def known(table: pandas.DataFrame, field: str) -> str:
-    """A field that a table of runs has. Raises ClipgenError: it has not, with the nearest names."""
-    if field in table:
-        return field
-    nearest = [name for name in table if field in name][:5] or difflib.get_close_matches(field, table, 5, 0)
-    raise ClipgenError(f"no run has a field {shortened(field)!r}: the nearest are {', '.join(nearest)}")
+        number = pandas.to_numeric(value, errors="coerce")  # nan, which equals nothing, of a text
+        table = table[[number == found or str(found).casefold() == value.casefold() for found in table[field]]]
+    as_text = lambda column: column.map(str, na_action="ignore") if column.dtype == object else column
+    return table.sort_values(sort, key=as_text, kind="stable") if sort else table
