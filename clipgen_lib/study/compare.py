@@ -128,6 +128,7 @@ def run_table(wb: Workbench, table: Table, steps: int = 0, only: Iterable[str] =
             cure = "move that folder away, or compare with the run they are of"
             raise ClipgenError(f"{folder} holds rows of another run (another store): {cure}")
     with runs.held(folder / "table.json", f"table {table.name!r}"):
+        runs.write_json(folder / "sweep.json", asdict(begun_with(wb.run.path / "config.json")))  # for `clipgen runs`
         for name, (recipe, preset) in rows.items():
             if (only and recipe.name not in only) or result_of(runs.RESULTS / name, preset):
                 continue
@@ -214,9 +215,8 @@ def metrics(result: dict) -> dict[str, float]:
         columns |= {"two_both": two["both"], "relation": two["relation"]}
     if "image" in oracle:
         columns |= {f"image_{key}": oracle["image"]["one"][key] for key in ("colour", "shape")}
-    return (
-        columns | result.get("transformer", {}) | {f"seconds_{key}": value for key, value in result["seconds"].items()}
-    )
+    seconds = {f"seconds_{key}": value for key, value in result["seconds"].items()}
+    return columns | result.get("transformer", {}) | seconds
 
 
 def _table(recipes: tuple[Recipe, ...], rows: dict[str, tuple[Recipe, Preset]]) -> list[dict]:
