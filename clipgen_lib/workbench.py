@@ -213,16 +213,13 @@ class Workbench:
             there = ", ".join(path.name for path in sweeps) or "none yet"
             raise ClipgenError(f"there is no sweep {shortened(sweep)!r} in {runs.RESULTS}: choose from {there}")
         roots = [runs.RESULTS / sweep] if sweep else [runs.RESULTS, *sweeps]
-        folders = {
-            path.parent for root in roots for kind in ("config", "summary") for path in root.glob(f"*/{kind}.json")
-        }
+        paths = (path for root in roots for path in root.glob("*/*.json") if path.stem in ("config", "summary"))
         facts = {}
-        for folder in sorted(folders):
+        for folder in sorted({path.parent for path in paths}):
             row = facts.setdefault(str(folder.relative_to(runs.RESULTS)), {})
             with suppress(ClipgenError):
-                begun = begun_with(folder / "config.json")
-                fields = {**asdict(begun.preset), "preset": begun.preset.name, "data": begun.data, "seed": begun.seed}
-                row |= pandas.json_normalize(fields).drop(columns="name").to_dict("records")[0]
+                begun = pandas.json_normalize(asdict(begun_with(folder / "config.json")))
+                row |= begun.rename(columns=lambda name: name.removeprefix("preset.")).to_dict("records")[0]
             with suppress(ClipgenError):
                 row |= pandas.json_normalize(Run(folder).summary()).to_dict("records")[0]
         return pandas.DataFrame.from_dict(facts, orient="index")

@@ -93,7 +93,7 @@ def test_rows_of_another_recipe_or_run_are_not_mixed_in(wb, made, begin, world, 
     for base, table, steps, another in (
         (wb, other, 2, "sample.guidance"),
         (wb, replace(TABLE, n_captions=6), 2, "evaluate.n"),
-        (wb, replace(TABLE, recipes=(paired,)), 2, "preset .*text none, not .*paired"),
+        (wb, replace(TABLE, recipes=(paired,)), 2, "preset .*clip-gen, not .*paired"),
         (wb, TABLE, 3, "transformer_train.steps"),
         (begin("other", world), TABLE, 2, "shared.store"),
     ):

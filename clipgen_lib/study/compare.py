@@ -150,18 +150,37 @@ def rows_of(wb: Workbench, table: Table, steps: int = 0) -> dict[str, tuple[Reci
 
     The first seed of every recipe comes before the second of any: an interrupted comparison has all its rows.
     """
-    rows, makers = {}, {}
-    for seed, recipe in sorted(((seed, r) for r in table.recipes for seed in r.seeds), key=lambda pair: pair[0]):
-        preset, name = preset_of(wb, table, recipe, seed, steps), f"{table.name}/{row_name(recipe, seed)}"
-        trained = (preset.transformer, preset.transformer_train, recipe.text == "paired", recipe.system)
-        if makers.setdefault(trained, name) != name and recipe.system in ("clip-gen", "supervised"):
-            preset = changed(preset, {"shared": {"transformer": makers[trained]}})
-        rows[name] = recipe, preset
-    return rows
+    order = sorted(((seed, recipe) for recipe in table.recipes for seed in recipe.seeds), key=lambda pair: pair[0])
+    recipes = {row_name(recipe, seed): recipe for seed, recipe in order}
+    presets = {row_name(recipe, seed): preset_of(wb, table, recipe, seed, steps) for seed, recipe in order}
+    planned = shared(presets, table.name, {})
+    return {f"{table.name}/{name}": (recipe, planned[name]) for name, recipe in recipes.items()}
+
+
+def shared(cells: dict[str, Preset], sweep: str, begun: dict[str, Preset]) -> dict[str, Preset]:
+    """The presets of cells, each taking a stage from the first cell that makes the same one.
+
+    Cells that have been `begun`, of this grid or an earlier one, come first and stay as they are. A source that the base preset
+    names for a stage stays, too.
+    """
+    makers, planned = {}, {}
+    makes_first = sorted(begun, key=lambda name: sum(map(bool, asdict(begun[name].shared).values())))
+    for name in dict.fromkeys([*makes_first, *cells]):
+        preset = begun.get(name) or cells[name]
+        clip, train, sources = (preset.clip.name, preset.clip.pretrained), preset.vqgan_train, asdict(preset.shared)
+        outside = {stage: source for stage, source in sources.items() if source and not source.startswith(f"{sweep}/")}
+        made = (preset.shapes, preset.vqgan, train, train.perceptual == "clip" and clip)
+        decided_by = {"vqgan": outside.get("vqgan", made)}
+        decided_by["store"] = (decided_by["vqgan"], clip, preset.transformer_train.flip)
+        decided_by["transformer"] = (decided_by["store"], preset.name, preset.transformer, preset.transformer_train)
+        first = {stage: makers.setdefault((stage, key), name) for stage, key in decided_by.items()}
+        taken = {stage: f"{sweep}/{maker}" for stage, maker in first.items() if maker != name} | outside
+        planned[name] = begun.get(name) or replace(preset, shared=replace(preset.shared, **taken))
+    return {name: planned[name] for name in cells}
 
 
 def preset_of(wb: Workbench, table: Table, recipe: Recipe, seed: int = 0, steps: int = 0) -> Preset:
-    """The preset of a row: the run's, changed to the plain recipe, then to this one; its name tells system and text."""
+    """The preset of a row: the run's, changed to the plain recipe, then to this one; its name tells the system."""
     parts = {part: {**plain, **getattr(recipe, part)} for part, plain in PLAIN.items()}
     parts["transformer_train"] |= {"seed": seed} | ({"steps": steps} if steps else {})
     if parts["transformer"]["conditioning"] == "words":  # as many as CLIP itself reads
@@ -169,7 +188,7 @@ def preset_of(wb: Workbench, table: Table, recipe: Recipe, seed: int = 0, steps:
     most = wb.preset.evaluate
     parts["evaluate"] = {"n": min(table.n_captions, most.n), "n_oracle": min(table.n_oracle, most.n_oracle)}
     parts["shared"] = asdict(named_sources(SharedConfig(store=str(wb.run.path))))
-    name = f"{wb.preset.name}, {recipe.system}, text {recipe.text}"
+    name = f"{wb.preset.name}, {recipe.system}" + ", paired" * (recipe.text == "paired")
     return replace(changed(wb.preset, parts), name=name)
 
 

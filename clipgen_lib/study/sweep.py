@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas
@@ -24,7 +24,7 @@ from ..config import Preset, changed, load_preset
 from ..runtime import runs
 from ..runtime.runs import ClipgenError, open_run, shortened
 from ..workbench import Workbench, begun_with
-from .compare import TABLES, mean_and_std, result_of
+from .compare import TABLES, mean_and_std, result_of, shared
 
 MADE_IN = {"vqgan": "vqgan", "store": "store/train", "transformer": "transformer"}  # folder of a stage that is done
 SHOWN = [
@@ -66,28 +66,6 @@ def cells_of(grid: Sequence[str], first_seed: int = 0, seeds: int = 1) -> dict[s
         name = ",".join(f"{place}={value}" for place, value in fields.items()).replace("transformer_train.seed", "seed")
         cells[re.sub(r"[^\w .+=@,()-]", "-", name.replace("[", "(").replace("]", ")"))] = parts
     return cells
-
-
-def shared(cells: dict[str, Preset], sweep: str, begun: dict[str, Preset]) -> dict[str, Preset]:
-    """The presets of cells, each taking a stage from the first cell that makes the same one.
-
-    Cells that have been `begun`, of this grid or an earlier one, come first and stay as they are. A source that the base preset
-    names for a stage stays, too.
-    """
-    makers, planned = {}, {}
-    makes_first = sorted(begun, key=lambda name: sum(map(bool, asdict(begun[name].shared).values())))
-    for name in dict.fromkeys([*makes_first, *cells]):
-        preset = begun.get(name) or cells[name]
-        clip, train, sources = (preset.clip.name, preset.clip.pretrained), preset.vqgan_train, asdict(preset.shared)
-        outside = {stage: source for stage, source in sources.items() if source and not source.startswith(f"{sweep}/")}
-        made = (preset.shapes, preset.vqgan, train, train.perceptual == "clip" and clip)
-        decided_by = {"vqgan": outside.get("vqgan", made)}
-        decided_by["store"] = (decided_by["vqgan"], clip, preset.transformer_train.flip)
-        decided_by["transformer"] = (decided_by["store"], preset.transformer, preset.transformer_train)
-        first = {stage: makers.setdefault((stage, key), name) for stage, key in decided_by.items()}
-        taken = {stage: f"{sweep}/{maker}" for stage, maker in first.items() if maker != name} | outside
-        planned[name] = begun.get(name) or replace(preset, shared=replace(preset.shared, **taken))
-    return {name: planned[name] for name in cells}
 
 
 @dataclass(frozen=True)
