@@ -218,8 +218,9 @@ class Workbench:
         for folder in sorted({path.parent for path in paths}):
             row = facts.setdefault(str(folder.relative_to(runs.RESULTS)), {})
             with suppress(ClipgenError):
-                begun = pandas.json_normalize(asdict(begun_with(folder / "config.json")))
-                row |= begun.rename(columns=lambda name: name.removeprefix("preset.")).to_dict("records")[0]
+                begun = begun_with(folder / "config.json")
+                fields = {**asdict(begun.preset), "preset": begun.preset.name, "data": begun.data, "seed": begun.seed}
+                row |= pandas.json_normalize(fields).drop(columns="name").to_dict("records")[0]
             with suppress(ClipgenError):
                 row |= pandas.json_normalize(Run(folder).summary()).to_dict("records")[0]
         return pandas.DataFrame.from_dict(facts, orient="index")
@@ -587,13 +588,11 @@ def clip_fields(clip: str) -> dict[str, str | None]:
     for in the project first, then here.
     """
     path, place = placed(clip, ROOT)
-    if os.path.isdir(path):
+    if os.path.isdir(path) or clip == "shapes":
         return {"name": place, "pretrained": None}
     name, _, weights = clip.partition("/")
     if weights and os.path.isfile(file := placed(weights, ROOT)[0]):
         return {"name": name, "pretrained": str(file.resolve())}
-    if clip == "shapes":
-        return {"name": clip, "pretrained": None}
     from open_clip import list_pretrained
 
     if (name, weights) not in list_pretrained():

@@ -33,9 +33,8 @@ def results(tmp_path_factory):
         yield runs.RESULTS
 
 
-@pytest.fixture(scope="module")
-def begin(results, preset, vqgan):
-    """Begins a run whose every part is small, with an untrained tokenizer and its stores."""
+def extracted(preset, vqgan, name, data):
+    """A run whose every part is small, with an untrained tokenizer and its stores."""
     small = {
         "vqgan_train": {"perceptual": "none"},
         "evaluate": {"n": 8, "n_oracle": 2, "batch_size": 8, "blur": (0, 1)},
@@ -43,20 +42,16 @@ def begin(results, preset, vqgan):
         "vqgan_clip": {"steps": 2, "cutouts": 2, "batch_size": 4},
         "classifier": {"width": 8, "steps": 3, "batch_size": 8, "warmup": 1},
     }
-
-    def begin(name, data):
-        wb = Workbench.open(changed(preset, small), name, str(data))
-        save_weights(wb.run.path / "vqgan", vqgan)
-        wb.extract()
-        return wb
-
-    return begin
+    wb = Workbench.open(changed(preset, small), name, str(data))
+    save_weights(wb.run.path / "vqgan", vqgan)
+    wb.extract()
+    return wb
 
 
 @pytest.fixture(scope="module")
-def wb(begin, world):
+def wb(results, preset, vqgan, world):
     """On a world of 40 scenes read as a COCO root."""
-    return begin("base", world)
+    return extracted(preset, vqgan, "base", world)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +68,8 @@ def test_rows_are_trained_once_evaluated_and_kept(wb, made, results):
     assert names(made) == [recipe.name for recipe in RECIPES] == list(compare.image_files(table, RECIPES))
     assert made == compare.read_table(table, RECIPES) == json.loads((table / "table.json").read_text())
     assert made[0]["seeds"] == [0, 1] and made[0]["fid_0"]["std"] > 0 and made[1]["fid_0"]["std"] == 0
-    rows = [read_json(table / f"plain-{seed}" / "summary.json") for seed in (0, 1)]
-    assert made[0]["caps"]["mean"] == pytest.approx(sum(compare.metrics(row)["caps"] for row in rows) / 2)
+    caps = [compare.metrics(read_json(table / f"plain-{seed}" / "summary.json"))["caps"] for seed in (0, 1)]
+    assert made[0]["caps"]["mean"] == pytest.approx(sum(caps) / 2)
     trained = {path.parent.name for path in table.glob("*/checkpoints")}
     assert trained == {"plain-0", "plain-1", "centred-0"}  # the others only sample otherwise
     lines = compare.table_text(made, TABLE.columns).splitlines()
@@ -86,7 +81,7 @@ def test_rows_are_trained_once_evaluated_and_kept(wb, made, results):
     assert before == {path: path.stat().st_mtime_ns for path in before} and len(before) == 4
 
 
-def test_rows_of_another_recipe_or_run_are_not_mixed_in(wb, made, begin, world, monkeypatch):
+def test_rows_of_another_recipe_or_run_are_not_mixed_in(wb, made, preset, vqgan, world, monkeypatch):
     guided, paired = replace(RECIPES[1], sample={"guidance": 3.0}), replace(RECIPES[0], text="paired")
     other = replace(TABLE, recipes=(RECIPES[0], guided, *RECIPES[2:]))
     assert names(compare.run_table(wb, other, steps=2, only=["plain"])) == ["plain", "near and shifted", "centred"]
@@ -95,11 +90,9 @@ def test_rows_of_another_recipe_or_run_are_not_mixed_in(wb, made, begin, world, 
         (wb, replace(TABLE, n_captions=6), 2, "evaluate.n"),
         (wb, replace(TABLE, recipes=(paired,)), 2, "preset .*clip-gen, not .*paired"),
         (wb, TABLE, 3, "transformer_train.steps"),
-        (begin("other", world), TABLE, 2, "shared.store"),
+        (extracted(preset, vqgan, "other", world), TABLE, 2, "shared.store"),
     ):
-        with pytest.raises(
-            ClipgenError, match=f"was begun with another .*{another}.*: choose another run name or delete"
-        ):
+        with pytest.raises(ClipgenError, match=f"begun with another .*{another}.*: choose another run name or delete"):
             compare.run_table(base, table, steps)
     monkeypatch.setattr(Workbench, "store", lambda _: SimpleNamespace(meta={"hash": "another"}))
     with pytest.raises(ClipgenError, match="rows of another run"):
@@ -137,8 +130,8 @@ def test_every_row_changes_the_plain_recipe_by_what_it_names(wb):
     table = COMMITTED["ablation"]
     first, *others = table.recipes
     plain = compare.preset_of(wb, table, first)
-    assert plain.transformer_train.noise_cos == plain.sample.guidance == 1
-    assert plain.transformer_train.condition_dropout == 0
+    train = plain.transformer_train
+    assert (train.noise_cos, train.condition_dropout, plain.sample.guidance) == (1, 0, 1)
     assert len({first.name, *(row.name for row in others)}) == 1 + len(others)
     for row in others:
         preset = compare.preset_of(wb, table, row)
@@ -156,9 +149,10 @@ def test_the_laptop_preset_is_the_best_row(wb):
     assert [getattr(preset, part) == getattr(laptop, part) for part in compare.PLAIN] == [True] * 3
 
 
-def test_photos_are_judged_by_classes(begin, class_folders, results):
+def test_photos_are_judged_by_classes(preset, vqgan, class_folders, results):
     """Class folders, with a classifier of the real images beside the run."""
-    wb = begin("classes", class_folders({"train/red": 12, "train/blue": 12, "val/red": 4, "val/blue": 4}))
+    data = class_folders({"train/red": 12, "train/blue": 12, "val/red": 4, "val/blue": 4})
+    wb = extracted(preset, vqgan, "classes", data)
     assert wb.train_classifier() == wb.run.summary()["classifier"] and wb.run.summary()["classifier"]["n"] == 8
     entry = compare.run_table(wb, COMMITTED["photos"], steps=2, only=["plain", "retrieval"])[0]
     real = wb.run.summary()["classifier"]["accuracy"]

@@ -50,11 +50,8 @@ def test_what_is_no_grid_is_one_sentence(grid):
 
 
 def test_a_stage_that_cells_have_in_common_is_made_by_the_first():
-    smoke = load_preset("smoke")
-    grid = {
-        name: changed(smoke, parts)
-        for name, parts in cells_of(["transformer.width=64,128", "sample.top_k=1,2"]).items()
-    }
+    smoke, cells = load_preset("smoke"), cells_of(["transformer.width=64,128", "sample.top_k=1,2"])
+    grid = {name: changed(smoke, parts) for name, parts in cells.items()}
     a, b, c, d = grid
     planned = shared(grid, "s", {})
     of_a = {"vqgan": f"s/{a}", "store": f"s/{a}"}
@@ -68,11 +65,8 @@ def test_a_stage_that_cells_have_in_common_is_made_by_the_first():
     others = {"flip": {"transformer_train": {"flip": False}}, "lr": {"vqgan_train": {"lr": 1.0}}}
     others |= {name: {"clip": {"name": name}, "vqgan_train": {"perceptual": "none"}} for name in ("x", "y")}
     found = shared({a: grid[a]} | {name: changed(smoke, parts) for name, parts in others.items()}, "s", {})
-    assert [found[name].shared for name in others] == [
-        SharedConfig(f"s/{a}"),
-        *[SharedConfig()] * 2,
-        SharedConfig("s/x"),
-    ]
+    alone = SharedConfig()
+    assert [found[name].shared for name in others] == [SharedConfig(f"s/{a}"), alone, alone, SharedConfig("s/x")]
     outside = changed(smoke, {"shared": {"vqgan": "shapes"}})
     found = shared({"p": outside, "q": changed(outside, {"vqgan_train": {"lr": 1.0}})}, "s", {})
     assert [found[name].shared.vqgan for name in "pq"] == ["shapes"] * 2 and found["q"].shared.store == "s/p"
@@ -103,12 +97,8 @@ def begun(results, name, summary, **parts):
 
 def test_runs_side_by_side(results):
     for width, caps in ((64, 0.3), (128, 0.2)):
-        begun(
-            results,
-            f"s/width={width}",
-            {"evaluation": {"caps": caps}, "data": {"n_eval": 4}},
-            transformer={"width": width},
-        )
+        summary = {"evaluation": {"caps": caps}, "data": {"n_eval": 4}}
+        begun(results, f"s/width={width}", summary, transformer={"width": width})
     write_json(results / "s" / "sweep.json", {})
     begun(results, "alone", {"evaluation": {"caps": 0.25}}, transformer={"width": 128}, sample={"shift": True})
     write_atomic(results / "broken" / "config.json", "{")
@@ -156,9 +146,8 @@ def test_a_sweep_is_killed_and_resumed_and_names_what_fails(clipgen, tmp_path):
     folder = tmp_path / "s"
     a, b, c, d = (folder / name for name in cells_of(GRID))
     environment = {**os.environ, "CLIPGEN_RESULTS": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clipgen_lib", *words], cwd=ROOT, env=environment, start_new_session=True
-    )
+    started = [sys.executable, "-m", "clipgen_lib", *words]
+    process = subprocess.Popen(started, cwd=ROOT, env=environment, start_new_session=True)
     while not (a / "vqgan").is_dir() and process.poll() is None:
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
@@ -168,12 +157,10 @@ def test_a_sweep_is_killed_and_resumed_and_names_what_fails(clipgen, tmp_path):
     assert f"2 of 4 cells failed: {c.name}: 01_train_vqgan: " in done.stderr
     assert f"{d.name}: it needs the vqgan of s/{c.name}" in done.stderr
     rows = json.loads((folder / "table.json").read_text())
-    assert [(row["name"], row["seeds"]) for row in rows] == [
-        (cell.name.removesuffix(",seed=0"), [0]) for cell in (a, b)
-    ]
     summaries = [json.loads((cell / "summary.json").read_text()) for cell in (a, b)]
-    for row, summary in zip(rows, summaries, strict=True):
-        assert row["caps"] == {"mean": metrics(summary)["caps"], "std": 0.0} and row["name"] in done.stdout
+    for row, cell, summary in zip(rows, (a, b), summaries, strict=True):
+        assert f"{row['name']},seed=0" == cell.name and row["seeds"] == [0] and row["name"] in done.stdout
+        assert row["caps"] == {"mean": metrics(summary)["caps"], "std": 0.0}
     assert summaries[0]["transformer"]["nll"] == summaries[1]["transformer"]["nll"]
     weights = [(cell / "transformer" / "model.safetensors").read_bytes() for cell in (a, b)]
     assert weights[0] == weights[1] and not (b / "checkpoints").exists()

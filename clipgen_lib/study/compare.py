@@ -138,9 +138,9 @@ def run_table(wb: Workbench, table: Table, steps: int = 0, only: Iterable[str] =
                 Row.begun(wb, source, *rows[source]).train_transformer()
             row = Row.begun(wb, name, recipe, preset)
             system = row.system()
-            row.evaluate(generator=system)
             for kind, prompts in (("", wb.preview_prompts()), ("-outside", wb.outside_prompts())):
                 _save_images(system, prompts, folder / "rows" / f"{row.run.name}{kind}.png")
+            row.evaluate(generator=system)  # last: it marks a row as finished
             runs.write_json(folder / "table.json", _table(table.recipes, rows))
     return _table(table.recipes, rows)
 
