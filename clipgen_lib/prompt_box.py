@@ -49,8 +49,9 @@ class Made(NamedTuple):
     weights: dict[str, str] = {}  # of a file: hashes of the generator's and of its CLIP's
 
 
-def read_image(path: Path) -> Made:
+def read_image(path: str | Path) -> Made:
     """An image that the prompt box has saved. Raises ClipgenError: another file, or a damaged one."""
+    path = Path(path)
     with reading(path, "save one first", "give one that it has saved", "was not saved by a prompt box"):
         with Image.open(path, formats=["PNG"]) as opened:
             size, facts = min(opened.size), json.loads(opened.info["clipgen"])

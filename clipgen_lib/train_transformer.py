@@ -199,7 +199,7 @@ def train_transformer(
             rng = torch.Generator().manual_seed(training.step_seed(run.seed, step))
             batch = make_batch(store.tokens(rows), store.embeds(rows), image_mean, config, rng)
             for places in distributed.microbatches(list(mine), model):
-                loss, scalars = step_of(model, frozen, batch.part(places, device), config)
+                loss, scalars = training.checked_step(step_of(model, frozen, batch.part(places, device), config))
                 (loss / config.accumulate).backward()
                 log.add(**scalars)
             if training.optimizer_step(log, step, config.max_grad_norm, gradient=optimizer):

@@ -205,12 +205,12 @@ def train_vqgan(
                 raise
             for real in distributed.microbatches(batch.chunk(config.accumulate), ddp_vqgan, ddp_discriminator):
                 # without DDP: here the discriminator's parameters get no gradient
-                generated = step_of(ddp_vqgan, discriminator, perceptual, real, config, adv_weight)
-                (generated.loss / config.accumulate).backward()
-                disc_loss, scalars = discriminator_step(ddp_discriminator, real, generated.fake, config)
+                made = training.checked_step(step_of(ddp_vqgan, discriminator, perceptual, real, config, adv_weight))
+                (made.loss / config.accumulate).backward()
+                disc_loss, scalars = discriminator_step(ddp_discriminator, real, made.fake, config)
                 (disc_loss / config.accumulate).backward()
-                log.add(**generated.scalars, **scalars)
-                quantized.append(generated.quantized)
+                log.add(**made.scalars, **scalars)
+                quantized.append(made.quantized)
             vectors, tokens = torch.cat([q.vectors for q in quantized]), torch.cat([q.tokens for q in quantized])
             log.count(tokens, preset.vqgan.codebook_size)
             optimizers = {"generator_gradient": gen_optimizer, "discriminator_gradient": disc_optimizer}

@@ -113,6 +113,16 @@ def named_step(step: Callable, default: Callable) -> dict[str, str]:
     return {"step_of": f"{step.__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:8]}"}
 
 
+def checked_step(found: tuple) -> tuple:
+    """What a step function has returned, first a loss with its gradient and a dict of scalars. Raises ClipgenError: anything else."""
+    loss, scalars = found[:2] if isinstance(found, tuple) and len(found) > 1 else (None, None)
+    is_loss = isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad
+    if not is_loss or not isinstance(scalars, dict) or not isinstance(scalars.get("loss"), torch.Tensor):
+        needed = "first the loss, one number with its gradient, and a dict of scalars with `loss` among them"
+        raise ClipgenError(f"step_of returned something else than the library's step: let it return {needed}")
+    return found
+
+
 class TrainingState:
     """All that a training needs to resume, by name, in one file for each checkpoint: `checkpoints/<stage>-<step>.safetensors`.
 

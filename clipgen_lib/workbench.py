@@ -220,6 +220,7 @@ class Workbench:
             with suppress(ClipgenError):
                 begun = begun_with(folder / "config.json")
                 fields = {**asdict(begun.preset), "preset": begun.preset.name, "data": begun.data, "seed": begun.seed}
+                fields = json.loads(json.dumps(fields))  # lists for tuples, as in summary.json
                 row |= pandas.json_normalize(fields).drop(columns="name").to_dict("records")[0]
             with suppress(ClipgenError):
                 row |= pandas.json_normalize(Run(folder).summary()).to_dict("records")[0]
@@ -278,7 +279,10 @@ class Workbench:
         return Classifier.load(folder, self.device) if folder.is_dir() else None
 
     def store(self, split: str = "train") -> TokenStore:
-        return TokenStore.open(self.run.path / "store" / split, self.vqgan(), self.clip)
+        folder = self.run.path / "store" / split
+        if self.preset.shared.vqgan and not folder.is_dir():
+            self.extract()
+        return TokenStore.open(folder, self.vqgan(), self.clip)
 
     def generator(self) -> TextToImage:
         """The run's networks put together; a transformer trained with others is a ClipgenError."""
@@ -373,9 +377,7 @@ class Workbench:
         Arguments as of `train_vqgan`. Where the VQGAN is taken from elsewhere, it and the store are made first if they lack.
         """
         preset = changed(self.preset, {"transformer_train": {"steps": steps}} if steps else {})
-        if preset.shared.vqgan and not all((self.run.path / "store" / split).is_dir() for split in ("val", "train")):
-            self.extract()
-        vqgan, stores = self.vqgan(), (self.store(), self.store("val"))
+        stores, vqgan = (self.store(), self.store("val")), self.vqgan()
         prompts = self.preview_prompts(), stores[1].embeds(slice(0, 6))
         extras = self.bank_and_offset(preset.sample)
 

@@ -171,7 +171,7 @@ def test_a_saved_image_can_be_made_again(generator, photo, tmp_path):
     for content in (photo[0], b"no image"):
         (tmp_path / "other.png").write_bytes(content)
         with pytest.raises(ClipgenError, match="other.png was not saved by a prompt box"):
-            read_image(tmp_path / "other.png")
+            read_image(str(tmp_path / "other.png"))
     (tmp_path / "quickstart" / "published").touch()
     buttons(box, 0)[1].click()
     assert "is a published result" in box.message.value and torch.equal(

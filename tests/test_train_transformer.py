@@ -265,3 +265,6 @@ def test_a_step_function_of_ones_own(preset, store, frozen, tmp_path):
     assert seen == [preset.transformer_train.batch_size] * preset.transformer_train.steps
     with pytest.raises(ClipgenError, match="belongs to another training .differs in step."):
         train_transformer(*arguments)
+    for wrong in (lambda *_: torch.ones(()), lambda *_: (torch.ones((), requires_grad=True), {}), lambda *_: "loss"):
+        with pytest.raises(ClipgenError, match="step_of returned something else"):
+            train_transformer(replace(arguments[0], path=tmp_path / "wrong"), *arguments[1:], step_of=wrong)
