@@ -13,7 +13,7 @@ from conftest import ROOT
 from clipgen_lib.cli import main
 from clipgen_lib.config import SharedConfig, changed, load_preset
 from clipgen_lib.runtime.runs import ClipgenError, write_atomic, write_json
-from clipgen_lib.study.compare import metrics
+from clipgen_lib.study.compare import metrics, table_text
 from clipgen_lib.study.sweep import Sweep, cells_of, differing, shared
 from clipgen_lib.workbench import Workbench
 
@@ -130,14 +130,22 @@ def test_runs_side_by_side(results):
         assert done.exit_code == 1 and sentence in done.output
 
 
-def test_the_committed_sweep_is_that_of_its_cells(monkeypatch):
+SIZES = ["transformer.layers", "transformer.width", "transformer.heads"]
+SIZES += [f"transformer_train.{name}" for name in ("steps", "batch_size", "lr")]
+WIDTHS = ["transformer.width", "transformer_train.seed", "sample.guidance"]
+
+
+@pytest.mark.parametrize("name, cells, fields, n", [("smoke-sweep", 8, WIDTHS, 64), ("sizes", 3, SIZES, 1000)])
+def test_a_committed_sweep_is_that_of_its_cells(monkeypatch, name, cells, fields, n):
     monkeypatch.setattr("clipgen_lib.runtime.runs.RESULTS", ROOT / "results")
-    rows = json.loads((ROOT / "results" / "smoke-sweep" / "table.json").read_text())
-    found = Sweep("smoke-sweep", "smoke", {}, {}, "shapes", "cpu").table()
-    assert sorted(found, key=lambda row: row["name"]) == sorted(rows, key=lambda row: row["name"]) and len(rows) == 4
-    table = Workbench.runs("smoke-sweep")
-    assert len(table) == 8 and (table["evaluation.n"] == 64).all()
-    assert differing(table) == ["transformer.width", "transformer_train.seed", "sample.guidance"]
+    rows = json.loads((ROOT / "results" / name / "table.json").read_text())
+    found = Sweep(name, "smoke", {}, {}, "shapes", "cpu").table()
+    assert sorted(found, key=lambda row: row["name"]) == sorted(rows, key=lambda row: row["name"])
+    table = Workbench.runs(name)
+    assert len(table) == cells == sum(len(row["seeds"]) for row in rows) and (table["evaluation.n"] == n).all()
+    assert differing(table) == fields
+    columns = ["oracle_error", "colour", "shape", "two_both", "caps", "fid_0", "nll"]
+    assert name == "smoke-sweep" or table_text(rows, columns) in (ROOT / "results" / "README.md").read_text()
 
 
 def test_a_sweep_is_killed_and_resumed_and_names_what_fails(clipgen, tmp_path):
