@@ -188,3 +188,9 @@ def test_committed_tables_are_those_of_their_rows_and_in_the_text(name):
     found = [block.splitlines() for block in blocks if block.startswith(lines[0])]
     assert (name == "curves") == (not found)
     assert all(len(block) > 5 and set(block) <= set(lines) for block in found)
+
+
+def test_a_damaged_table_is_one_sentence(tmp_path):
+    (tmp_path / "table.json").write_text('[{"name": "plain"')
+    with pytest.raises(ClipgenError, match="table.json is damaged .*restore it"):
+        compare.read_table(tmp_path, COMMITTED["ablation"].recipes)

@@ -250,9 +250,13 @@ def _table(recipes: tuple[Recipe, ...], rows: dict[str, tuple[Recipe, Preset]]) 
 
 
 def read_table(folder: Path, recipes: tuple[Recipe, ...]) -> list[dict]:
-    """The rows of these recipes in the table.json of a folder; none where there is no such file."""
-    path = folder / "table.json"
-    rows = {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    """The rows of these recipes in the table.json of a folder; none where there is no such file. Raises ClipgenError: a damaged one."""
+    path, rows = folder / "table.json", {}
+    if path.exists():
+        with runs.reading(
+            path, "make it by clipgen compare", "restore it, or delete it and make it by clipgen compare"
+        ):
+            rows = {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))}
     return [rows[recipe.name] for recipe in recipes if recipe.name in rows]
 
 
