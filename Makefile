@@ -14,7 +14,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet $(CONSTRAINTS) --editable ".[notebooks,test]"
+	$(VENV)/bin/pip install --quiet $(CONSTRAINTS) --editable ".[notebooks,photos,test]"
 	touch $@
 
 # Notebooks 01 to 04 on the Shapes world; an interrupted demo resumes from its last checkpoint.

@@ -289,7 +289,7 @@ def train_clip(run: str, data: str, seed: int, device: str, steps: int, **of_pre
     config = replace(config, steps=steps or config.steps)
     opened = replace(open_run(run), seed=seed, device=device)
     refuse_published(opened.path)
-    images_of = lambda split: clipgen_lib.open_images(data, split, study.MODEL["vision_cfg"]["image_size"])
+    images_of = lambda split: clipgen_lib.open_images(data, split)
     pairs = study.ScenePairs(config, seed) if data == "shapes" else study.ImagePairs(images_of("train"), config, seed)
     with held(opened.path, f"run {run!r}"):
         folder = study.train_clip(opened, pairs, config)

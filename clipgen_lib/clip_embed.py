@@ -106,6 +106,13 @@ def photo_notice(name: str, data: str) -> str:
     )
 
 
+def resized(images: torch.Tensor, sides: list[int], mode=v2.InterpolationMode.BICUBIC) -> torch.Tensor:
+    """Images (B, 3, H, W) in [-1, 1] with a shorter side, or both, of so many pixels: antialiased, kept in [-1, 1]."""
+    found = v2.functional.resize(images, sides, mode)
+    # bicubic overshoots; 8-bit images cannot
+    return found if found.shape == images.shape else found.clamp(-1, 1)
+
+
 def _folder(name: str) -> Path:
     return DATA / "shapes_clip" if name == EMBEDDED else ROOT / name
 
@@ -190,10 +197,8 @@ class ClipEmbedder(nn.Module):
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> what the image encoder takes: antialiased resize, centre crop, mean and std."""
-        resized = v2.functional.resize(images, self.sides, self.interpolation)
-        if resized.shape != images.shape:
-            resized = resized.clamp(-1, 1)  # bicubic overshoots; 8-bit images cannot
-        return ((v2.functional.center_crop(resized, [self.size]) + 1) / 2 - self.mean) / self.std
+        square = v2.functional.center_crop(resized(images, self.sides, self.interpolation), [self.size])
+        return ((square + 1) / 2 - self.mean) / self.std
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, D) image features before normalisation; what CLIP-FID is computed on."""

@@ -29,6 +29,7 @@ Amount = Annotated[float, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 Several = Field(min_length=1, max_length=16)
+Protocol = Literal["inception", "clean", "torchmetrics", "dmgan", "clip", "lite", "dinov2"]
 
 
 @checked_dataclass
@@ -116,6 +117,7 @@ class ClassifierConfig(FitConfig):
 class ClipTrainConfig(FitConfig):
     """Training of the embedded CLIP (notebooks/appendix_train_clip.ipynb)."""
 
+    image_tower: Literal["resnet", "efficientnet"] = "resnet"  # or EfficientNet-Lite0 from ImageNet's weights
     scenes: Count = 160_000
     steps: CountFromZero = 2_000
     batch_size: Count = 512
@@ -284,7 +286,7 @@ class EvaluateConfig(Config):
     n: Count = 30_000  # captions
     n_oracle: CountFromZero = 512  # prompts of each kind (Shapes world only)
     blur: Annotated[tuple[CountFromZero, ...], Several] = (0, 1, 2, 4, 8)  # k of FID-k, pixels
-    protocol: Literal["inception", "clean", "torchmetrics", "dmgan", "clip"] = "inception"  # feature network of FID
+    protocol: Protocol = "inception"  # feature network of FID
     batch_size: Count = 64
 
 

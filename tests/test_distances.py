@@ -1,18 +1,24 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from conftest import Identity, normal
 from pytorch_fid.fid_score import calculate_frechet_distance
+from scipy.optimize import linear_sum_assignment
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from clipgen_lib.data.images import to_uint8
 from clipgen_lib.metrics.distances import (
+    cmmd,
     frechet_distance,
+    frechet_error,
     inception_score,
     kernel_distance,
     manifold_scores,
     reconstruction_scores,
+    sliced_distance,
 )
 from clipgen_lib.runtime.runs import ClipgenError
 
@@ -131,3 +137,28 @@ def test_psnr_and_ssim_by_hand():
     assert found["ssim"].shape == (3,) and (found["ssim"] < 1).all()
     same = reconstruction_scores(x, x)
     assert torch.isinf(same["psnr"]).all() and torch.allclose(same["ssim"], torch.ones(3))
+
+
+def test_sliced_distance_and_cmmd_by_definition():
+    """A shift of all rows costs its square; in one dimension it is scipy's optimal transport; CMMD is the sum over pairs."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(300, 24, generator=rng), torch.randn(300, 24, generator=rng) * 2 + 1
+    assert sliced_distance(a, a + 0.5) == pytest.approx(24 * 0.25, rel=0.1) and sliced_distance(a, a.flip(0)) < 1e-9
+    row, column = linear_sum_assignment((a[:, :1].numpy() - b[:, 0].numpy()) ** 2)
+    one_dimensional = ((a[row, 0] - b[column, 0]) ** 2).mean().item()
+    assert sliced_distance(a[:, :1], b[:, :1]) == pytest.approx(one_dimensional, rel=1e-5)
+    x, y = (rows / rows.norm(dim=1, keepdim=True) for rows in (a[:7], b[:5]))
+    kernel = lambda u, v: math.exp(-((u - v) ** 2).sum().item() / 200)
+    pairs = lambda u, v: [kernel(p, q) for i, p in enumerate(u) for j, q in enumerate(v) if u is not v or i != j]
+    wanted = np.mean(pairs(x, x)) + np.mean(pairs(y, y)) - 2 * np.mean(pairs(x, y))
+    assert cmmd(a[:7], b[:5]) == pytest.approx(1_000 * wanted, abs=1e-3)
+
+
+def test_the_standard_error_of_the_frechet_distance_is_its_spread():
+    rng = torch.Generator().manual_seed(0)
+    mix, moments = torch.randn(8, 8, generator=rng), lambda x: (x.mean(0).numpy(), np.cov(x.numpy(), rowvar=False))
+    reference = moments((torch.randn(3_000, 8, generator=rng) @ mix).double())
+    samples = [((torch.randn(400, 8, generator=rng) ** 3 * 0.4 + 0.1) @ mix.T).double() for _ in range(150)]
+    distances = [frechet_distance(*reference, *moments(x)) for x in samples]
+    errors = [frechet_error(reference, moments(x), x) for x in samples]
+    assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.2)

@@ -6,12 +6,20 @@ import pytorch_fid.inception
 import torch
 import torchvision
 from conftest import StandIn
+from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
 
-from clipgen_lib.data.images import from_arrays, to_float
+from clipgen_lib.data.images import from_arrays, to_arrays, to_float
 from clipgen_lib.metrics.distances import frechet_distance
-from clipgen_lib.metrics.features import WEIGHTS, FeatureNetwork, feature_network, lpips_network, prepare
+from clipgen_lib.metrics.features import (
+    WEIGHTS,
+    FeatureNetwork,
+    efficientnet_lite,
+    feature_network,
+    lpips_network,
+    prepare,
+)
 from clipgen_lib.metrics.statistics import set_statistics
 from clipgen_lib.runtime.checkpoints import MissingWeights, Weights
 from clipgen_lib.runtime.runs import ClipgenError, file_hash
@@ -60,6 +68,28 @@ def test_the_same_images_by_pytorch_fid(tmp_path):
     assert frechet_distance(*moments) == pytest.approx(calculate_frechet_distance(*theirs), rel=1e-4)
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_efficientnet_lite_is_the_packages_own(number):
+    network, path = efficientnet_lite(number)
+    theirs = EfficientNet.from_pretrained(f"efficientnet-lite{number}", weights_path=str(path)).eval()
+    side = 224 + 18 * number  # their padding is that of this size
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(network(x), theirs(x), atol=1e-4) and theirs(x).std() > 0.5
+
+
+def test_lite_and_dinov2_resize(clip):
+    network, x = feature_network("lite", clip), from_arrays(random_images(2, 64))
+    wanted = Image.fromarray(random_images(2, 64)[1]).resize((260, 260), Image.Resampling.BICUBIC)
+    assert (to_arrays(prepare("lite", x))[1].astype(int) - np.asarray(wanted)).max() <= 1
+    assert torch.allclose(network(x), network.module.forward_features(prepare("lite", x)).mean((2, 3)), atol=1e-5)
+    wanted = np.asarray(Image.fromarray(random_images(2, 64)[1]).resize((224, 224), Image.Resampling.BICUBIC)) / 255
+    wanted = torch.from_numpy((wanted - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).permute(2, 0, 1)
+    assert torch.allclose(prepare("dinov2", x)[1].double(), wanted, atol=1e-6)
+    with pytest.raises(MissingWeights, match="hf download timm/vit_large_patch14_dinov2"):
+        feature_network("dinov2", clip)
+
+
 @pytest.mark.parametrize("protocol", WEIGHTS)
 def test_missing_weights_are_one_sentence(clip, tmp_path, monkeypatch, protocol):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -79,7 +109,7 @@ def test_lpips_and_unknown_names(clip, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(MissingWeights, match="alexnet-owt-7be5be79.pth"):
         lpips_network()
-    with pytest.raises(ClipgenError, match="choose from inception, clean, torchmetrics, dmgan, clip"):
+    with pytest.raises(ClipgenError, match="choose from inception, clean, torchmetrics, dmgan, clip, lite, dinov2"):
         feature_network("vgg", clip)
     x = torch.rand(2, 3, 64, 64)
     assert torch.equal(feature_network("clip", clip)(x), clip.features(x))

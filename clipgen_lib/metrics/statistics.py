@@ -5,7 +5,8 @@ In: batches of images and a feature network. Out: sums in float64 that do not gr
 """
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -16,10 +17,20 @@ from ..data.datasets import ImageSet, open_folder, open_images
 from ..data.folders import list_folder
 from ..data.images import blur, eight_bit
 from ..runtime.runs import ClipgenError, reading
-from .distances import frechet_distance, inception_score, kernel_distance, manifold_scores
+from .distances import (
+    cmmd,
+    frechet_distance,
+    frechet_error,
+    inception_score,
+    kernel_distance,
+    manifold_scores,
+    sliced_distance,
+)
 from .features import FeatureNetwork
+from .intervals import wilson
 
 SAMPLE = 10_000  # rows of features that are kept of a set
+RESAMPLES = 20  # for the interval of a distance: their standard deviation is then known to a sixth
 MOST_FEATURES = 8_192  # of statistics in a file
 
 
@@ -136,6 +147,16 @@ def frechet_over_n(features: torch.Tensor, reference: Moments) -> dict[str, floa
     return distances
 
 
+def resampled(distance: Callable, rows: torch.Tensor | np.ndarray, estimate: float, n: int = RESAMPLES) -> list[float]:
+    """95% interval of a distance of rows (N, d): the estimate +- 1.96 standard deviations over `n` resamples with replacement.
+
+    Doubled rows raise every distance, so that its percentiles would lie too high; its spread they keep.
+    """
+    rng = np.random.default_rng([0, 47])
+    spread = np.std([distance(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(n)], ddof=1)
+    return [float(estimate - 1.96 * spread), float(estimate + 1.96 * spread)]
+
+
 class SetStatistics(NamedTuple):
     """What all distances need of one set of images under one protocol, from one pass over it."""
 
@@ -178,20 +199,31 @@ def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dic
     """All that compares one set of images with another under one protocol.
 
     These are `fid` (k -> FID-k), `fid_over_n`, `inception_score` where the network has a head; of a reference of images
-    `floor` (FID-k of its halves), `kid` and `manifold` (precision, recall, density, coverage, of the same number `n` of
-    images of either set: coverage falls where the sets differ in size).
+    `floor` (FID-k of its halves), `kid`, and of the same number `n` of images of either set `mind`, `cmmd` under protocol `clip`,
+    and `manifold` (precision, recall, density, coverage, which falls where the sets differ in size). 95% intervals over the scored
+    images: `fid_interval` by `frechet_error`, those of `mind` and `cmmd` by `resampled`, of precision and recall by Wilson.
     """
     scores: dict = {"fid": fid_by_radius(scored, reference), "floor": {}}
     is_set = isinstance(reference, SetStatistics)
     for k, (first, second) in reference.halves.items() if is_set else ():
         scores["floor"][str(k)] = frechet_distance(*first.compute(), *second.compute())
     if scored.sample.n:
-        scores["fid_over_n"] = frechet_over_n(scored.sample.compute(), reference.moments(0) if is_set else reference)
+        known, rows = reference.moments(0) if is_set else reference, scored.sample.compute()
+        scores["fid_over_n"] = frechet_over_n(rows, known)
+        margin = 1.96 * frechet_error(known, scored.moments(0), rows) * (len(rows) / scored.sample.n) ** 0.5
+        scores["fid_interval"] = [scores["fid"]["0"] - margin, scores["fid"]["0"] + margin]
     if is_set and min(scored.sample.n, reference.sample.n) > 5:  # the fifth neighbour
         real, fake = reference.sample.compute(), scored.sample.compute()
         n = min(len(real), len(fake))
-        scores["kid"] = kernel_distance(real, fake)
-        scores["manifold"] = {**manifold_scores(real[:n], fake[:n]), "n": n}  # their order is random
+        real, fake = real[:n], fake[:n]  # their order is random
+        scores["kid"] = kernel_distance(reference.sample.compute(), scored.sample.compute())
+        scores["manifold"] = {**manifold_scores(real, fake), "n": n}
+        for key in ("precision", "recall"):
+            scores["manifold"][f"{key}_interval"] = wilson(round(n * scores["manifold"][key]), n)
+        for name, distance in {"mind": sliced_distance, "cmmd": cmmd}.items():
+            if name == "mind" or scored.network.protocol == "clip":
+                scores[name] = distance(real, fake)
+                scores[f"{name}_interval"] = resampled(partial(distance, real), fake, scores[name])
     if scored.sample.n and scored.network.head is not None:
         scores["inception_score"] = inception_score(scored.network.logits(scored.sample.compute()))
     return scores
