@@ -285,7 +285,9 @@ class EvaluateConfig(Config):
     n_oracle: CountFromZero = 512  # prompts of each kind (Shapes world only)
     blur: Annotated[tuple[CountFromZero, ...], Several] = (0, 1, 2, 4, 8)  # k of FID-k, pixels
     blur_sets: Literal["both", "reference"] = "both"  # which sets FID-k blurs: DALL-E's paper says both, CogView one
-    protocol: Literal["inception", "clean", "torchmetrics", "tf1", "dmgan", "clip"] = "inception"  # feature network of FID
+    protocol: Literal["inception", "clean", "torchmetrics", "tf1", "dmgan", "clip"] = (
+        "inception"  # feature network of FID
+    )
     split: str = "val"  # that is generated for and scored against; val2014 of COCO in published figures
     caption_prefix: str = ""  # before every caption that is scored; "A photo depicts " in CLIPScore's paper
     batch_size: Count = 64

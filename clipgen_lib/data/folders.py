@@ -157,7 +157,9 @@ def choose_split(there: Iterable[str], split: str, where: Path, year: str = "") 
     chosen, is_divided = find(known.get(split, (split,))), split in known and not find(VAL_NAMES)
     chosen = chosen or (find(TRAIN_NAMES) if is_divided else None)
     if chosen is None:
-        raise ClipgenError(f"{where} has no split {split!r}: use one of {shortened(', '.join(there))} (evaluate.split of a preset, or --split)")
+        raise ClipgenError(
+            f"{where} has no split {split!r}: use one of {shortened(', '.join(there))} (evaluate.split of a preset, or --split)"
+        )
     return chosen, is_divided
 
 
