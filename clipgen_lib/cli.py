@@ -22,7 +22,7 @@ from click.core import ParameterSource
 
 import clipgen_lib  # its public names are imported when they are first used
 
-from .config import PRESETS, EvaluateConfig, load_preset
+from .config import PRESETS, load_preset
 from .metrics.report import score_table, table
 from .runtime import runs
 from .runtime.runs import MOST_SEED, ROOT, ClipgenError, held, open_run, progress, refuse_published, shortened
@@ -45,7 +45,7 @@ def _joined(context: click.Context, option: click.Parameter, device: str) -> str
 ALONE = ("train-classifier", "train-clip", "compare", "export", "sweep")  # commands for one process, in no launch
 PATHS = ("PRESET", "DATA", "CLIP", "IMAGE", "WEIGHTS")  # parameters of notebooks that may be paths
 NOTEBOOKS = ("01_train_vqgan", "02_extract_tokens", "03_train_transformer", "04_evaluate")
-OF_FOLDER = ("reference", "captions", "split", "protocol", "size", "output")  # options of evaluate, with --images
+OF_FOLDER = ("reference", "captions", "protocol", "size", "output")  # options of evaluate, with --images
 PATH = click.Path(path_type=Path)
 PRESET = click.option("--preset", default="laptop", help=f"{', '.join(PRESETS)}, or a YAML file of your own")
 SET = click.option("--set", "changes", multiple=True, metavar="PART.FIELD=VALUE", help="such as transformer.width=256")
@@ -149,25 +149,25 @@ def train_transformer(steps: int, **run_options) -> dict[str, float]:
 @click.option("--guidance", default=0.0, help="guidance scale; 0 takes the preset's")
 @click.option("--generator", help="evaluate this saved generator (a folder, 'shapes', a hub id) in place of the run's")
 @click.option("--images", type=PATH, help="score this folder of images instead of a run")
-@click.option("--reference", type=PATH, help="a COCO root, a folder, or statistics of pytorch-fid (npz)")
+@click.option("--reference", type=PATH, help="a COCO root, a folder, or statistics (npz) of the one --protocol named")
 @click.option("--captions", type=PATH, help="name<TAB>caption lines, COCO's captions json, or {name: caption}")
-@click.option("--split", help="of a COCO root or of a folder with splits as reference  [default: val]")
-@click.option("--protocol", multiple=True, help="inception, clean, torchmetrics, dmgan or clip")
+@click.option("--split", default="", help="of the reference, or of the run's data  [default: val, or the preset's]")
+@click.option("--protocol", multiple=True, help="inception, clean, torchmetrics, tf1, dmgan or clip")
 @click.option("--size", type=click.IntRange(0, 4_096), default=0, help="side in pixels; 0 takes the scored images'")
 @click.option("-o", "--output", type=PATH, help="json file for the numbers; the caption list goes beside it")
-def evaluate(guidance: float, generator: str | None, images: Path | None, **options) -> str | None:
+def evaluate(guidance: float, generator: str | None, images: Path | None, split: str, **options) -> str | None:
     """Score a run, or with --images any folder of images.
 
     Of a run: FID-k, rFID, KID, CapS, R-precision and, on shapes, the oracle. Of a folder: the same without rFID and oracle,
     against --reference, with --clip as the evaluation CLIP, under every --protocol whose weights are on this machine.
     """
     if images is not None:
-        return _evaluate_folder(images, **options)
+        return _evaluate_folder(images, split=split, **options)
     of_folder = [options.pop(name) for name in OF_FOLDER]
     if any(of_folder):
         raise ClipgenError(f"--{', --'.join(OF_FOLDER)} need a folder: name it by --images")
     wb = _open(begins=False, **options)
-    wb.evaluate(guidance, generator and clipgen_lib.TextToImage.from_pretrained(generator).to(wb.device))
+    wb.evaluate(guidance, generator and clipgen_lib.TextToImage.from_pretrained(generator).to(wb.device), split)
     return table(wb.run.summary())
 
 
@@ -180,23 +180,29 @@ def _evaluate_folder(images: Path, reference: Path | None, output: Path | None, 
 
     if reference is None:
         raise ClipgenError("a folder is scored against something: give --reference COCO_ROOT, DIR or stats.npz")
+    protocols = options["protocol"] or ("inception", "clip")
+    if reference.suffix == ".npz" and len(options["protocol"]) != 1:
+        whose = "inception of pytorch-fid's, clean of clean-fid's, tf1 of TTUR's"
+        raise ClipgenError(f"{reference} holds statistics of one protocol: name it by --protocol ({whose})")
     if output and (output.suffix != ".json" or not output.parent.is_dir()):
         raise ClipgenError(f"{output} cannot be written: give a name such as scores.json in a folder that exists")
     if not is_main():  # one process scores
         return None
     embedder = clipgen_lib.ClipEmbedder.load(**clip_fields(clip or "shapes"), device=options["device"])
     scored = open_folder(images, options["size"])
-    real = open_reference(reference, scored.size, options["split"] or "")
+    real = open_reference(reference, scored.size, options["split"], protocols[0])
     texts = texts_of(scored, options["captions"], options["seed"]) if options["captions"] else {}
     listed = caption_list((scored.names[row], text) for row, text in texts.items())
     provenance = Provenance(texts, seed=options["seed"], captions=listed)
-    default = ("inception",) if reference.suffix == ".npz" else ("inception", "clip")  # pytorch-fid's are of Inception
-    configs = {protocol: EvaluateConfig(protocol=protocol) for protocol in options["protocol"] or default}
+    config = load_preset(options["preset"], _changes(options["changes"])).evaluate
+    configs = {protocol: replace(config, protocol=protocol) for protocol in protocols}
     scores = {name: score_images(scored, real, c, Evaluators(embedder), provenance) for name, c in configs.items()}
     if not texts and not any(found["fid"] for found in scores.values()):
         raise ClipgenError(" ".join(sentence for found in scores.values() for sentence in found["missing"]))
     if output:
         runs.write_json(output, scores)
+        if listed:
+            runs.write_atomic(output.with_suffix(".captions.txt"), listed)
     return "\n\n".join(map(score_table, scores.values()))
 
 

@@ -29,7 +29,7 @@ Amount = Annotated[float, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 Several = Field(min_length=1, max_length=16)
-Protocol = Literal["inception", "clean", "torchmetrics", "dmgan", "clip", "lite", "dinov2"]
+Protocol = Literal["inception", "clean", "torchmetrics", "tf1", "dmgan", "clip", "lite", "dinov2"]
 
 
 @checked_dataclass
@@ -286,7 +286,10 @@ class EvaluateConfig(Config):
     n: Count = 30_000  # captions
     n_oracle: CountFromZero = 512  # prompts of each kind (Shapes world only)
     blur: Annotated[tuple[CountFromZero, ...], Several] = (0, 1, 2, 4, 8)  # k of FID-k, pixels
+    blur_sets: Literal["both", "reference"] = "both"  # which sets FID-k blurs: DALL-E's paper says both, CogView one
     protocol: Protocol = "inception"  # feature network of FID
+    split: str = "val"  # that is generated for and scored against; val2014 of COCO in published figures
+    caption_prefix: str = ""  # before every caption that is scored; "A photo depicts " in CLIPScore's paper
     batch_size: Count = 64
 
 

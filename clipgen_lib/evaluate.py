@@ -6,6 +6,7 @@ how it was made. Blur and feature network are part of a metric's name; missing w
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -33,8 +34,10 @@ from .runtime.runs import ClipgenError, progress, read_json, versions, write_ato
 from .text_to_image import TextToImage
 from .vqgan import VQGAN, codebook_statistics
 
-BLUR = "Gaussian, sigma = k pixels at the evaluation resolution, kernel to 4 sigma, reflected border, on both sets, before the network's resize"
-RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size"
+BLUR = "Gaussian, sigma = k pixels at the evaluation resolution, kernel to 4 sigma, reflected border, on {}, before the network's resize"
+BLURRED = {"both": "both sets", "reference": "the reference alone"}
+RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size; turned as EXIF says, which pytorch-fid, clean-fid and torch-fidelity do not"
+PUBLISHED_N = 30_000  # captions of COCO's val2014, one an image, that published figures are of
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -129,7 +132,7 @@ def score_images(
     sets, clip = [some for some in (images, reference) if isinstance(some, ImageSet)], evaluators.clip
     numbers: dict = {
         "protocol": f"{config.protocol}-FID" + (f" with {clip.name}" if config.protocol == "clip" else ""),
-        "blur": BLUR,
+        "blur": BLUR.format(BLURRED[config.blur_sets]),
         "resolution": images.size,
         "reference": f"{reference.name}/{reference.split}" if len(sets) == 2 else "statistics of a file",
         "judge": clip.name,
@@ -140,7 +143,7 @@ def score_images(
     except MissingWeights as error:
         numbers["missing"] = [str(error)]
     if provenance.texts:
-        numbers |= _caption_fit(images, reference, clip, provenance)
+        numbers |= _caption_fit(images, reference, clip, provenance, config.caption_prefix)
         if without := len(images) - len(provenance.texts):
             numbers["warnings"].append(f"{without} of {len(images)} images have no caption: CapS is of the others")
         if truncated := numbers["truncated_captions"]:
@@ -153,6 +156,9 @@ def score_images(
         if provenance.reconstruct:
             reconstructed = share(reference, change=provenance.reconstruct)
             numbers["classes"]["reconstruction"] = reconstructed["accuracy"]
+    if len(sets) == 2 and re.fullmatch(r"val20\d\d", reference.split) and len(reference) < PUBLISHED_N:
+        what = f"{reference.split} has {len(reference):,} images here, published figures of COCO are of {PUBLISHED_N:,}"
+        numbers["warnings"].append(f"{what} captions of val2014, one an image: these do not compare with them")
     for skipped in (some.skipped for some in sets if some.skipped):
         name, why = next(iter(skipped.items()))
         numbers["warnings"].append(f"{len(skipped)} files were left out, the first {name} ({why})")
@@ -164,7 +170,8 @@ def _distances(
 ) -> dict:
     """FID-k and so on, with the protocol card: everything that decides a number beside the images' content."""
     network, device = by.networks(config.protocol, by.clip), by.clip.device
-    scored = set_statistics(_batches(images, config.batch_size, device), network, config.blur)
+    radii = config.blur if config.blur_sets == "both" else (0,)
+    scored = set_statistics(_batches(images, config.batch_size, device), network, radii)
     counts, described, real, rfid = {"the scored set": _count(images)}, {"file": "statistics"}, reference, {}
     if isinstance(reference, ImageSet):
         real = set_statistics(_batches(reference, config.batch_size, device), network, config.blur)
@@ -173,7 +180,7 @@ def _distances(
         described = {"name": reference.name, "split": reference.split, "n": n, "codec": codec(reference.names)}
     if provenance.reconstruct:
         batches = _batches(reference, config.batch_size, device, provenance.reconstruct)
-        rfid = fid_by_radius(set_statistics(batches, network, config.blur), real)
+        rfid = fid_by_radius(set_statistics(batches, network, radii), real)
     listed = provenance.captions
     digest = hashlib.sha256(listed.encode()).hexdigest()[:16]
     card = {
@@ -182,7 +189,7 @@ def _distances(
         "weights": network.weights,
         "weights_hash": network.weights_hash,
         "k": list(config.blur),
-        "blur": BLUR,
+        "blur": BLUR.format(BLURRED[config.blur_sets]),
         "resolution": images.size,
         "resize": RESIZE,
         "scored": {"name": images.name, "n": _count(images), "codec": codec(images.names)},
@@ -210,14 +217,17 @@ def _count(images: ImageSet) -> int:
     return len(images) - sum(name in images.skipped for name in images.names)
 
 
-def _caption_fit(images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbedder, provenance: Provenance) -> dict:
-    """CapS of the images, and the values of real images between which it lies."""
-    pairs, owners, seed = list(provenance.texts.items()), provenance.rows, provenance.seed
-    numbers = caption_scores(images, pairs, clip, seed, owners)
+def _caption_fit(
+    images: ImageSet, reference: ImageSet | Moments, clip: ClipEmbedder, provenance: Provenance, prefix: str
+) -> dict:
+    """CapS of the images, and the values of real images between which it lies; of every caption behind the prefix."""
+    owners, seed = provenance.rows, provenance.seed
+    pairs = [(row, prefix + text) for row, text in provenance.texts.items()]
+    numbers = caption_scores(images, pairs, clip, seed, owners) | {"caption_prefix": prefix}
     numbers["clip_score"] = max(100 * numbers["caps"], 0.0)  # CLIPScore as torchmetrics defines it
     if isinstance(reference, ImageSet) and reference.has_captions:
         real_pairs = [(owners[row], text) for row, text in pairs] if owners else []
-        real_pairs = real_pairs or choose_captions(reference, len(pairs), seed)
+        real_pairs = real_pairs or [(row, prefix + text) for row, text in choose_captions(reference, len(pairs), seed)]
         real = caption_scores(reference, real_pairs[:PAIRS], clip, seed, range(len(reference)))
         numbers |= {"caps_ceiling": real["caps"], "caps_floor": real["caps_shuffled"]}
         numbers["r_precision_real"] = real["r_precision"]

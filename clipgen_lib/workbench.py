@@ -172,7 +172,7 @@ class Workbench:
             images = wb.images()
             config = replace(config, data_hash=images.hash)
             if begun is None:  # broken captions and a split without images are told now, not after hours of training
-                _ = images.has_captions, wb.images("val")
+                _ = images.has_captions, *map(wb.images, {"val", chosen.evaluate.split})
         if begun and begun.data_hash and begun.data_hash == config.data_hash:  # whatever it is called now
             config = replace(config, data=begun.data)
         if begun and (differing := runs.differences(asdict(begun), asdict(config))):
@@ -492,17 +492,22 @@ class Workbench:
             shown[name] = torch.cat([to_float(batch), images_of_text.cpu()])
         return shown
 
-    def evaluate(self, guidance: float = 0.0, generator: TextToImage | None = None) -> dict:
+    def evaluate(self, guidance: float = 0.0, generator: TextToImage | None = None, split: str = "") -> dict:
         """All metrics into summary.json, of the run's generator or another. Returns the first prompts and images.
 
         The generated images stay in generated/; captions.txt says which image's caption each of them was generated for.
-        `guidance` above 0 replaces the preset's.
+        `guidance` above 0 and `split` replace the preset's.
         """
         generator, settings = generator or self.generator(), {"guidance": guidance} if guidance else {}
         by, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
         with self._timed("evaluate", resumable=False):
-            val, config, place = self.images("val"), self.preset.evaluate, folder / "captions"
+            config, place = self.preset.evaluate, folder / "captions"
+            val = self.images(split or config.split)
             numbers, shown = evaluate.evaluate_generator(generator, val, by, config, place, self.seed, **settings)
+            if val.split == "val2014" and (train := self.images()).split == "train2017":
+                known = {name[-16:] for name in train.names}  # 000000000042.jpg, behind COCO_val2014_ in 2014
+                seen = f"{sum(name[-16:] in known for name in val.names):,} of {len(val):,} images of val2014"
+                numbers["warnings"].append(f"{seen} are in train2017, on which the run was trained: train on train2014")
             entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
             if self.has_oracle and config.n_oracle:
                 of_images = ("image", "reconstruction") if isinstance(generator, TextToImage) else ()

@@ -88,9 +88,10 @@ def test_a_run_generates_and_is_evaluated_again(smoke_run, results, tmp_path):
     done = command("generate", "a red circle", "--run", "smoke", "-n", 3, "--seed", 5, "-o", out)
     assert done.exit_code == 0, done.output
     assert Image.open(out).size == (3 * 64 + 4, 64)
-    done = command("evaluate", "--preset", "smoke", "--run", "smoke", "--guidance", 1.5)
+    done = command("evaluate", "--preset", "smoke", "--run", "smoke", "--guidance", 1.5, "--split", "held_out")
     assert done.exit_code == 0 and "FID-k" in done.output, done.output
-    assert json.loads((results / "smoke" / "summary.json").read_text())["sample"]["guidance"] == 1.5
+    summary = json.loads((results / "smoke" / "summary.json").read_text())
+    assert summary["sample"]["guidance"] == 1.5 and summary["evaluation"]["reference"] == "shapes/held_out"
 
 
 def test_the_generator_of_the_project_generates(tmp_path):

@@ -75,6 +75,7 @@ def test_coco_years(tmp_path):
         images = open_images(save(coco(tmp_path, ["a.png"], split=split), f"{split}/a.png"), split)
         assert images.split == split and images.captions == [("a red field",)] and images.classes is None
     assert open_images(f"{tmp_path}?year=2014", "val").split == "val2014"
+    assert open_images(f"{tmp_path}?year=2017", "val2014").split == "val2014"  # named as a whole
     with pytest.raises(ClipgenError, match=r"has val2014 and val2017 for split 'val': choose by .*\?year=2017"):
         open_images(tmp_path, "val")
 

@@ -31,7 +31,7 @@ from clipgen_lib.evaluate import (
     score_images,
 )
 from clipgen_lib.metrics import oracle
-from clipgen_lib.metrics.captions import caption_list, read_captions, texts_of
+from clipgen_lib.metrics.captions import caption_list, caption_scores, read_captions, texts_of
 from clipgen_lib.metrics.distances import frechet_distance, reconstruction_scores
 from clipgen_lib.metrics.features import FeatureNetwork, feature_network
 from clipgen_lib.metrics.report import score_table, table
@@ -216,12 +216,13 @@ def folders(world, tmp_path):
     return tmp_path
 
 
-def score(folders, clip, reference="b", protocol="clip", size=0, captions=None):
+def score(folders, clip, reference="b", protocol="clip", size=0, captions=None, **options):
     images = open_folder(folders / "a", size)
     texts = texts_of(images, captions) if captions else {}
     listed = caption_list((images.names[row], text) for row, text in texts.items())
     reference = open_reference(folders / reference, images.size)
-    config, judges = EvaluateConfig(protocol=protocol, blur=(0, 2)), Evaluators(clip, networks=stand_ins)
+    config = EvaluateConfig(protocol=protocol, blur=(0, 2), **options)
+    judges = Evaluators(clip, networks=stand_ins)
     return score_images(images, reference, config, judges, Provenance(texts, captions=listed))
 
 
@@ -245,6 +246,14 @@ def test_any_folder_with_its_captions(folders, clip):
     text = score_table(found)
     for word in ("weights_hash", "blur", "versions", "R-precision", "CLIPScore", "FID-0 over N", "reference halves"):
         assert word in text
+    prefix, texts = "A photo depicts ", list(read_captions(folders / "captions.txt").values())[:20]
+    wanted = caption_scores(open_folder(folders / "a"), [(i, prefix + text) for i, text in enumerate(texts)], clip)
+    prefixed = score(folders, clip, captions=folders / "captions.txt", caption_prefix=prefix)
+    assert prefixed["caps"] == pytest.approx(wanted["caps"]) and prefixed["caps"] != found["caps"]
+    assert f"captions behind {prefix!r}" in score_table(prefixed) and "captions behind" not in text
+    alone = score(folders, clip, blur_sets="reference")
+    assert alone["fid"]["0"] == found["fid"]["0"] and alone["fid"]["2"] != found["fid"]["2"]
+    assert "on the reference alone" in alone["card"]["blur"] and "on both sets" in found["card"]["blur"]
     zero = score(folders, clip, reference="a")
     assert abs(zero["fid"]["0"]) < 1e-3 * found["fid"]["0"] and zero["manifold"]["precision"] == 1.0
     assert plots.fid_over_n(found["fid_over_n"], "bias").axes[0].lines and list(found["fid_over_n"]) == ["20"]
@@ -267,6 +276,10 @@ def test_mistakes_with_folders_are_one_sentence(folders, clip, tmp_path):
         with pytest.raises(ClipgenError, match=f"holds {n} images, too few"):
             open_folder(tmp_path / "few")
         Image.new("RGB", (64, 64)).save(tmp_path / "few" / f"{n}.png")
+    for n in (0, 1):
+        Image.new("RGB", (80, 60)).save(tmp_path / "few" / f"{n}.png")
+    with pytest.raises(ClipgenError, match="are 80x60: say by --size which square"):
+        open_folder(tmp_path / "few")
     Image.new("RGB", (80, 60)).save(tmp_path / "a" / "large.png")
     with pytest.raises(ClipgenError, match=r"2 different sizes \(64x64, 80x60, ...\): say by --size"):
         score(folders, clip)
@@ -310,6 +323,15 @@ def test_the_command(folders, world):
     assert of_coco["caps_ceiling"] > of_coco["caps_floor"] and "real with own captions" in done.output
     assert of_coco["card"]["reference"]["split"] == "val" and of_coco["n_reference"] == 12
     assert "give --reference" in run(*images).output and "name it by --images" in run("--protocol", "clip").output
+    np.savez(folders / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
+    for protocols in ((), ("--protocol", "clip", "--protocol", "clean")):
+        wrong = run(*images, "--reference", folders / "s.npz", *protocols)
+        assert wrong.exit_code == 1 and "statistics of one protocol: name it by --protocol (inception" in wrong.output
+    listed = (folders / "r.captions.txt").read_text()
+    assert (
+        listed.count("\n") == 20
+        and hashlib.sha256(listed.encode()).hexdigest()[:16] == of_coco["card"]["captions"]["hash"]
+    )
     for protocol, sentence in (("vgg", "'vgg': it should be 'inception'"), ("dmgan", "needs inception_v3")):
         wrong = run(*images, "--reference", folders / "b", "--protocol", protocol)
         assert wrong.exit_code == 1 and sentence in wrong.output

@@ -50,7 +50,8 @@ def test_dmgan_is_pillows_resize_and_torchvisions_scaling():
 def test_the_others_leave_the_resize_to_their_network():
     x = from_arrays(random_images(2))
     assert torch.allclose(prepare("inception", x), (x + 1) / 2) and torch.equal(prepare("clip", x), x)
-    assert prepare("torchmetrics", x).dtype == torch.uint8 and torch.equal(to_float(prepare("torchmetrics", x)), x)
+    for protocol in ("torchmetrics", "tf1"):
+        assert prepare(protocol, x).dtype == torch.uint8 and torch.equal(to_float(prepare(protocol, x)), x)
 
 
 def test_the_same_images_by_pytorch_fid(tmp_path):
@@ -109,7 +110,9 @@ def test_lpips_and_unknown_names(clip, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(MissingWeights, match="alexnet-owt-7be5be79.pth"):
         lpips_network()
-    with pytest.raises(ClipgenError, match="choose from inception, clean, torchmetrics, dmgan, clip, lite, dinov2"):
+    with pytest.raises(
+        ClipgenError, match="choose from inception, clean, torchmetrics, tf1, dmgan, clip, lite, dinov2"
+    ):
         feature_network("vgg", clip)
     x = torch.rand(2, 3, 64, 64)
     assert torch.equal(feature_network("clip", clip)(x), clip.features(x))
@@ -130,11 +133,11 @@ def random_inceptions(tmp_path_factory):
     return home, {name: Weights(w.file, file_hash(folder / w.file), w.source) for name, w in WEIGHTS.items()}
 
 
-@pytest.mark.parametrize("protocol, classes", [("clean", 1008), ("torchmetrics", 1008), ("dmgan", 0)])
+@pytest.mark.parametrize("protocol, classes", [("clean", 1008), ("torchmetrics", 1008), ("tf1", 1008), ("dmgan", 0)])
 def test_networks_load_from_their_files(clip, random_inceptions, monkeypatch, protocol, classes):
     home, weights = random_inceptions
     monkeypatch.setenv("TORCH_HOME", str(home))
-    if protocol == "torchmetrics" and not importlib.util.find_spec("torch_fidelity"):
+    if protocol in ("torchmetrics", "tf1") and not importlib.util.find_spec("torch_fidelity"):
         with pytest.raises(MissingWeights, match="pip install torch-fidelity"):
             feature_network(protocol, clip, weights)
         return
@@ -144,3 +147,17 @@ def test_networks_load_from_their_files(clip, random_inceptions, monkeypatch, pr
     assert features.shape == (2, 2048) and features.dtype == torch.float32 and torch.isfinite(features).all()
     assert torch.allclose(network(x[:1]), features[:1], atol=1e-4)  # in eval mode: a row does not see the others
     assert network.logits(features).shape == (2, classes) if classes else network.head is None
+
+
+def test_tf1_is_torch_fidelitys_default(clip, random_inceptions, monkeypatch):
+    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    home, weights = random_inceptions
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    arrays, path = random_images(3, 64), home / "hub" / "checkpoints" / weights["tf1"].file
+    features, logits = theirs("inception-v3-compat", ["2048", "logits_unbiased"], str(path))(
+        torch.from_numpy(arrays).permute(0, 3, 1, 2)
+    )
+    tf1, other = (feature_network(name, clip, weights) for name in ("tf1", "torchmetrics"))
+    found, scale = tf1(from_arrays(arrays)), features.abs().mean()
+    assert torch.equal(found, features) and torch.allclose(tf1.logits(found), logits, atol=1e-5 * scale)
+    assert (other(from_arrays(arrays)) - features).abs().max() > 1e-3 * scale  # its resize is antialiased

@@ -342,7 +342,7 @@ def small(clip):
     return (vqgan, filled(PublishedVQGAN("hfai", 40, **SMALL))), (gpt, published_gpt)
 
 
-def test_broken_and_foreign_files_are_one_sentence(small, tmp_path):
+def test_broken_and_foreign_files_are_one_sentence(small, tmp_path, monkeypatch):
     path, source = tmp_path / "vqgan_coco.pt", "get it from github.com/HFAiLab/clip-gen"
     (vqgan, published), (_, gpt) = small
     published = published.state_dict() | {"discriminator.head.weight": torch.zeros(3)}
@@ -373,10 +373,20 @@ def test_broken_and_foreign_files_are_one_sentence(small, tmp_path):
     assert released.load_released(vqgan, tensors).config == replace(SMALL_CONFIG, image_size=16)
     tensors.write_bytes(tensors.read_bytes()[:-9])
     refused("cut short", tensors)
+    torch.save(
+        {"model": {"w": torch.zeros(1)}, "ema": {"w": torch.ones(1)}}, path
+    )  # LlamaGen's: its loader takes ema first
+    assert released.read_tensors(path, released.LLAMAGEN.entry) == {"w": torch.ones(1)}
+    torch.save({"state_dict": {"w": torch.ones(1)}}, path)
+    assert released.read_tensors(path, released.LLAMAGEN.entry) == {"w": torch.ones(1)}
     with pytest.raises(ClipgenError, match="unknown release 'vqgan': choose one of taming-f16-1024"):
         released.load_released("vqgan", tmp_path)
     with pytest.raises(ClipgenError, match="vqgan_coco.pt is missing: get it from github.com/HFAiLab/clip-gen"):
         released.load_hfai_coco(tmp_path / "nowhere")
+    monkeypatch.setattr(released, "load_released", lambda *arguments: None)
+    (tmp_path / "clip_vit_b32.pt").write_bytes(b"damaged")
+    with pytest.raises(ClipgenError, match=f"{tmp_path}/clip_vit_b32.pt"):
+        released.load_hfai_coco(tmp_path)
 
 
 def test_a_lightning_checkpoint_is_read_without_lightning(tmp_path, monkeypatch):

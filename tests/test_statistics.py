@@ -6,6 +6,7 @@ import torch
 from conftest import Identity, StandIn, normal
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from clipgen_lib.data.images import blur, eight_bit
 from clipgen_lib.metrics.distances import frechet_distance
 from clipgen_lib.metrics.features import FeatureNetwork
 from clipgen_lib.metrics.statistics import (
@@ -85,6 +86,10 @@ def test_one_pass_over_a_set_gives_what_its_parts_give():
     assert scores["fid"] == pytest.approx({"0": 0, "2": 0}, abs=1e-6) and scores["inception_score"]["mean"] > 1
     assert scores["manifold"]["n"] == 23 and scores["manifold"]["precision"] == 1.0
     assert set_scores(whole, other.moments(0))["fid"].keys() == {"0"}
+    unblurred, y = set_statistics([x], network(), (0,)), eight_bit(x)  # against a reference that alone is blurred
+    moments = [fed(GaussianStatistics(), network()(some)).compute() for some in (y, blur(y, 2))]
+    assert fid_by_radius(unblurred, whole)["2"] == pytest.approx(frechet_distance(*moments[0], *moments[1]), rel=1e-4)
+    assert set(fid_by_radius(unblurred, whole)) == {"0", "2"}
     x[1, 0, 3, 3] = torch.nan
     with pytest.raises(ClipgenError, match="NaN or infinite pixels"):
         set_statistics([x], network(), (0,))
@@ -93,6 +98,7 @@ def test_one_pass_over_a_set_gives_what_its_parts_give():
 MU, SIGMA = np.zeros(4), np.eye(4)
 NO_STATISTICS = {
     "other": {"mean": MU},
+    "clean_kid": {"feats": SIGMA},
     "pickle": {"mu": np.array([{}], dtype=object), "sigma": SIGMA},
     "shape": {"mu": MU, "sigma": np.eye(5)},
     "nan": {"mu": MU * np.nan, "sigma": SIGMA},
@@ -106,6 +112,11 @@ NO_STATISTICS = {
 def test_statistics_of_pytorch_fid(tmp_path):
     np.savez_compressed(tmp_path / "good.npz", mu=MU, sigma=SIGMA)
     assert np.array_equal(read_statistics(tmp_path / "good.npz").sigma, SIGMA)
+    np.savez(tmp_path / "own.npz", mu=MU, sigma=SIGMA, protocol="clean")
+    for path, protocol in (("own.npz", ""), ("own.npz", "clean"), ("good.npz", "tf1")):
+        assert np.array_equal(read_statistics(tmp_path / path, protocol).mu, MU)
+    with pytest.raises(ClipgenError, match="statistics of protocol clean: score under that, not inception"):
+        read_statistics(tmp_path / "own.npz", "inception")
     whole = (tmp_path / "good.npz").read_bytes()
     (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.npz").write_text("mu")
@@ -118,3 +129,5 @@ def test_statistics_of_pytorch_fid(tmp_path):
     for name in (*NO_STATISTICS, "short", "text", "vast", "absent"):
         with pytest.raises(ClipgenError, match=f"{name}.npz .*(make it again|check the path)"):
             read_statistics(tmp_path / f"{name}.npz")
+    with pytest.raises(ClipgenError, match="features for clean-fid's KID; its statistics are in the file without _kid"):
+        read_statistics(tmp_path / "clean_kid.npz")

@@ -139,6 +139,31 @@ def test_the_mean_of_texts_needs_texts(open_folder, wb, world):
     assert torch.allclose(wb.text_mean(), expected, atol=1e-6)
 
 
+def test_an_evaluation_on_val2014_says_what_training_has_seen(open_folder, results, preset, world, tmp_path):
+    root, content = tmp_path / "coco", read_json(world / "annotations" / "captions_train.json")
+    for split, first, prefix in (("train2017", 0, ""), ("val2017", 30, ""), ("val2014", 24, "COCO_val2014_")):
+        (root / split).mkdir(parents=True)
+        images = [{"id": entry["id"], "file_name": prefix + entry["file_name"]} for entry in content["images"][first:]]
+        for image in images[: 30 if split == "train2017" else None]:
+            shutil.copy(world / "train" / image["file_name"][-16:], root / split / image["file_name"])
+        write_json(root / "annotations" / f"captions_{split}.json", content | {"images": images})
+    wb = open_folder(f"{root}?year=2017")
+    wb = replace(wb, preset=changed(wb.preset, {"evaluate": {"n": 20, "split": "val2014"}}))
+    wb.evaluate()
+    found = wb.run.summary()["evaluation"]
+    assert found["reference"] == "coco/val2014" and found["n"] == 20 and found["n_reference"] == 16
+    assert any("6 of 16 images of val2014 are in train2017" in warning for warning in found["warnings"])
+    assert any("val2014 has 16 images here, published figures of COCO" in warning for warning in found["warnings"])
+    names = [line.split("\t")[0] for line in (wb.run.path / "captions.txt").read_text().splitlines()]
+    assert len(set(names[:16])) == 16 and len(names) == 20  # one caption of each image first
+    wb.evaluate(split="val2017")
+    found = wb.run.summary()["evaluation"]
+    assert found["reference"] == "coco/val2017" and not any("are in train2017" in w for w in found["warnings"])
+    wrong = changed(preset, {"evaluate": {"split": "val2015"}})
+    assert "has no split 'val2015': use one of train2017" in outcome(Workbench.open, wrong, "r", f"{root}?year=2017")
+    assert not results.exists()
+
+
 def test_a_users_prompts_come_first(wb, images_folder):
     for path in images_folder.glob("*.png"):
         path.with_suffix(".txt").write_text("a caption\n")

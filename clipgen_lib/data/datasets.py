@@ -173,7 +173,7 @@ def open_images(
 def open_folder(root: Path, size: int = 0) -> ImageSet:
     """Every image of a folder's listing, without splits and captions, to be scored; `size` 0 takes the images' own.
 
-    Raises ClipgenError where there is no folder, fewer than 2 images, or images of different sizes and no `size`.
+    Raises ClipgenError where there is no folder, fewer than 2 images, or without `size` images that are not squares of one size.
     """
     root, sizes = Path(root).expanduser(), set()
     if not root.is_dir():
@@ -189,7 +189,10 @@ def open_folder(root: Path, size: int = 0) -> ImageSet:
         some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
         what = f"the images in {root} have {len(sizes)} different sizes ({some}, ...): say by --size which they get"
         raise ClipgenError(what if sizes else f"none of {n} images in {root} could be read: restore them")
-    return ImageSet(root.resolve().name, "all", root, listing.names, size or min(*sizes.pop()))
+    width, height = (size, size) if size else sizes.pop()
+    if width != height:
+        raise ClipgenError(f"the images in {root} are {width}x{height}: say by --size which square is cut from them")
+    return ImageSet(root.resolve().name, "all", root, listing.names, width)
 
 
 def _split_by_hash(names: list[str], split: str, where: Path) -> np.ndarray:

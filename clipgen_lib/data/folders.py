@@ -138,6 +138,8 @@ def choose_split(there: Iterable[str], split: str, where: Path, year: str = "") 
     Raises ClipgenError where there is no such split, or several of different years (train2014, train2017) and none chosen.
     """
     there, known = sorted(there), {"train": TRAIN_NAMES, "val": VAL_NAMES}
+    if split in there and split not in known:  # val2014 beside a train split of another year
+        return split, False
 
     def find(names: tuple[str, ...]) -> str | None:
         fits = [re.compile(rf"{re.escape(name)}(\d{{4}})?", re.IGNORECASE) for name in names]
@@ -155,7 +157,9 @@ def choose_split(there: Iterable[str], split: str, where: Path, year: str = "") 
     chosen, is_divided = find(known.get(split, (split,))), split in known and not find(VAL_NAMES)
     chosen = chosen or (find(TRAIN_NAMES) if is_divided else None)
     if chosen is None:
-        raise ClipgenError(f"{where} has no split {split!r}: use one of {shortened(', '.join(there))}")
+        raise ClipgenError(
+            f"{where} has no split {split!r}: use one of {shortened(', '.join(there))} (evaluate.split of a preset, or --split)"
+        )
     return chosen, is_divided
 
 

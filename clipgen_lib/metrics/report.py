@@ -53,7 +53,8 @@ def _rows(scores: dict) -> Iterator[tuple[str, str]]:
         yield "CapS", f"{scores['caps']:.3f}   ({between})"
         yield "R-precision", f"{scores['r_precision']:.3f}   ({real}chance about {1 / min(100, scores['judged']):.2g})"
         yield "CLIPScore", f"{scores['clip_score']:.2f}"
-        yield "evaluation CLIP", scores["judge"]
+        prefix = scores.get("caption_prefix")
+        yield "evaluation CLIP", scores["judge"] + (f", captions behind {prefix!r}" if prefix else "")
     if c := scores.get("classes"):
         decoded = f", the tokenizer's decodings {c['reconstruction']:.3f}" if "reconstruction" in c else ""
         real = f"real images {c['real']:.3f}{decoded}; by a classifier of real images"

@@ -16,7 +16,7 @@ import torch
 from ..data.datasets import ImageSet, open_folder, open_images
 from ..data.folders import list_folder
 from ..data.images import blur, eight_bit
-from ..runtime.runs import ClipgenError, reading
+from ..runtime.runs import ClipgenError, reading, shortened
 from .distances import (
     cmmd,
     frechet_distance,
@@ -96,35 +96,42 @@ class FeatureSample:
         return torch.stack([row for _, _, row in self.kept])
 
 
-def read_statistics(path: Path) -> Moments:
-    """Mean (d,) and covariance (d, d) from an npz file of pytorch-fid's (`mu`, `sigma`), without running pickled code.
+def read_statistics(path: Path, protocol: str = "") -> Moments:
+    """Mean (d,) and covariance (d, d) from an npz file as pytorch-fid writes it, without running pickled code.
 
-    Raises ClipgenError where it is missing or damaged, has more than MOST_FEATURES, or holds no mean and covariance.
+    It holds `mu`, `sigma` and, where its maker knew of it, `protocol`. Raises ClipgenError where that is not the one to score
+    under, or the file is missing or damaged, has more than MOST_FEATURES, or holds no mean and covariance.
     """
     again = "make it again by pytorch-fid's --save-stats"
     with reading(path, "check the path", again, "holds no mean and covariance"):
         with zipfile.ZipFile(path) as archive:  # its index says how large they are unpacked
-            if max(archive.getinfo(f"{key}.npy").file_size for key in ("mu", "sigma")) > 8 * MOST_FEATURES**2 + 1_000:
-                raise ValueError(f"more than {MOST_FEATURES} features")
+            sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+        if "feats" in sizes:
+            raise ValueError("it holds features for clean-fid's KID; its statistics are in the file without _kid")
+        if max(sizes["mu"], sizes["sigma"], sizes.get("protocol", 0)) > 8 * MOST_FEATURES**2 + 1_000:
+            raise ValueError(f"more than {MOST_FEATURES} features")
         with np.load(path, allow_pickle=False) as content:
             mu, sigma = (content[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
+            own = str(content["protocol"]) if "protocol" in sizes else ""
         d, finite = mu.size, np.isfinite(mu).all() and np.isfinite(sigma).all()
         if not (d and finite) or mu.shape != (d,) or sigma.shape != (d, d):
             raise ValueError(f"mu {mu.shape} and sigma {sigma.shape}, not finite (d,) and (d, d)")
         rounding = 1e-6 * np.abs(sigma).max()  # of float32; of few images most eigenvalues are 0
         if np.abs(sigma - sigma.T).max() > 10 * rounding or np.linalg.eigvalsh(sigma)[0] < -d * rounding:
             raise ValueError("sigma is asymmetric or has a negative variance")
+    if own and protocol and own != protocol:
+        raise ClipgenError(f"{path} holds statistics of protocol {shortened(own)}: score under that, not {protocol}")
     return Moments(mu, sigma)
 
 
-def open_reference(reference: str | Path, size: int, split: str = "") -> ImageSet | Moments:
-    """What images are scored against: pytorch-fid's statistics (.npz), a data set's split ("" is val), or every image of a folder without splits.
+def open_reference(reference: str | Path, size: int, split: str = "", protocol: str = "") -> ImageSet | Moments:
+    """What images are scored against: statistics (.npz), a data set's split ("" is val), or every image of a folder without splits.
 
-    Raises ClipgenError where a split is named that is not there.
+    Raises ClipgenError where a split is named that is not there, or the statistics are not of the protocol named.
     """
     path = Path(reference)
     if path.suffix == ".npz":
-        return read_statistics(path)
+        return read_statistics(path, protocol)
     is_plain = path.is_dir() and not any(path.glob("annotations/captions_*.json"))
     if is_plain and (listing := list_folder(path)).names and not listing.splits():
         if split:
@@ -190,9 +197,13 @@ def set_statistics(batches: Iterable[torch.Tensor], network: FeatureNetwork, rad
 
 
 def fid_by_radius(scored: SetStatistics, reference: SetStatistics | Moments) -> dict[str, float]:
-    """FID-k for every blur radius k; against statistics of a file for k = 0 alone."""
+    """FID-k for every blur radius k of the reference, by the scored set at that radius, or unblurred where it has no other.
+
+    Of statistics of a file k is 0 alone.
+    """
     known = {0: reference} if isinstance(reference, Moments) else {k: reference.moments(k) for k in reference.halves}
-    return {str(k): frechet_distance(*scored.moments(k), *known[k]) for k in scored.halves if k in known}
+    radii = {k: k if k in scored.halves else 0 for k in known}
+    return {str(k): frechet_distance(*scored.moments(r), *known[k]) for k, r in radii.items() if r in scored.halves}
 
 
 def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dict:

@@ -31,7 +31,7 @@ Rename = tuple[str, str | Callable[[re.Match], str]]  # what `re.sub` takes: the
 class Family(NamedTuple):
     """How the files of one project differ from our modules."""
 
-    entry: str  # of the published dict, under which the tensors lie
+    entry: str  # of the published dict, under which the tensors lie; of several names the first that is there
     ignored: str  # names that belong to training alone
     renames: Callable[[Config], list[Rename]]  # "{qkv}" in our name: three tensors of ours, fused in theirs
     epsilon: float = EPSILON  # of GroupNorm
@@ -107,7 +107,7 @@ def _hfai_gpt(config: TransformerConfig) -> list[Rename]:
 
 
 TAMING = Family("state_dict", r"^loss\.", _vqgan)
-LLAMAGEN = Family("model", r"^quantize\.codebook_used$", _vqgan)
+LLAMAGEN = Family("ema model state_dict", r"^quantize\.codebook_used$", _vqgan)
 HFAI_VQGAN = Family("model", r"^discriminator\.", _hfai_vqgan, epsilon=1e-5)
 HFAI_GPT = Family("model", r"^blocks\.\d+\.mask$", _hfai_gpt)
 
@@ -134,12 +134,13 @@ RELEASES["hfai-gpt-coco"] = Release(HFAI_GPT, "gpt_coco.pt", _HFAI, _GPT)
 def load_hfai_coco(folder: str | Path, device: str | torch.device = "cpu") -> TextToImage:
     """HFAiLab/clip-gen, trained on MS-COCO, with the sampling of their demo, from vqgan_coco.pt and gpt_coco.pt.
 
-    OpenAI's ViT-B-32.pt is used from the folder too, and downloaded where it is missing. A file that is missing, damaged,
-    of another model or with code in it is a ClipgenError.
+    Their clip_vit_b32.pt or OpenAI's ViT-B-32.pt is used from the folder too, and downloaded where both are missing. A file
+    that is missing, damaged, of another model or with code in it is a ClipgenError.
     """
     vqgan, transformer = (load_released(name, folder, device) for name in ("hfai-vqgan-coco", "hfai-gpt-coco"))
-    source, file = {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}, Path(folder) / "ViT-B-32.pt"
-    clip = ClipEmbedder.load(source["name"], str(file.resolve()) if file.is_file() else "openai", device)
+    source = {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}
+    files = (Path(folder).resolve() / name for name in ("clip_vit_b32.pt", "ViT-B-32.pt"))
+    clip = ClipEmbedder.load(source["name"], str(next(filter(Path.is_file, files), "openai")), device)
     settings = SampleConfig(guidance=1.0, top_k=500, top_p=0.95)
     return TextToImage.from_parts(vqgan, transformer, clip, source, settings)
 
@@ -220,7 +221,7 @@ _CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callba
 def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
     """The tensors of a published file, on the CPU, by name; no code in the file is run.
 
-    They lie under `entry` in a .pt or .ckpt file. A file that is damaged, holds code or has no such entry is a ClipgenError.
+    They lie under `entry`, or the first of its words that is there, in a .pt or .ckpt file. A file that is damaged, holds code or has no such entry is a ClipgenError.
     """
     try:
         if path.suffix == ".safetensors":
@@ -232,7 +233,8 @@ def read_tensors(path: Path, entry: str) -> dict[str, torch.Tensor]:
             raise ClipgenError(f"it holds code, {code[1]}, which is not run") from None
         why = str(error).split("WeightsUnpickler error: ")[-1].split(". ")[0].split("\n")[0].strip()
         raise ClipgenError(f"cut short, damaged or no weights at all; {why or type(error).__name__}") from None
-    tensors = content.get(entry) if isinstance(content, dict) else None
+    found = [content[key] for key in entry.split() if key in content] if isinstance(content, dict) else []
+    tensors = found[0] if found else None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ClipgenError(f"no tensors under {entry!r}")
     return tensors
