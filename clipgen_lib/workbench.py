@@ -7,6 +7,7 @@ embedding; no training sees whose caption is whose.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -83,7 +84,7 @@ def pick_device(device: str = "auto") -> str:
 
 
 # entries of summary.json that a training which begins anew leaves there: others are of weights that it replaces
-OF_EARLIER = {"vqgan": {"run", "preset", "seed", "versions", "classifier"}}
+OF_EARLIER = {"vqgan": {"run", "preset", "seed", "begun", "versions", "classifier"}}
 OF_EARLIER["transformer"] = OF_EARLIER["vqgan"] | {"data", "vqgan", "store", *runs.MERGED}
 
 
@@ -95,6 +96,11 @@ class RunConfig(Config):
     data: str  # a label: what the images are called
     seed: int
     data_hash: str | None = None  # of its train split, by which data are known; None of the Shapes world
+
+    @property
+    def hash(self) -> str:
+        """Of all but the label, for summary.json: by it a lost config.json is known."""
+        return hashlib.sha256(json.dumps([asdict(self.preset), self.seed, self.data_hash]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,11 @@ class Workbench:
         wb, config = cls.checked(preset, run, data, seed, device, clip)
         if distributed.is_main() and not (wb.run.path / "config.json").exists():
             runs.write_json(wb.run.file("config.json"), asdict(config))
-        if "versions" not in wb.run.summary():
+        if not wb.run.summary().get("versions"):
             if (wb.run.path / "vqgan").is_dir():
                 lost = f"{wb.run.path / 'summary.json'} was lost and begins anew"
                 distributed.tell(f"{lost}: a step that is run again, from its last checkpoint, fills its part")
-            wb._record(run=run, preset=wb.preset.name, seed=seed, versions=runs.versions())
+            wb._record(run=run, preset=wb.preset.name, seed=seed, versions=runs.versions(), begun=config.hash)
         return wb
 
     @classmethod
@@ -144,7 +150,11 @@ class Workbench:
         chosen = replace(with_clip(chosen, clip_fields(clip)) if clip else chosen, shared=named_sources(chosen.shared))
         opened = replace(runs.open_run(run), seed=seed, device=pick_device(device))
         path = opened.path / "config.json"
-        begun = begun_with(path) if path.exists() or "versions" in opened.summary() else None
+        begun = begun_with(path) if path.exists() else None
+        known = {} if begun else opened.summary()
+        if (known.get("preset", chosen.name), known.get("seed", seed)) != (chosen.name, seed):
+            before = f"preset {known['preset']} and seed {known['seed']}"
+            raise ClipgenError(f"{path} is missing, and run {run!r} was begun with {before}: give these")
         wb = cls(opened, chosen, data or getattr(begun, "data", ""))
         try:  # the name of a folder rather than where it lies on this machine
             label = wb.data if wb.data == "shapes" else Path(os.path.expanduser(wb.data or "\0")).resolve().name
@@ -172,14 +182,19 @@ class Workbench:
                 named = f"preset ({begun.preset.name}, not {chosen.name})"
             cure = f"choose another run name or delete {path.parent}"
             raise ClipgenError(f"run {run!r} was begun with another {named}: {cure}")
+        if known.get("begun", config.hash) != config.hash:
+            what = f"{path} is missing, and run {run!r} was begun with other settings or data than these"
+            raise ClipgenError(f"{what}: give those, or restore it")
         return wb, config
 
     @classmethod
     def reopen(cls, run: str, device: str = "auto", data: str = "") -> Workbench:
         """Open a run that exists with the preset, seed and CLIP it was begun with; `data` says where its images lie now."""
         path = runs.open_run(run).path / "config.json"
-        if not path.parent.is_dir():
-            raise ClipgenError(f"there is no run {run!r}: begin it with 'clipgen run --run {run}' or train-vqgan")
+        if not path.is_file():
+            lost = f"{path} is missing: restore it, or give a stage the preset, data and seed of its beginning"
+            none = f"there is no run {run!r}: begin it with 'clipgen run --run {run}' or train-vqgan"
+            raise ClipgenError(lost if path.parent.is_dir() else none)
         begun = begun_with(path)
         return cls.open(begun.preset, run, data, begun.seed, device)
 
@@ -563,9 +578,7 @@ class Workbench:
 
 
 def begun_with(path: Path) -> RunConfig:
-    """What a run was begun with. A field that its config.json lacks has the default. Raises ClipgenError: missing or damaged."""
-    if not path.exists():
-        raise ClipgenError(f"{path} is missing: restore it, or delete {path.parent}")
+    """What a run was begun with. A field that its config.json lacks has the default."""
     found = runs.read_json(path)
     try:
         preset = from_dict(Preset, found.get("preset"), whole=False)

@@ -67,8 +67,11 @@ def test_a_run_is_opened_only_as_it_was_begun(results):
     assert "there is no run 'none'" in outcome(Workbench.reopen, "none")
     assert "begun with another data" in outcome(Workbench.reopen, "r", data="~nobody-of-that-name/images")
     path.unlink()
-    for opened in (lambda: Workbench.open("smoke", "r"), lambda: Workbench.reopen("r")):
-        assert "is missing: restore it, or delete" in outcome(opened) and not path.exists()
+    sentence = "was begun with preset smoke and seed 0: give these"
+    assert sentence in outcome(Workbench.open, "smoke", "r", seed=7) and not path.exists()
+    assert "begun with other settings or data" in outcome(Workbench.open, load_preset("smoke", "sample.top_k=9"), "r")
+    assert "is missing: restore it" in outcome(Workbench.reopen, "r") and not path.exists()
+    assert outcome(Workbench.open, "smoke", "r") == "opened"
 
 
 @pytest.mark.parametrize(
