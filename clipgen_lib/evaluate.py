@@ -275,6 +275,14 @@ def evaluate_generator(
     return distributed.broadcast((numbers, {"prompts": names, "images": to_float(first), "captions": listed}))
 
 
+def oracle_list(n: int, seed: int = 0) -> str:
+    """The caption list of the text prompts of `evaluate_oracle`, by the place of their images in its folder."""
+    kinds = {kind: oracle.prompts(kind, n, seed) for kind in oracle.KINDS}
+    return caption_list(
+        (f"text-{kind}/{i:05d}.png", p.text) for kind, made in kinds.items() for i, p in enumerate(made)
+    )
+
+
 @torch.inference_mode()
 def evaluate_oracle(
     generator: TextToImage,
@@ -286,13 +294,14 @@ def evaluate_oracle(
 ) -> dict:
     """Shapes world only: what share of images shows what the prompt says, read by the oracle.
 
-    Text prompts of one object, of two with a relation, and of held-out pairs; as image prompts, the embeddings of real
-    scenes of one object; and, with nothing generated, the tokenizer's reconstructions of real scenes, above which no
-    generator on its tokens can rise. Every prompt gets one image, image i with seed + i: nothing is picked or ranked.
+    Text prompts of every kind of `oracle.KINDS`; as image prompts, the embeddings of real scenes of one object; and, with
+    nothing generated, the tokenizer's reconstructions of real scenes, above which no generator on its tokens can rise.
+    Every prompt gets one image, image i with seed + i: nothing is picked or ranked.
+
+    Returns modality -> kind -> what `oracle.score` gives.
     """
-    kinds = ("one", "two", "held_out")
     shares: dict = {modality: {} for modality in modalities}
-    for modality, kind in ((key, kind) for key in modalities for kind in kinds[: 1 if key == "image" else 3]):
+    for modality, kind in ((key, kind) for key in modalities for kind in (["one"] if key == "image" else oracle.KINDS)):
         prompts = oracle.prompts(kind, n, seed)
         scenes = from_arrays(np.stack([shapes.render(p.scene) for p in prompts])).to(generator.device).split(64)
         if modality == "reconstruction":

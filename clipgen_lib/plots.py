@@ -174,15 +174,18 @@ def distances(evaluation: dict, title: str) -> Figure:
 
 
 def oracle(scores: dict, title: str) -> Figure:
-    """Shares that the oracle finds correct, one group of bars for each kind of prompt."""
-    groups = [(f"{modality}\n{kind}", values) for modality, kinds in scores.items() for kind, values in kinds.items()]
-    figure, axes = _subplots(1, len(groups), figsize=(1.9 * len(groups), 2.9), sharey=True, squeeze=False)
-    for axis, (label, values) in zip(axes[0], groups, strict=True):
-        shares = {key: value for key, value in values.items() if key != "n"}
-        bars = axis.bar(list(shares), list(shares.values()))
-        axis.bar_label(bars, [f"{100 * value:.0f}" for value in shares.values()], fontsize=7)
-        axis.set(title=f"{label}, n = {values['n']}", ylim=(0, 1.1))
-        axis.tick_params(axis="x", rotation=45)
+    """Shares that the oracle finds correct, one group of bars for each kind of prompt, a row for each modality."""
+    rows, columns = len(scores), max(map(len, scores.values()))
+    figure, axes = _subplots(rows, columns, figsize=(2.3 * columns, 2.6 * rows), sharey=True, squeeze=False)
+    for row, (modality, kinds) in zip(axes, scores.items(), strict=True):
+        for axis in row[len(kinds) :]:
+            axis.axis("off")
+        for axis, (kind, values) in zip(row, kinds.items(), strict=False):
+            shares = {key: value for key, value in values.items() if key != "n" and not key.endswith("_interval")}
+            bars = axis.bar(list(shares), list(shares.values()))
+            axis.bar_label(bars, [f"{100 * value:.0f}" for value in shares.values()], fontsize=7)
+            axis.set(title=f"{modality}\n{kind}, n = {values['n']}", ylim=(0, 1.1))
+            axis.tick_params(axis="x", rotation=45)
     figure.suptitle(title)
     return figure
 

@@ -495,8 +495,8 @@ class Workbench:
     def evaluate(self, guidance: float = 0.0, generator: TextToImage | None = None, split: str = "") -> dict:
         """All metrics into summary.json, of the run's generator or another. Returns the first prompts and images.
 
-        The generated images stay in generated/; captions.txt says which image's caption each of them was generated for.
-        `guidance` above 0 and `split` replace the preset's.
+        The generated images stay in generated/; captions.txt says which image's caption each of them was generated for,
+        prompts.txt what the oracle asked for. `guidance` above 0 and `split` replace the preset's.
         """
         generator, settings = generator or self.generator(), {"guidance": guidance} if guidance else {}
         by, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
@@ -521,6 +521,8 @@ class Workbench:
             self._record(**entries, seconds=seconds)
             if shown["captions"]:
                 runs.write_atomic(self.run.file("captions.txt"), shown["captions"])
+            if "oracle" in entries:
+                runs.write_atomic(self.run.file("prompts.txt"), evaluate.oracle_list(config.n_oracle, self.seed))
         distributed.barrier()  # the numbers are written
         return shown
 

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clipgen_lib.cli import default_run, main, parameters_of, parse_parameter
 from clipgen_lib.config import PRESETS, load_preset
+from clipgen_lib.evaluate import oracle_list
 from clipgen_lib.metrics.oracle import read_scene
 from clipgen_lib.runtime.runs import ClipgenError
 
@@ -35,7 +36,8 @@ def test_all_notebooks_run_and_measure(smoke_run):
     assert set(keys.split()) <= summary.keys()
     assert summary["data"]["n_train"] == 256 and summary["evaluation"]["n"] == 64
     assert {"vqgan", "extract", "transformer", "evaluate", "per_image", "total"} <= summary["seconds"].keys()
-    assert summary["oracle"]["text"]["two"].keys() == {"n", "both", "relation"}
+    assert {"n", "both", "relation", "position", "whole_interval"} <= summary["oracle"]["text"]["two"].keys()
+    assert (smoke_run / "prompts.txt").read_text() == oracle_list(summary["oracle"]["text"]["three"]["n"])
     assert {"vqgan", "transformer", "clip"} == summary["parameters"].keys()
     figures = {path.stem for path in (smoke_run / "figures").glob("*.png")}
     wanted = "reconstructions vqgan_curves codebook token_grid neighbours previews contact_sheet"

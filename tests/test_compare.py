@@ -4,8 +4,10 @@ import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_ind
 
 from clipgen_lib.config import Preset, changed, load_preset
 from clipgen_lib.runtime import runs
@@ -188,6 +190,54 @@ def test_committed_tables_are_those_of_their_rows_and_in_the_text(name):
     found = [block.splitlines() for block in blocks if block.startswith(lines[0])]
     assert (name == "curves") == (not found)
     assert all(len(block) > 5 and set(block) <= set(lines) for block in found)
+
+
+def row_of(name, values, interval=None):
+    cell = {"mean": float(np.mean(values)), "std": float(np.std(values))} | ({"interval": interval} if interval else {})
+    return {"name": name, "seeds": list(range(len(values))), "caps": cell}
+
+
+@pytest.mark.parametrize(
+    "shift, differs", [(0.04, False), (0.05, True), (-0.05, True)]
+)  # 0.04 would, by a std of ddof 0
+def test_three_seeds_are_compared_by_welch(shift, differs):
+    plain = np.array([0.50, 0.52, 0.54])
+    assert (ttest_ind(plain + shift, plain, equal_var=False).pvalue < 0.05) == differs
+    rows = [
+        row_of("plain", plain),
+        row_of("a", plain + shift),
+        row_of("b", plain[:2] + 1),
+        row_of("c", [0.9], [0.8, 1]),
+    ]
+    cells = {line[:7].strip(): line[7:].strip() for line in compare.table_text(rows, ("caps",)).splitlines()[1:]}
+    assert cells["a"] == "*" * differs + f"{0.52 + shift:.3f} ± 0.016"
+    assert cells["b"] == "1.510 ± 0.010" and cells["c"] == "0.900 (0.800 to 1.000)" and len(cells) == 4 + differs
+
+
+def test_one_seed_is_compared_by_its_intervals():
+    rows = [row_of(name, [0.5], ends) for name, ends in (("plain", [0.4, 0.6]), ("a", [0.59, 0.7]), ("b", [0.61, 0.7]))]
+    *lines, note = compare.table_text([*rows, row_of("old", [0.9])], ("caps",)).splitlines()
+    assert ["*" in line for line in lines] == [False, False, False, True, False] and note.startswith(
+        "* differs from plain"
+    )
+
+
+def test_a_result_has_the_intervals_of_its_columns():
+    one = {"colour": 0.9, "colour_interval": [0.8, 0.95], "shape": 0.5, "shape_interval": [0.4, 0.6], "whole": 0.25}
+    text = {"one": one, "two": {"both": 0.5, "relation": 0.25}, "held_out": one}
+    result = {
+        "evaluation": {"fid": {}, "caps": 0.3, "caps_interval": [0.2, 0.4]},
+        "oracle": {"text": text},
+        "seconds": {},
+    }
+    row = compare.mean_and_std([result | {"seed": 3}])
+    found = {key: row[key].get("interval") for key in ("caps", "colour", "held_out_shape", "one_whole", "two_both")}
+    assert found == {"caps": [0.2, 0.4], "colour": [0.8, 0.95], "held_out_shape": [0.4, 0.6]} | dict.fromkeys(
+        ("one_whole", "two_both")
+    )
+    error = row["oracle_error"]
+    assert error["mean"] == pytest.approx(0.3) and error["interval"] == pytest.approx([0.225, 0.4]) and len(row) == 11
+    assert "interval" not in compare.mean_and_std([result | {"seed": seed} for seed in (0, 1)])["caps"]
 
 
 def test_a_damaged_table_is_one_sentence(tmp_path):

@@ -61,7 +61,7 @@ class Scenes(torch.nn.Module):
     def generate_each(self, prompts, seeds, **settings):
         self.calls.append(list(seeds))
         one = oracle.prompts("one", 20, 0)
-        known = {p.text: p for kind in ("one", "two", "held_out") for p in oracle.prompts(kind, 20, 0)}
+        known = {p.text: p for kind in oracle.KINDS for p in oracle.prompts(kind, 20, 0)}
         asked = [one[s] for s in seeds] if isinstance(prompts, torch.Tensor) else [known[text] for text in prompts]
         return from_arrays(np.stack([shapes.render(p.scene) for p in asked]))
 
@@ -183,9 +183,10 @@ def test_the_oracle_gives_a_perfect_generator_full_marks(clip, vqgan, tmp_path):
     blind = scores["reconstruction"]["one"]  # an untrained tokenizer keeps nothing of the scenes
     assert blind["both"] < 0.3 and scores["reconstruction"]["two"]["both"] == 0.0
     assert scores["text"]["one"]["both"] == scores["text"]["two"]["relation"] == scores["image"]["one"]["shape"] == 1.0
-    assert set(scores["text"]) == {"one", "two", "held_out"} and len(system.calls) == 12
+    assert set(scores["text"]) == set(oracle.KINDS) and scores["text"]["three"]["whole"] == 1.0
+    assert len(system.calls) == 18
     (tmp_path / "text-two" / "00003.png").unlink()
-    assert evaluate_oracle(system, tmp_path, n=12) == scores and system.calls[12:] == [[3]]
+    assert evaluate_oracle(system, tmp_path, n=12) == scores and system.calls[18:] == [[3]]
 
 
 def test_reconstructions_by_hand(vqgan, world, tmp_path, monkeypatch):

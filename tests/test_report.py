@@ -40,6 +40,11 @@ def test_the_table_of_a_run():
     summary = {"run": "x", "preset": "smoke", "seed": 1, "evaluation": scores}
     text = table(summary | {"oracle": {"text": kinds}, "export": {"oracle": {"16": kinds}}})
     assert text.startswith("run x   preset smoke   seed 1") and "scored" not in text
+    sure = {"one": {key: 0.5 for key in "abcdef"} | {"n": 16, "a_interval": [0.25, 0.755]}}
+    assert table(summary | {"oracle": {"text": sure}}).splitlines()[-2:] == [
+        "oracle, text one            a 50.0% (25.0 to 75.5)   b 50.0%   c 50.0%   d 50.0%   e 50.0%",
+        " " * 28 + "f 50.0%   (n = 16)",
+    ]
     assert text.count("colour 75.0%   shape 50.0%   (n = 16)") == 2 and "export, best of 16 one" in text
     lines = [" ".join(line.split()) for line in score_table(scores).splitlines()]
     assert {"k 0, 1", "scored name a, n 24", "captions none"} <= set(lines)

@@ -277,20 +277,16 @@ def captions(scene: Scene, n: int = 5) -> list[str]:
 
 def holds(claim: Claim, scene: Scene) -> bool:
     """Whether everything that a caption claims is true of a scene; saying less than there is stays true."""
-    if claim.tone and claim.tone != scene.background.tone or claim.kind and claim.kind != scene.background.kind:
+    ground = scene.background
+    if claim.tone not in (None, ground.tone) or claim.kind not in (None, ground.kind):
         return False
-    return match(claim, scene.objects) is not None
-
-
-def match(claim: Claim, objects: tuple[SceneObject, ...], with_relation: bool = True) -> tuple[SceneObject, ...] | None:
-    """The objects of an image that a claim speaks of, in the claim's order, or None where it is not true of them."""
-    for chosen in itertools.permutations(objects, len(claim.objects)):
+    for chosen in itertools.permutations(scene.objects, len(claim.objects)):
         pairs = zip(claim.objects, chosen, strict=True)
         said = [(getattr(a, key), getattr(b, key)) for a, b in pairs for key in ("shape", "colour", "size")]
         fits = all(wanted in (None, there) for wanted, there in said)
-        if fits and (not with_relation or claim.relation is None or relation(*chosen[:2], clear=1.0) == claim.relation):
-            return chosen
-    return None
+        if fits and (claim.relation is None or relation(*chosen[:2], clear=1.0) == claim.relation):
+            return True
+    return False
 
 
 def make_world(root: Path, n_train: int, n_val: int, seed: int = 0) -> Path:

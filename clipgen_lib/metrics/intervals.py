@@ -28,3 +28,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     """Wilson's score interval (1927) of a share: of `hits` among `n` >= 1 trials; not empty at 0 and at 1."""
     low, high = binomtest(int(hits), int(n)).proportion_ci(method="wilson")
     return float(low), float(high)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Of the mean of values in [0, 1]: Wilson's where each is 0 or 1, else the bootstrap's."""
+    return wilson(sum(values), len(values)) if set(values) <= {0, 1} else bootstrap(values)

@@ -1,9 +1,11 @@
 """The oracle of the Shapes world: plain image processing, without a network, reads an image back.
 
 In: a 64x64 image. Out: which shapes, colours, sizes and relation it shows, and so whether it matches a prompt: a measured
-fact. Also the evaluation prompts, whose wording says all that is scored.
+fact. Also the evaluation prompts, whose wording says all that is scored. In one of some 300 scenes of two objects these have
+one colour and corners that touch, and are read as one.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image
 from scipy import ndimage
 
 from ..data import shapes
-from ..data.shapes import CANVAS, COLOURS, SHAPES, Claim, Scene, SceneObject, match, relation
+from ..data.shapes import CANVAS, COLOURS, SHAPES, Claim, Scene, SceneObject, relation
+from .intervals import interval
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -91,22 +94,27 @@ class Prompt(NamedTuple):
     scene: Scene  # a scene of which the text is true, for an image as the condition
 
 
-def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
-    """n evaluation prompts: `one` object, `two` objects with their relation, or one object of a `held_out` pair.
+# kind of prompt: how many objects, and whether the first is of an unseen pair of shape and colour
+KINDS = {"one": (1, False), "two": (2, False), "three": (3, False), "held_out": (1, True), "held_out_two": (2, True)}
 
-    The wording is fixed ("a small red star", "a red star left of a blue ring"): sampled wording belongs to the
-    captions, and a prompt must say all that is scored.
+
+def prompts(kind: str, n: int, seed: int = 0) -> list[Prompt]:
+    """n evaluation prompts of one of KINDS: the first n of an endless list that kind and seed decide.
+
+    The wording is fixed ("a small red star", "a red star left of a blue ring", "a red star, a blue ring and a pink
+    heart"): sampled wording belongs to the captions, and a prompt must say all that is scored.
     """
-    if kind not in ("one", "two", "held_out"):
-        raise ValueError(f"unknown kind of prompt {kind!r}: choose one, two or held_out")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of prompt {kind!r}: choose one of {', '.join(KINDS)}")
+    count, held_out = KINDS[kind]
     made = []
     for index in range(n):
-        scene = shapes.scene_at(seed, 30_000_000 + index, kind == "held_out", 2 if kind == "two" else 1)
-        if kind == "two":
-            claim = Claim(tuple(SceneObject(t.shape, t.colour) for t in scene.objects), relation(*scene.objects))
-        else:
-            claim = Claim(tuple(SceneObject(t.shape, t.colour, t.size) for t in scene.objects))
-        made.append(Prompt(f" {claim.relation} ".join(map(_plain, claim.objects)), claim, scene))
+        scene = shapes.scene_at(seed, 30_000_000 + index, held_out, count)
+        objects = tuple(SceneObject(t.shape, t.colour, t.size if count == 1 else None) for t in scene.objects)
+        claim = Claim(objects, relation(*scene.objects) if count == 2 else None)
+        *names, last = map(_plain, objects)
+        link = f" {claim.relation} " if count == 2 else " and "
+        made.append(Prompt(link.join(filter(None, (", ".join(names), last))), claim, scene))
     return made
 
 
@@ -115,21 +123,57 @@ def _plain(obj: SceneObject) -> str:
     return " ".join([shapes.article(words[0]), *words])
 
 
-def correct(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
-    """What of a prompt an image (64, 64, 3) uint8 shows, read by the oracle: the parts of `score`."""
-    reading, claim = read_scene(image), prompt.claim
-    if len(claim.objects) == 2:
-        return {"both": bool(match(claim, reading, with_relation=False)), "relation": bool(match(claim, reading))}
-    shown = reading[0] if reading else SceneObject(None, None, None)
-    parts = {key: getattr(claim.objects[0], key) == getattr(shown, key) for key in ("colour", "shape", "size")}
-    return {**parts, "both": parts["colour"] and parts["shape"], "count": len(reading) == 1}
+def correct(image: np.ndarray, prompt: Prompt) -> dict[str, float]:
+    """What of a prompt an image (64, 64, 3) uint8 shows, read by the oracle: of each atom the share that is correct.
 
-
-def score(answers: list[dict[str, bool]]) -> dict[str, float]:
-    """Shares of images that show what their prompts ask for, from what is `correct` in each; all prompts of one kind.
-
-    One object asked for: `colour`, `shape`, `size` of the largest object read, `both` (colour and shape) and `count`
-    (exactly one object there). Two: `both` (each with shape and colour, anywhere) and `relation` (both, and placed
-    as asked; so never above `both`).
+    Each object asked for has the atoms `object` (one that shares its shape or colour is there), `colour`, `shape` and,
+    where one object is asked for, `size`; the image has `count` (no more and no fewer objects) and, of two, `position`
+    (placed as asked, whatever their colours and shapes). `atoms` is the share of all of them, `whole` whether it is 1.
+    Of several atoms are `both` (colour and shape of every object) and `relation` (both, and placed as asked).
     """
-    return {"n": len(answers), **{key: float(np.mean([parts[key] for parts in answers])) for key in answers[0]}}
+    reading, claim = read_scene(image), prompt.claim
+    shown = _assigned(claim, reading)
+    atoms = {**_atoms(claim, shown), "count": [len(reading) == len(shown)]}
+    every, both = sum(atoms.values(), []), all(atoms["colour"] + atoms["shape"])
+    parts = {key: sum(values) / len(values) for key, values in atoms.items()} | {"both": float(both)}
+    parts |= {"relation": float(both and atoms["position"][0])} if claim.relation else {}
+    return parts | {"atoms": sum(every) / len(every), "whole": float(all(every))}
+
+
+def _atoms(claim: Claim, shown: tuple[SceneObject, ...]) -> dict[str, list[bool]]:
+    """The atoms of a claim but the count, and whether they are true of objects, one for each of its own."""
+    pairs = list(zip(claim.objects, shown, strict=True))
+    keys = [key for key in ("colour", "shape", "size") if getattr(claim.objects[0], key)]
+    atoms = {key: [getattr(a, key) == getattr(b, key) for a, b in pairs] for key in keys}
+    atoms["object"] = [colour or shape for colour, shape in zip(atoms["colour"], atoms["shape"], strict=True)]
+    if claim.relation:
+        atoms["position"] = [all(atoms["object"]) and relation(*shown, clear=1.0) == claim.relation]
+    return atoms
+
+
+def _assigned(claim: Claim, objects: tuple[SceneObject, ...]) -> tuple[SceneObject, ...]:
+    """The objects of an image that stand for those of a claim, in its order; for a missing one `SceneObject()`.
+
+    One object is asked for: the largest. Several: of all assignments (a relation is of two objects at once, so this is no
+    sum over pairs) the one with most correct colours and shapes; of those one that is placed as asked, then one with more
+    correct shapes, then one of larger objects.
+    """
+    if len(claim.objects) == 1:
+        return objects[:1] or (SceneObject(),)
+
+    def rank(shown: tuple[SceneObject, ...]) -> tuple:
+        atoms = _atoms(claim, shown)
+        return sum(atoms["colour"] + atoms["shape"]), atoms.get("position"), sum(atoms["shape"])
+
+    near = [t for t in objects if any(t.shape == a.shape or t.colour == a.colour for a in claim.objects)]
+    missing = [SceneObject()] * len(claim.objects)
+    return max(itertools.permutations((*near, *missing), len(missing)), key=rank)
+
+
+def score(answers: list[dict[str, float]]) -> dict[str, float | list[float]]:
+    """Means over images of what is `correct` in each, all prompts of one kind; of each the 95% interval, `<name>_interval`."""
+    shares: dict = {"n": len(answers)}
+    for key in answers[0]:
+        values = [parts[key] for parts in answers]
+        shares |= {key: float(np.mean(values)), f"{key}_interval": list(interval(values))}
+    return shares

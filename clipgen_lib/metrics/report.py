@@ -11,9 +11,21 @@ def table(summary: dict) -> str:
     readings |= {f"export, best of {n}": kinds for n, kinds in summary.get("export", {}).get("oracle", {}).items()}
     for label, kinds in readings.items():
         for kind, scores in kinds.items():
-            shares = "   ".join(f"{key} {100 * value:.1f}%" for key, value in scores.items() if key != "n")
-            lines.append(f"{label + ' ' + kind + ' ':28}{shares}   (n = {scores['n']})")
+            first, *more = _shares(scores)
+            lines += [f"{label + ' ' + kind + ' ':28}{first}", *(f"{'':28}{line}" for line in more)]
     return "\n".join(lines)
+
+
+def _shares(scores: dict) -> list[str]:
+    """The shares of one kind of prompt, five to a line, with their 95% intervals where they have some."""
+    texts = []
+    for key, value in scores.items():
+        if key != "n" and not key.endswith("_interval"):
+            low, high = scores.get(f"{key}_interval", (None, None))
+            spread = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+            texts.append(f"{key} {100 * value:.1f}%{spread}")
+    lines = ["   ".join(texts[i : i + 5]) for i in range(0, len(texts), 5)]
+    return [*lines[:-1], f"{lines[-1]}   (n = {scores['n']})"]
 
 
 def score_table(scores: dict, with_card: bool = True) -> str:

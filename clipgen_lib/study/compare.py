@@ -5,6 +5,7 @@ and seed, table.json with mean and spread over seeds, and images of each run in 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from scipy.stats import ttest_ind_from_stats
 
 from ..config import Preset, SharedConfig, changed
 from ..data.images import grid
@@ -217,25 +219,40 @@ def _save_images(system: TextToImage | baselines.System, prompts: list[str], pat
     Image.fromarray(grid(system.generate_each(prompts, list(range(len(prompts)))), columns=len(prompts))).save(path)
 
 
-def metrics(result: dict) -> dict[str, float]:
-    """The columns of a result; `oracle_error` is one minus the mean of colour and shape accuracy of one-object texts."""
+def metrics(result: dict) -> dict[str, float | list[float]]:
+    """The columns of a result, and `<column>_interval` of those that have a 95% interval.
+
+    `oracle_error` is one minus the mean of colour and shape accuracy of one-object texts; its interval, from the mean of
+    theirs, is rather too wide.
+    """
     evaluation, oracle = result["evaluation"], result.get("oracle", {})
-    columns = {key: evaluation[key] for key in ("caps", "r_precision") if key in evaluation}
+    columns = _taken(evaluation, "", "caps", "r_precision")
     if fid := evaluation["fid"]:
         columns |= {"fid_0": fid["0"], "fid_1": fid["1"], "rfid": evaluation["rfid"]["0"]}
     if classes := evaluation.get("classes"):
-        columns |= {"class_accuracy": classes["accuracy"], "class_accuracy_real": classes["real"]}
+        columns |= {**_taken(classes, "class_", "accuracy"), "class_accuracy_real": classes["real"]}
         columns |= {"class_accuracy_reconstruction": classes["reconstruction"]}
     if oracle:
         one, two, held_out = (oracle["text"][kind] for kind in ("one", "two", "held_out"))
         columns |= {"oracle_error": 1 - (one["colour"] + one["shape"]) / 2}
-        columns |= {key: one[key] for key in ("colour", "shape", "size", "count")}
-        columns |= {f"held_out_{key}": held_out[key] for key in ("colour", "shape")}
-        columns |= {"two_both": two["both"], "relation": two["relation"]}
+        if "colour_interval" in one:
+            ends = zip(one["colour_interval"], one["shape_interval"], strict=True)
+            columns["oracle_error_interval"] = sorted(1 - (colour + shape) / 2 for colour, shape in ends)
+        columns |= _taken(one, "", "colour", "shape", "size", "count")
+        columns |= _taken(held_out, "held_out_", "colour", "shape")
+        columns |= _taken(two, "two_", "both") | _taken(two, "", "relation")
+        for kind, scores in oracle["text"].items():
+            columns |= _taken(scores, f"{kind}_", "atoms", "whole")
     if "image" in oracle:
-        columns |= {f"image_{key}": oracle["image"]["one"][key] for key in ("colour", "shape")}
+        columns |= _taken(oracle["image"]["one"], "image_", "colour", "shape")
     seconds = {f"seconds_{key}": value for key, value in result["seconds"].items()}
     return columns | result.get("transformer", {}) | seconds
+
+
+def _taken(scores: dict, prefix: str, *keys: str) -> dict:
+    """Some scores and their intervals, those that there are, by other names."""
+    names = [name for key in keys for name in (key, f"{key}_interval") if name in scores]
+    return {prefix + name: scores[name] for name in names}
 
 
 def _table(recipes: tuple[Recipe, ...], rows: dict[str, tuple[Recipe, Preset]]) -> list[dict]:
@@ -261,11 +278,36 @@ def read_table(folder: Path, recipes: tuple[Recipe, ...]) -> list[dict]:
 
 
 def mean_and_std(results: list[dict]) -> dict:
-    """The seeds of some results, and mean and std over them of every number that all of `metrics` have."""
-    columns = [{k: v for k, v in metrics(result).items() if isinstance(v, (int, float))} for result in results]
-    common = {key: [c[key] for c in columns] for key in columns[0] if all(key in c for c in columns)}
-    row = {"seeds": [result["seed"] for result in results]}
-    return row | {k: {"mean": float(np.mean(v)), "std": float(np.std(v))} for k, v in common.items()}
+    """The seeds of some results, and mean and std over them of every number that all of `metrics` have.
+
+    Of a single result there is also the `interval`, where it was measured.
+    """
+    columns = [metrics(result) for result in results]
+    numbers = [key for key, value in columns[0].items() if isinstance(value, (int, float))]
+    common = {key: [c[key] for c in columns] for key in numbers if all(key in c for c in columns)}
+    row: dict = {"seeds": [result["seed"] for result in results]}
+    row |= {k: {"mean": float(np.mean(v)), "std": float(np.std(v))} for k, v in common.items()}
+    for key in common if len(results) == 1 else ():
+        if interval := columns[0].get(f"{key}_interval"):
+            row[key]["interval"] = interval
+    return row
+
+
+def differs(row: dict, other: dict, key: str) -> bool:
+    """Whether a metric of two rows differs beyond chance, at a level of 5%.
+
+    Of three or more seeds each by Welch's t-test, of one each where the intervals do not overlap (which is stricter);
+    False of other numbers of seeds, and where a row has no such metric or interval.
+    """
+    a, b, n, m = row.get(key), other.get(key), len(row["seeds"]), len(other["seeds"])
+    if a and b and min(n, m) >= 3:
+        # the table's std has no n - 1 (ddof 0), the test's has
+        stds = (some["std"] * math.sqrt(count / (count - 1)) for some, count in ((a, n), (b, m)))
+        first, second = zip((a["mean"], b["mean"]), stds, (n, m), strict=True)
+        return bool(ttest_ind_from_stats(*first, *second, equal_var=False).pvalue < 0.05)
+    if a and b and n == m == 1 and "interval" in a and "interval" in b:
+        return a["interval"][1] < b["interval"][0] or b["interval"][1] < a["interval"][0]
+    return False
 
 
 def image_files(folder: Path, recipes: tuple[Recipe, ...], kind: str = "") -> dict[str, Path]:
@@ -275,15 +317,22 @@ def image_files(folder: Path, recipes: tuple[Recipe, ...], kind: str = "") -> di
 
 
 def table_text(table: list[dict], columns: tuple[str, ...]) -> str:
-    """The table as lines of text; a spread is shown where there is more than one seed."""
+    """The table as lines of text: mean and std of several seeds, value and interval of one; `*` where one `differs` from the first row."""
 
     def cell(row: dict, key: str) -> str:
         if key not in row:
             return "-"
-        form = ".0f" if key.startswith("fid") else ".3f"
-        spread = f" ± {row[key]['std']:{form}}" if len(row["seeds"]) > 1 else ""
-        return f"{row[key]['mean']:{form}}{spread}"
+        form, spread = ".0f" if key.startswith("fid") else ".3f", ""
+        if len(row["seeds"]) > 1:
+            spread = f" ± {row[key]['std']:{form}}"
+        elif interval := row[key].get("interval"):
+            spread = f" ({interval[0]:{form}} to {interval[1]:{form}})"
+        return f"{'*' * differs(row, table[0], key)}{row[key]['mean']:{form}}{spread}"
 
     lines = [("", *columns), *((row["name"], *(cell(row, key) for key in columns)) for row in table)]
     first, *widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
-    return "\n".join(name.ljust(first) + "".join(map(str.rjust, cells, widths)) for name, *cells in lines)
+    text = "\n".join(name.ljust(first) + "".join(map(str.rjust, cells, widths)) for name, *cells in lines)
+    if any(cell.startswith("*") for _, *cells in lines for cell in cells):
+        text += f"\n* differs from {table[0]['name']} beyond chance, each number by itself: of three or more seeds by Welch's "
+        text += "t-test, p < 0.05; of one where the 95% intervals do not overlap"
+    return text
