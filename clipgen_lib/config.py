@@ -288,6 +288,8 @@ class EvaluateConfig(Config):
     blur: Annotated[tuple[CountFromZero, ...], Several] = (0, 1, 2, 4, 8)  # k of FID-k, pixels
     blur_sets: Literal["both", "reference"] = "both"  # which sets FID-k blurs: DALL-E's paper says both, CogView one
     protocol: Protocol = "inception"  # feature network of FID
+    also: tuple[Protocol, ...] = ()  # other networks under which the images are scored as well
+    nearest: CountFromZero = 50_000  # training images among which generated ones are looked for; 0 looks for none
     split: str = "val"  # that is generated for and scored against; val2014 of COCO in published figures
     caption_prefix: str = ""  # before every caption that is scored; "A photo depicts " in CLIPScore's paper
     batch_size: Count = 64

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +21,13 @@ from .config import EvaluateConfig
 from .data import shapes
 from .data.batches import ordered_batches
 from .data.datasets import ImageSet, open_folder  # noqa: F401 (the second by others)
-from .data.images import blur, codec, eight_bit, from_arrays, jpeg, load_image, png, to_arrays, to_float
+from .data.images import blur, codec, crop, eight_bit, from_arrays, jpeg, load_image, png, to_arrays, to_float
 from .metrics import oracle
 from .metrics.captions import PAIRS, caption_list, caption_scores, choose_captions
 from .metrics.classifier import Classifier, accuracy
 from .metrics.distances import frechet_distance, reconstruction_scores  # noqa: F401 (the first by others)
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
+from .metrics.memorisation import descriptions, memorisation
 from .metrics.statistics import Moments, fid_by_radius, open_reference, set_scores, set_statistics  # noqa: F401 (one by others)
 from .runtime import distributed
 from .runtime.checkpoints import MissingWeights, module_hash
@@ -37,6 +38,7 @@ from .vqgan import VQGAN, codebook_statistics
 BLUR = "Gaussian, sigma = k pixels at the evaluation resolution, kernel to 4 sigma, reflected border, on {}, before the network's resize"
 BLURRED = {"both": "both sets", "reference": "the reference alone"}
 RESIZE = "short side to the resolution by Lanczos (a JPEG decoded at a coarser scale where that is enough), centre crop; untouched where it is of that size; turned as EXIF says, which pytorch-fid, clean-fid and torch-fidelity do not"
+MAX_ROWS = 2**31
 PUBLISHED_N = 30_000  # captions of COCO's val2014, one an image, that published figures are of
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -120,14 +122,15 @@ def score_images(
     evaluators: Evaluators,
     provenance: Provenance = Provenance(),
 ) -> dict:
-    """Score images, whatever generated them (`open_folder`), against a reference (`open_reference`) under one protocol.
+    """Score images, whatever generated them (`open_folder`), against a reference (`open_reference`) under a protocol.
 
     CapS is the mean cosine of caption and image under the evaluation CLIP (not times 100); `caps_ceiling` that of real
     images with their own captions, `caps_floor` with those of other images. rFID compares the reference with its
     reconstructions. `classes` are shares of images that are classified as the class they were generated for.
 
-    Returns what `set_scores` gives, with `rfid`, `card`, `warnings`, `n` and `n_reference`; `missing` says which weights
-    are not on this machine (`fid`, `rfid` and `floor` are then empty); `caps` and so on where captions are known.
+    Returns what `set_scores` gives, with `rfid`, `card`, `warnings`, `n` and `n_reference`; `also` holds the same of other
+    protocols (config.also); `missing` says which weights are not on this machine (`fid`, `rfid` and `floor` are then empty);
+    `caps` and so on where captions are known.
     """
     sets, clip = [some for some in (images, reference) if isinstance(some, ImageSet)], evaluators.clip
     numbers: dict = {
@@ -138,10 +141,14 @@ def score_images(
         "judge": clip.name,
         **{"fid": {}, "rfid": {}, "floor": {}, "warnings": [], "n_reference": "not in the file"},
     }
-    try:
-        numbers |= _distances(images, reference, config, evaluators, provenance)
-    except MissingWeights as error:
-        numbers["missing"] = [str(error)]
+    for protocol in dict.fromkeys((config.protocol, *config.also)):
+        try:
+            blur = config.blur if protocol == config.protocol else config.blur[:2]  # each is a pass over all images
+            under = replace(config, protocol=protocol, blur=blur)
+            found = _distances(images, reference, under, evaluators, provenance)
+            numbers |= found if protocol == config.protocol else {"also": numbers.get("also", {}) | {protocol: found}}
+        except MissingWeights as error:
+            numbers["missing"] = [*numbers.get("missing", []), str(error)]
     if provenance.texts:
         numbers |= _caption_fit(images, reference, clip, provenance, config.caption_prefix)
         if without := len(images) - len(provenance.texts):
@@ -204,11 +211,12 @@ def _distances(
 
 
 def _batches(
-    images: ImageSet, batch_size: int, device: torch.device, change: Change = lambda x: x
+    images: ImageSet, batch_size: int, device: torch.device, change: Change = lambda x: x, most: int = MAX_ROWS
 ) -> Iterator[torch.Tensor]:
-    """All images that can be read, changed, as (B, 3, H, W) in [-1, 1], under a progress bar."""
-    with progress(len(images), f"scoring {images.name}") as bar:
-        for rows, batch in ordered_batches(images, range(len(images)), batch_size, 0 if device.type == "cpu" else 4):
+    """The images that can be read, of the first `most`, changed, as (B, 3, H, W) in [-1, 1], under a progress bar."""
+    chosen, workers = range(min(most, len(images))), 0 if device.type == "cpu" else 4
+    with progress(len(chosen), f"scoring {images.name}") as bar:
+        for rows, batch in ordered_batches(images, chosen, batch_size, workers):
             yield change(to_float(batch).to(device))
             bar.update(len(rows))
 
@@ -281,6 +289,29 @@ def oracle_list(n: int, seed: int = 0) -> str:
     return caption_list(
         (f"text-{kind}/{i:05d}.png", p.text) for kind, made in kinds.items() for i, p in enumerate(made)
     )
+
+
+def nearest_images(
+    generated: ImageSet, train: ImageSet, real: ImageSet, config: EvaluateConfig, evaluators: Evaluators
+) -> tuple[dict, torch.Tensor]:
+    """`memorisation` of generated images among config.nearest training images, beside as many real ones.
+
+    By the features of the config's protocol, of the evaluation CLIP where its weights are missing. Returns the scores, their
+    pairs by file names, and the closest by features side by side, (2 P, 3, H, W) in [-1, 1].
+    """
+    try:
+        network = evaluators.networks(config.protocol, evaluators.clip)
+    except MissingWeights:
+        network = feature_network("clip", evaluators.clip)
+    found, rows, device = [], [], evaluators.clip.device
+    for images, most in ((generated, len(generated)), (real, len(generated)), (train, config.nearest)):
+        found.append(descriptions(_batches(images, config.batch_size, device, most=most), network))
+        rows.append([row for row in range(min(most, len(images))) if images.names[row] not in images.skipped])
+    scores, (made, _, known) = memorisation(*found) | {"by": network.protocol}, rows
+    pairs = [x for i, j, _ in scores["pairs"] for x in (generated[made[i]], crop(train[known[j]], generated.size))]
+    for kind in (scores, scores["pixels"]):
+        kind["pairs"] = [[generated.names[made[i]], train.names[known[j]], d] for i, j, d in kind["pairs"]]
+    return scores, to_float(torch.stack(pairs))
 
 
 @torch.inference_mode()
@@ -363,7 +394,7 @@ def corruption_scores(images: ImageSet, network: FeatureNetwork, device: str = "
         parts = [corrupt(part) for part in whole[1::2].split(64)]
         distances = set_scores(set_statistics(parts, network, (0,)), reference)
         pairs = reconstruction_scores(whole[1::2], torch.cat(parts))
-        manifold = {key: value for key, value in distances["manifold"].items() if key != "n"}
+        manifold = {key: distances["manifold"][key] for key in ("precision", "recall", "density", "coverage")}
         scores[name] = {"fid": distances["fid"]["0"], "kid": distances["kid"]["mean"], **manifold}
         scores[name] |= {key: float(values.mean()) for key, values in pairs.items()}
     return scores

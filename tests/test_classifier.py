@@ -7,6 +7,7 @@ from clipgen_lib.config import ClassifierConfig
 from clipgen_lib.data.batches import augmented_rows
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.metrics.classifier import Classifier, accuracy, train_classifier
+from clipgen_lib.metrics.intervals import wilson
 from clipgen_lib.runtime.runs import ClipgenError, open_run
 
 SMALL = ClassifierConfig(width=8, steps=12, batch_size=8, lr=3e-3, warmup=2, precision="no", log_every=4, save_every=6)
@@ -16,9 +17,10 @@ def test_it_learns_saves_and_resumes_to_the_same_weights(two_classes, tmp_path):
     train, val = (open_images(two_classes, split, 32) for split in ("train", "val"))
     run = open_run("r", tmp_path)
     whole = train_classifier(run, train, SMALL)
-    assert accuracy(whole, val) == {"n": 16, "accuracy": 1.0} and whole.names == ["bright", "dark"]
+    assert accuracy(whole, val) == {"n": 16, "accuracy": 1.0, "accuracy_interval": list(wilson(16, 16))} and whole.names == ["bright", "dark"]
     swapped = {row: "dark" if name == "bright" else "bright" for row, name in enumerate(val.classes)}
-    assert accuracy(whole, val, swapped) == {"n": 16, "accuracy": 0.0} == accuracy(whole, val, change=lambda x: -x)
+    wrong = {"n": 16, "accuracy": 0.0, "accuracy_interval": list(wilson(0, 16))}
+    assert accuracy(whole, val, swapped) == wrong == accuracy(whole, val, change=lambda x: -x)
     loaded, images = Classifier.load(run.path / "classifier"), torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(loaded(images), whole(images)) and loaded.read(images) == whole.read(images)
     before, last = sorted((run.path / "checkpoints").iterdir())

@@ -16,6 +16,7 @@ from ..data.datasets import ImageSet
 from ..data.images import read_text, to_float
 from ..runtime.distributed import tell
 from ..runtime.runs import ClipgenError, read_json, reason, shortened
+from .intervals import bootstrap, wilson
 
 PAIRS = 10_000  # of image and caption, on which R-precision and shuffled captions are measured
 Pairs = list[tuple[int, str]]  # row, caption
@@ -40,13 +41,15 @@ def caption_scores(
         pairs: (row, caption); those whose image cannot be read are left out, ClipgenError where none can.
         owners: row -> the real image that its caption describes, where some share one.
 
-    Returns `caps` (CapS, the mean cosine), `truncated_captions`, and of the first PAIRS pairs what `fit_scores` gives and
+    Returns `caps` (CapS, the mean cosine) with its 95% interval over the pairs, `truncated_captions`, and of the first PAIRS pairs what `fit_scores` gives and
     their number as `judged`.
     """
     kept, shown, texts = embed_pairs(images, pairs, clip)
+    cosines = (shown * texts).sum(1).double()
     wording, described = [text for _, text in kept], [owners[row] for row, _ in kept] if owners else []
     return {
-        "caps": float((shown * texts).sum(1).double().mean()),
+        "caps": float(cosines.mean()),
+        "caps_interval": list(bootstrap(cosines.numpy())),
         "truncated_captions": sum(map(clip.is_truncated, wording)),
         "judged": len(kept[:PAIRS]),
         **fit_scores(shown[:PAIRS], texts[:PAIRS], wording[:PAIRS], seed, described[:PAIRS]),
@@ -56,7 +59,7 @@ def caption_scores(
 def fit_scores(
     images: torch.Tensor, texts: torch.Tensor, wording: list[str], seed: int = 0, owners: Sequence[int] = ()
 ) -> dict[str, float]:
-    """`caps_shuffled`, the mean cosine of N images with captions of other images, and `r_precision`.
+    """`caps_shuffled`, the mean cosine of N images with captions of other images, and `r_precision` with its 95% interval.
 
     R-precision is the share of images whose own caption ranks first among itself and 99 captions of other images: AttnGAN's
     protocol (arXiv 1711.10485, section 4.1) with CLIP as the ranker. Captions of the same wording, or of the same image,
@@ -77,7 +80,8 @@ def fit_scores(
             candidates = np.flatnonzero((same != same[i]) & (owner != owner[i]))
             chosen = rng.choice(candidates, min(99, len(candidates)), replace=False)
             hits.append(bool((row[i] > row[chosen]).all()))
-    return {"caps_shuffled": shuffled, "r_precision": float(np.mean(hits))}
+    spread = list(wilson(sum(hits), len(hits)))
+    return {"caps_shuffled": shuffled, "r_precision": float(np.mean(hits)), "r_precision_interval": spread}
 
 
 def choose_captions(images: ImageSet, n: int, seed: int) -> Pairs:

@@ -20,6 +20,7 @@ from ..data.images import to_float, to_uint8
 from ..runtime.checkpoints import load_weights, save_weights
 from ..runtime.runs import ClipgenError, Run
 from ..training import autocast, fit
+from .intervals import wilson
 
 
 class Classifier(nn.Module):
@@ -84,4 +85,5 @@ def accuracy(
     for rows, batch in ordered_batches(images, list(classes), 250):
         names = classifier.read(change(to_float(batch).to(device)))
         correct += [name == classes[row] for row, name in zip(rows, names, strict=True)]
-    return {"n": len(correct), "accuracy": sum(correct) / max(len(correct), 1)}
+    share = {"accuracy": sum(correct) / len(correct), "accuracy_interval": list(wilson(sum(correct), len(correct)))}
+    return {"n": len(correct), **share}

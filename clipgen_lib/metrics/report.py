@@ -47,11 +47,18 @@ def _rows(scores: dict) -> Iterator[tuple[str, str]]:
     for label, key in (("FID-k", "fid"), ("rFID-k, tokenizer", "rfid"), ("FID-k, reference halves", "floor")):
         if values := scores.get(key):
             yield label, "".join(f"{value:<12.4g}" for value in values.values())
+    for label, key in (("FID-0", "fid"), ("MIND", "mind"), ("CMMD", "cmmd")):
+        if f"{key}_interval" in scores:
+            value = scores["fid"]["0"] if key == "fid" else scores[key]
+            yield f"{label}, 95% interval", f"{value:.4g}{_between(scores, key, '.4g')}"
     if kid := scores.get("kid"):
         subsets = f"{kid['subsets']} subsets of {kid['subset_size']}"
         yield "KID", f"{kid['mean']:.4g} ± {kid['std']:.2g}   ({subsets})"
     if m := scores.get("manifold"):
-        yield "precision, recall", f"{m['precision']:.3f}, {m['recall']:.3f}   (of {m['n']} images of either set)"
+        yield (
+            "precision, recall",
+            f"{m['precision']:.3f}{_between(m, 'precision')}, {m['recall']:.3f}{_between(m, 'recall')}   (of {m['n']} images of either set)",
+        )
         yield "density, coverage", f"{m['density']:.3f}, {m['coverage']:.3f}"
     if score := scores.get("inception_score"):
         yield "Inception Score", f"{score['mean']:.3f} ± {score['std']:.2g}   ({score['splits']} splits)"
@@ -62,15 +69,29 @@ def _rows(scores: dict) -> Iterator[tuple[str, str]]:
         if "caps_ceiling" in scores:
             between = f"real with own captions {scores['caps_ceiling']:.3f}, with others' {scores['caps_floor']:.3f}"
             real = f"real images {scores['r_precision_real']:.3f}, "
-        yield "CapS", f"{scores['caps']:.3f}   ({between})"
-        yield "R-precision", f"{scores['r_precision']:.3f}   ({real}chance about {1 / min(100, scores['judged']):.2g})"
+        yield "CapS", f"{scores['caps']:.3f}{_between(scores, 'caps')}   ({between})"
+        yield (
+            "R-precision",
+            f"{scores['r_precision']:.3f}{_between(scores, 'r_precision')}   ({real}chance about {1 / min(100, scores['judged']):.2g})",
+        )
         yield "CLIPScore", f"{scores['clip_score']:.2f}"
         prefix = scores.get("caption_prefix")
         yield "evaluation CLIP", scores["judge"] + (f", captions behind {prefix!r}" if prefix else "")
     if c := scores.get("classes"):
         decoded = f", the tokenizer's decodings {c['reconstruction']:.3f}" if "reconstruction" in c else ""
         real = f"real images {c['real']:.3f}{decoded}; by a classifier of real images"
-        yield "class accuracy", f"{c['accuracy']:.3f}   ({real})"
+        yield "class accuracy", f"{c['accuracy']:.3f}{_between(c, 'accuracy')}   ({real})"
+    if near := scores.get("nearest"):
+        for label, kind in ((f"nearest of {near['n_train']} trained on", near), ("the same by pixels", near["pixels"])):
+            share = f"{100 * kind['share_nearer_than_real']:.1f}% nearer than any real image"
+            yield label, f"{kind['median']:.3f}   (real images {kind['median_real']:.3f}; {share})"
+    for protocol, found in scores.get("also", {}).items():
+        yield from ((f"{protocol}: {label}", text) for label, text in _rows(found))
+
+
+def _between(scores: dict, key: str, form: str = ".3f") -> str:
+    low, high = scores.get(f"{key}_interval", (None, None))
+    return "" if low is None else f" ({low:{form}} to {high:{form}})"
 
 
 def _text(value: object) -> str:

@@ -230,7 +230,7 @@ def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dic
         scores["kid"] = kernel_distance(reference.sample.compute(), scored.sample.compute())
         scores["manifold"] = {**manifold_scores(real, fake), "n": n}
         for key in ("precision", "recall"):
-            scores["manifold"][f"{key}_interval"] = wilson(round(n * scores["manifold"][key]), n)
+            scores["manifold"][f"{key}_interval"] = list(wilson(round(n * scores["manifold"][key]), n))
         for name, distance in {"mind": sliced_distance, "cmmd": cmmd}.items():
             if name == "mind" or scored.network.protocol == "clip":
                 scores[name] = distance(real, fake)

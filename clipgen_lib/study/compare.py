@@ -189,6 +189,7 @@ def preset_of(wb: Workbench, table: Table, recipe: Recipe, seed: int = 0, steps:
         parts["transformer"]["condition_tokens"] = wb.clip.tokenizer.context_length
     most = wb.preset.evaluate
     parts["evaluate"] = {"n": min(table.n_captions, most.n), "n_oracle": min(table.n_oracle, most.n_oracle)}
+    parts["evaluate"] |= {"nearest": 0, "also": ()}  # too slow for every row
     parts["shared"] = asdict(named_sources(SharedConfig(store=str(wb.run.path))))
     name = f"{wb.preset.name}, {recipe.system}" + ", paired" * (recipe.text == "paired")
     return replace(changed(wb.preset, parts), name=name)
