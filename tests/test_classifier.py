@@ -17,7 +17,11 @@ def test_it_learns_saves_and_resumes_to_the_same_weights(two_classes, tmp_path):
     train, val = (open_images(two_classes, split, 32) for split in ("train", "val"))
     run = open_run("r", tmp_path)
     whole = train_classifier(run, train, SMALL)
-    assert accuracy(whole, val) == {"n": 16, "accuracy": 1.0, "accuracy_interval": list(wilson(16, 16))} and whole.names == ["bright", "dark"]
+    assert accuracy(whole, val) == {
+        "n": 16,
+        "accuracy": 1.0,
+        "accuracy_interval": list(wilson(16, 16)),
+    } and whole.names == ["bright", "dark"]
     swapped = {row: "dark" if name == "bright" else "bright" for row, name in enumerate(val.classes)}
     wrong = {"n": 16, "accuracy": 0.0, "accuracy_interval": list(wilson(0, 16))}
     assert accuracy(whole, val, swapped) == wrong == accuracy(whole, val, change=lambda x: -x)

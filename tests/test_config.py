@@ -121,8 +121,8 @@ def another(value, kind):
     """A value that the field may have as well."""
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != value)
-    if isinstance(value, tuple):
-        return (0.1, 0.2) if isinstance(value[0], float) else (1, 2)
+    if isinstance(value, tuple):  # the empty one is of protocols
+        return ((0.1, 0.2) if isinstance(value[0], float) else (1, 2)) if value else ("clip",)
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return not value if isinstance(value, bool) else f"{value} 2"
     return value / 2 + 0.1 if isinstance(value, float) else 2 * value or 1
