@@ -174,19 +174,19 @@ def distances(evaluation: dict, title: str) -> Figure:
 
 
 def oracle(scores: dict, title: str) -> Figure:
-    """Shares that the oracle finds correct, one group of bars for each kind of prompt, a row for each modality."""
-    rows, columns = len(scores), max(map(len, scores.values()))
-    figure, axes = _subplots(rows, columns, figsize=(2.3 * columns, 2.6 * rows), sharey=True, squeeze=False)
-    for row, (modality, kinds) in zip(axes, scores.items(), strict=True):
-        for axis in row[len(kinds) :]:
-            axis.axis("off")
-        for axis, (kind, values) in zip(row, kinds.items(), strict=False):
-            shares = {key: value for key, value in values.items() if key != "n" and not key.endswith("_interval")}
-            bars = axis.bar(list(shares), list(shares.values()))
-            axis.bar_label(bars, [f"{100 * value:.0f}" for value in shares.values()], fontsize=7)
-            axis.set(title=f"{modality}\n{kind}, n = {values['n']}", ylim=(0, 1.1))
-            axis.tick_params(axis="x", rotation=45)
-    figure.suptitle(title)
+    """Shares that the oracle finds correct, in percent: a row for each modality and kind of prompt, a column for each score."""
+    rows = [(f"{modality}, {kind}", values) for modality, kinds in scores.items() for kind, values in kinds.items()]
+    names = dict.fromkeys(key for _, values in rows for key in values if key != "n" and not key.endswith("_interval"))
+    shares = np.array([[values.get(name, np.nan) for name in names] for _, values in rows])
+    figure, axis = _subplots(figsize=(0.75 * len(names) + 2.5, 0.3 * len(rows) + 1.1))
+    axis.imshow(shares, aspect="auto", vmin=0, vmax=1, cmap="Blues")
+    for (row, column), share in np.ndenumerate(shares):
+        if np.isfinite(share):
+            colour = "white" if share > 0.6 else "black"
+            axis.text(column, row, f"{100 * share:.1f}", ha="center", va="center", fontsize=8, color=colour)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{label}, n = {values['n']}" for label, values in rows], fontsize=8)
+    axis.set_title(title, fontsize=10)
     return figure
 
 

@@ -509,7 +509,7 @@ class Workbench:
                 seen = f"{sum(name[-16:] in known for name in val.names):,} of {len(val):,} images of val2014"
                 numbers["warnings"].append(f"{seen} are in train2017, on which the run was trained: train on train2014")
             if config.nearest and distributed.is_main():
-                made = evaluate.open_folder(place)
+                made = ImageSet("captions", "all", place, sorted(path.name for path in place.glob("*.png")), val.size)
                 numbers["nearest"], shown["nearest"] = evaluate.nearest_images(made, self.images(), val, config, by)
             entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
             if self.has_oracle and config.n_oracle:
