@@ -159,10 +159,13 @@ def score_images(
     if evaluators.classifier and provenance.rows and len(sets) == 2 and reference.classes:
         share = partial(accuracy, evaluators.classifier)
         asked = {row: reference.classes[real] for row, real in provenance.rows.items()}
-        numbers["classes"] = {"real": share(reference)["accuracy"], **share(images, asked)}
-        if provenance.reconstruct:
-            reconstructed = share(reference, change=provenance.reconstruct)
-            numbers["classes"]["reconstruction"] = reconstructed["accuracy"]
+        numbers["classes"] = share(images, asked)
+        for name, change in {"real": lambda x: x, "reconstruction": provenance.reconstruct}.items():
+            if change:
+                found, numbers["classes"] = share(reference, change=change), numbers["classes"]
+                numbers["classes"][name] = found["accuracy"]
+                for key, scores in numbers["classes"].get("attributes", {}).items():
+                    scores[name] = found["attributes"][key]["accuracy"]
     if len(sets) == 2 and re.fullmatch(r"val20\d\d", reference.split) and len(reference) < PUBLISHED_N:
         what = f"{reference.split} has {len(reference):,} images here, published figures of COCO are of {PUBLISHED_N:,}"
         numbers["warnings"].append(f"{what} captions of val2014, one an image: these do not compare with them")

@@ -496,13 +496,15 @@ class Workbench:
         """All metrics into summary.json, of the run's generator or another. Returns the first prompts and images.
 
         The generated images stay in generated/; captions.txt says which image's caption each of them was generated for,
-        prompts.txt what the oracle asked for. `guidance` above 0 and `split` replace the preset's.
+        prompts.txt what the oracle asked for. `guidance` above 0 replaces the preset's. Another split than the preset's is scored
+        without the oracle, beside what is there: `evaluation SPLIT`, captions-SPLIT.txt.
         """
         generator, settings = generator or self.generator(), {"guidance": guidance} if guidance else {}
         by, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
         with self._timed("evaluate", resumable=False):
-            config, place = self.preset.evaluate, folder / "captions"
-            val = self.images(split or config.split)
+            config = self.preset.evaluate
+            other = "" if split in ("", config.split) else split
+            place, val = folder / "-".join(filter(None, ("captions", other))), self.images(other or config.split)
             numbers, shown = evaluate.evaluate_generator(generator, val, by, config, place, self.seed, **settings)
             if val.split == "val2014" and (train := self.images()).split == "train2017":
                 known = {name[-16:] for name in train.names}  # 000000000042.jpg, behind COCO_val2014_ in 2014
@@ -511,8 +513,8 @@ class Workbench:
             if config.nearest and distributed.is_main():
                 made = ImageSet("captions", "all", place, sorted(path.name for path in place.glob("*.png")), val.size)
                 numbers["nearest"], shown["nearest"] = evaluate.nearest_images(made, self.images(), val, config, by)
-            entries = {"evaluation": numbers, "sample": {**asdict(self.preset.sample), **settings}}
-            if self.has_oracle and config.n_oracle:
+            entries = {f"evaluation {other}".strip(): numbers, "sample": {**asdict(self.preset.sample), **settings}}
+            if self.has_oracle and config.n_oracle and not other:
                 of_images = ("image", "reconstruction") if isinstance(generator, TextToImage) else ()
                 asked = folder / "oracle", config.n_oracle, self.seed, ("text", *of_images)
                 entries["oracle"] = evaluate.evaluate_oracle(generator, *asked, **settings)
@@ -523,7 +525,7 @@ class Workbench:
             seconds["total"] = sum(seconds.get(k, 0.0) for k in ("vqgan", "extract", "transformer", "evaluate"))
             self._record(**entries, seconds=seconds)
             if shown["captions"]:
-                runs.write_atomic(self.run.file("captions.txt"), shown["captions"])
+                runs.write_atomic(self.run.file(f"{place.name}.txt"), shown["captions"])
             if "oracle" in entries:
                 runs.write_atomic(self.run.file("prompts.txt"), evaluate.oracle_list(config.n_oracle, self.seed))
         distributed.barrier()  # the numbers are written

@@ -1,7 +1,12 @@
+import json
+from dataclasses import replace
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from conftest import same_weights
+from PIL import Image
 
 from clipgen_lib.config import ClassifierConfig
 from clipgen_lib.data.batches import augmented_rows
@@ -21,15 +26,52 @@ def test_it_learns_saves_and_resumes_to_the_same_weights(two_classes, tmp_path):
         "n": 16,
         "accuracy": 1.0,
         "accuracy_interval": list(wilson(16, 16)),
-    } and whole.names == ["bright", "dark"]
+    } and whole.names == {"class": ["bright", "dark"]}
     swapped = {row: "dark" if name == "bright" else "bright" for row, name in enumerate(val.classes)}
     wrong = {"n": 16, "accuracy": 0.0, "accuracy_interval": list(wilson(0, 16))}
     assert accuracy(whole, val, swapped) == wrong == accuracy(whole, val, change=lambda x: -x)
     loaded, images = Classifier.load(run.path / "classifier"), torch.rand(2, 3, 32, 32) * 2 - 1
-    assert torch.equal(loaded(images), whole(images)) and loaded.read(images) == whole.read(images)
+    assert torch.equal(loaded(images)[0], whole(images)[0]) and loaded.read(images) == whole.read(images)
     before, last = sorted((run.path / "checkpoints").iterdir())
     last.unlink()  # as if it had been interrupted after the checkpoint before
     assert same_weights(train_classifier(run, train, SMALL), whole) and before.exists() and last.exists()
+
+
+def test_attributes_are_read_each_by_itself_and_together(tmp_path):
+    """Squares of two colours at two heights, of which one pair is kept apart: the classifier reads it, attribute by attribute."""
+    for split, kept in (("train", lambda red, top: not (red and top)), ("val", lambda red, top: red and top)):
+        (tmp_path / split).mkdir()
+        pairs = [pair for pair in product((True, False), repeat=2) if kept(*pair)]
+        for i, (red, top) in enumerate(pairs * 16):
+            array = np.full((32, 32, 3), 255 - i, np.uint8)
+            array[slice(2, 14) if top else slice(18, 30), 8:24] = (200, 0, 0) if red else (0, 0, 200)
+            Image.fromarray(array).save(tmp_path / split / f"{i}.png")
+        rows = [{"colour": "red, dark" if r else "blue", "side": "top" if x else "bottom"} for r, x in pairs * 16]
+        lines = [json.dumps({"file_name": f"{i}.png", **row}) for i, row in enumerate(rows)]
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
+    train, val = (open_images(f"{tmp_path}?class=colour,side", split, 32) for split in ("train", "val"))
+    assert val.classes == ["colour=red dark, side=top"] * 16
+    model = train_classifier(open_run("r", tmp_path / "results"), train, replace(SMALL, steps=60))
+    assert model.names == {"colour": ["blue", "red dark"], "side": ["bottom", "top"]}
+    known = accuracy(model, train)
+    assert known["accuracy"] == 1.0 and {k: s["accuracy"] for k, s in known["attributes"].items()} == {
+        "colour": 1,
+        "side": 1,
+    }
+    half = accuracy(model, train, {row: name.replace("side=top", "side=up") for row, name in enumerate(train.classes)})
+    assert half["attributes"]["colour"]["accuracy"] == 1.0 and half["accuracy"] == pytest.approx(2 / 3)
+    assert half["attributes"]["side"] == {"accuracy": half["accuracy"], "accuracy_interval": list(wilson(32, 48))}
+    unseen = accuracy(model, val)
+    assert unseen["accuracy"] <= min(scores["accuracy"] for scores in unseen["attributes"].values())
+
+
+def test_classes_of_which_only_some_name_attributes_are_one_sentence(tmp_path):
+    lines = [json.dumps({"file_name": f"{i}.png", "class": name}) for i, name in enumerate(("plain", "a=b, c=d") * 9)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    for i in range(18):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ClipgenError, match="name all alike"):
+        train_classifier(open_run("r", tmp_path / "results"), open_images(tmp_path, "train", 32), SMALL)
 
 
 def test_images_without_classes_are_one_sentence(images, tmp_path):

@@ -13,6 +13,7 @@ from clipgen_lib.clip_embed import photo_notice
 from clipgen_lib.config import SharedConfig, changed, load_preset
 from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.images import to_float
+from clipgen_lib.metrics.report import table
 from clipgen_lib.runtime.checkpoints import module_hash, save_weights
 from clipgen_lib.runtime.runs import DATA, ClipgenError, held, open_run, read_json, write_json
 from clipgen_lib.study.released import named_sources
@@ -157,8 +158,12 @@ def test_an_evaluation_on_val2014_says_what_training_has_seen(open_folder, resul
     names = [line.split("\t")[0] for line in (wb.run.path / "captions.txt").read_text().splitlines()]
     assert len(set(names[:16])) == 16 and len(names) == 20  # one caption of each image first
     wb.evaluate(split="val2017")
-    found = wb.run.summary()["evaluation"]
-    assert found["reference"] == "coco/val2017" and not any("are in train2017" in w for w in found["warnings"])
+    other = wb.run.summary()["evaluation val2017"]
+    assert other["reference"] == "coco/val2017" and not any("are in train2017" in w for w in other["warnings"])
+    assert (
+        wb.run.summary()["evaluation"] == found and len(list((wb.run.path / "generated").glob("captions*/*.png"))) == 40
+    )
+    assert table(wb.run.summary()).count("CapS") == 2
     wrong = changed(preset, {"evaluate": {"split": "val2015"}})
     assert "has no split 'val2015': use one of train2017" in outcome(Workbench.open, wrong, "r", f"{root}?year=2017")
     assert not results.exists()

@@ -448,14 +448,22 @@ def _read_texts(samples: dict[str, list], values: Callable[[str], list], named: 
     longest = max(words, key=words.get, default=None)
     longest = longest if words.get(longest, 0) >= 2 else None
     caption = named.get("caption", next((bare[name] for name in CAPTION_COLUMNS if name in bare), longest))
-    label = named.get("class", next((name for name in CLASS_COLUMNS if name in samples), None))
-    for column in (caption, label):
+    labels = named["class"].split(",") if "class" in named else [name for name in CLASS_COLUMNS if name in samples][:1]
+    for column in (caption, *labels):
         if column and column not in samples:
             there = shortened(", ".join(samples)) or "none"
             raise ClipgenError(f"{root} has no column {column!r}: name one of those there ({there})")
     captions = [_captions(value) for value in values(caption)] if caption else []
-    labels = values(label) if label else [None]
-    return captions if any(captions) else None, None if None in labels else [str(name) for name in labels]
+    rows = list(zip(*map(values, labels), strict=True))
+    known = bool(rows) and not any(None in row for row in rows)
+    return captions if any(captions) else None, [_class_name(labels, row) for row in rows] if known else None
+
+
+def _class_name(labels: list[str], row: tuple) -> str:
+    """The value of the class column, or of several "type=handbag, colour=red"."""
+    if len(labels) == 1:
+        return str(row[0])
+    return ", ".join(f"{label}={str(value).replace(', ', ' ')}" for label, value in zip(labels, row, strict=True))
 
 
 def _captions(value: object) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """A classifier of real images that scores generated ones: is the image for "a photo of a goldfish" classified as a goldfish?
 
-In: images sorted into class folders. Out: `<run>/classifier/`, a timm network trained on the real images only. It has seen
-neither CLIP nor a generated image: unlike CapS, its accuracy is independent of the networks it evaluates.
+In: images sorted into class folders, or with columns of attributes (type and colour). Out: `<run>/classifier/`, a timm network
+trained on the real images only. It has seen neither CLIP nor a generated image: unlike CapS, its accuracy is independent of the
+networks it evaluates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -23,25 +24,33 @@ from ..training import autocast, fit
 from .intervals import wilson
 
 
-class Classifier(nn.Module):
-    """A timm network and the names of its classes."""
+def attributes(name: str) -> dict[str, str]:
+    """What a class name says: "type=handbag, colour=red" of type and colour, any other name of its `class`."""
+    parts = [part.partition("=") for part in name.split(", ")]
+    return {key: value for key, _, value in parts} if all(sign for _, sign, _ in parts) else {"class": name}
 
-    def __init__(self, config: ClassifierConfig, names: list[str]):
+
+class Classifier(nn.Module):
+    """A timm network with a head for each attribute, and the names of their values: attribute -> values."""
+
+    def __init__(self, config: ClassifierConfig, names: dict[str, list[str]]):
         import timm
 
         super().__init__()
-        self.config, self.names = config, list(map(str, names))
+        self.config, self.names = config, {key: list(map(str, values)) for key, values in names.items()}
         shape = {"channels": tuple(config.width * 2**i for i in range(4)), "output_stride": 16}
-        self.network = timm.create_model("resnet18", num_classes=len(self.names), **shape)
+        self.network = timm.create_model("resnet18", num_classes=sum(map(len, names.values())), **shape)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, classes) logits."""
-        return self.network(images)
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, 3, H, W) in [-1, 1] -> logits (B, values) of each attribute."""
+        return self.network(images).split([len(values) for values in self.names.values()], 1)
 
     @torch.inference_mode()
-    def read(self, images: torch.Tensor) -> list[str]:
-        """The class of each image (B, 3, H, W) in [-1, 1], rounded to 8 bits first, as files are."""
-        return [self.names[i] for i in self(to_float(to_uint8(images))).argmax(1).tolist()]
+    def read(self, images: torch.Tensor) -> list[dict[str, str]]:
+        """The attributes of each image (B, 3, H, W) in [-1, 1], rounded to 8 bits first, as files are."""
+        found = [logits.argmax(1).tolist() for logits in self(to_float(to_uint8(images)))]
+        values = [[of[i] for i in rows] for of, rows in zip(self.names.values(), found, strict=True)]
+        return [dict(zip(self.names, image, strict=True)) for image in zip(*values, strict=True)]
 
     def describe(self) -> dict:
         return {"config": asdict(self.config), "names": self.names}
@@ -61,15 +70,20 @@ def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Cl
     if images.classes is None:
         raise ClipgenError(f"{images.root} has no classes: sort its images into a folder for each class")
     torch.manual_seed(run.seed)
-    model = Classifier(config, sorted(set(images.classes))).to(run.device)
-    labels = torch.tensor([model.names.index(name) for name in images.classes])
+    known = [attributes(name) for name in images.classes]
+    if len({tuple(one) for one in known}) > 1:
+        raise ClipgenError(f"some classes of {images.root} are named attribute=value, ..., others not: name all alike")
+    names = {key: sorted({one[key] for one in known}) for key in known[0]}
+    model = Classifier(config, names).to(run.device)
+    labels = torch.tensor([[of.index(one[key]) for key, of in names.items()] for one in known]).to(run.device)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
         rows = batch_rows(len(images), config.batch_size, run.seed, step)
         rows, batch = augmented_rows(images, rows, run.seed, step, flip=True)
         with autocast(config, torch.device(run.device)):
             logits = model(to_float(batch).to(run.device))
-        return F.cross_entropy(logits.float(), labels[rows].to(run.device), label_smoothing=0.1), {}
+        pairs = zip(logits, labels[rows].T, strict=True)
+        return sum(F.cross_entropy(x.float(), of, label_smoothing=0.1) for x, of in pairs), {}
 
     fit(run, "classifier", model, config, loss_of, {**model.describe(), "data": images.hash})
     save_weights(run.path / "classifier", model)
@@ -78,12 +92,25 @@ def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Cl
 
 def accuracy(
     classifier: Classifier, images: ImageSet, classes: dict[int, str] | None = None, change: Callable = lambda x: x
-) -> dict[str, float]:
-    """Share of images, (B, 3, H, W) in [-1, 1] and changed first, classified as their class; None takes those of `images`."""
+) -> dict:
+    """Share of images, (B, 3, H, W) in [-1, 1] and changed first, classified as their class; None takes those of `images`.
+
+    Returns `n`, `accuracy`, which asks that all attributes are right, and `accuracy_interval`; `attributes` has the last two of each
+    attribute, where there are several.
+    """
     device, correct = next(classifier.parameters()).device, []
     classes = dict(enumerate(images.classes)) if classes is None else classes
     for rows, batch in ordered_batches(images, list(classes), 250):
-        names = classifier.read(change(to_float(batch).to(device)))
-        correct += [name == classes[row] for row, name in zip(rows, names, strict=True)]
-    share = {"accuracy": sum(correct) / len(correct), "accuracy_interval": list(wilson(sum(correct), len(correct)))}
-    return {"n": len(correct), **share}
+        found = classifier.read(change(to_float(batch).to(device)))
+        asked = (attributes(classes[row]) for row in rows)
+        correct += [[a.get(key) == b[key] for key in b] for a, b in zip(asked, found, strict=True)]
+    scores, of_each = (
+        _share([all(one) for one in correct]),
+        zip(classifier.names, zip(*correct, strict=True), strict=True),
+    )
+    each = {key: _share(hits) for key, hits in of_each}
+    return {"n": len(correct), **scores, **({"attributes": each} if len(each) > 1 else {})}
+
+
+def _share(hits: Sequence[bool]) -> dict:
+    return {"accuracy": sum(hits) / len(hits), "accuracy_interval": list(wilson(sum(hits), len(hits)))}

@@ -62,9 +62,14 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, subsets: int = 100) 
     1,000 rows: subsets that are the whole set have no spread. The unbiased estimate may be below 0.
     """
     size, rng = min(1_000, len(real) // 2, len(fake) // 2), np.random.default_rng([0, 31])
-    subset = lambda x: x[rng.choice(len(x), size, replace=False)].double()
-    values = [float(poly_mmd(subset(real), subset(fake))) for _ in range(subsets)]
+    subset = lambda x: x[rng.choice(len(x), size, replace=False)]
+    values = [polynomial_mmd(subset(real), subset(fake)) for _ in range(subsets)]
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "subsets": subsets, "subset_size": size}
+
+
+def polynomial_mmd(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """The distance of `kernel_distance` on whole sets of features, (N, d) each."""
+    return float(poly_mmd(real.double(), fake.double()))
 
 
 def sliced_distance(real: torch.Tensor, fake: torch.Tensor, directions: int = 1_000) -> float:

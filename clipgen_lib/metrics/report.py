@@ -6,7 +6,7 @@ from collections.abc import Iterator
 def table(summary: dict) -> str:
     """The numbers of a run's summary.json: evaluation, oracle and export."""
     lines = [f"run {summary['run']}   preset {summary.get('preset')}   seed {summary.get('seed')}"]
-    lines.append(score_table(summary["evaluation"], with_card=False))
+    lines += [score_table(scores, with_card=False) for key, scores in summary.items() if key.startswith("evaluation")]
     readings = {f"oracle, {modality}": kinds for modality, kinds in summary.get("oracle", {}).items()}
     readings |= {f"export, best of {n}": kinds for n, kinds in summary.get("export", {}).get("oracle", {}).items()}
     for label, kinds in readings.items():
@@ -47,9 +47,9 @@ def _rows(scores: dict) -> Iterator[tuple[str, str]]:
     for label, key in (("FID-k", "fid"), ("rFID-k, tokenizer", "rfid"), ("FID-k, reference halves", "floor")):
         if values := scores.get(key):
             yield label, "".join(f"{value:<12.4g}" for value in values.values())
-    for label, key in (("FID-0", "fid"), ("MIND", "mind"), ("CMMD", "cmmd")):
+    for label, key in (("FID-0", "fid"), ("KID", "kid"), ("MIND", "mind"), ("CMMD", "cmmd")):
         if f"{key}_interval" in scores:
-            value = scores["fid"]["0"] if key == "fid" else scores[key]
+            value = {"fid": scores["fid"].get("0"), "kid": scores.get("kid", {}).get("mean")}.get(key, scores.get(key))
             yield f"{label}, 95% interval", f"{value:.4g}{_between(scores, key, '.4g')}"
     if kid := scores.get("kid"):
         subsets = f"{kid['subsets']} subsets of {kid['subset_size']}"
@@ -78,9 +78,10 @@ def _rows(scores: dict) -> Iterator[tuple[str, str]]:
         prefix = scores.get("caption_prefix")
         yield "evaluation CLIP", scores["judge"] + (f", captions behind {prefix!r}" if prefix else "")
     if c := scores.get("classes"):
-        decoded = f", the tokenizer's decodings {c['reconstruction']:.3f}" if "reconstruction" in c else ""
-        real = f"real images {c['real']:.3f}{decoded}; by a classifier of real images"
-        yield "class accuracy", f"{c['accuracy']:.3f}{_between(c, 'accuracy')}   ({real})"
+        for label, of in {"class": c, **c.get("attributes", {})}.items():
+            decoded = f", the tokenizer's decodings {of['reconstruction']:.3f}" if "reconstruction" in of else ""
+            real = f"real images {of['real']:.3f}{decoded}; by a classifier of real images"
+            yield f"{label} accuracy", f"{of['accuracy']:.3f}{_between(of, 'accuracy')}   ({real})"
     if near := scores.get("nearest"):
         for label, kind in ((f"nearest of {near['n_train']} trained on", near), ("the same by pixels", near["pixels"])):
             share = f"{100 * kind['share_nearer_than_real']:.1f}% nearer than any real image"

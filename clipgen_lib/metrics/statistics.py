@@ -24,6 +24,7 @@ from .distances import (
     inception_score,
     kernel_distance,
     manifold_scores,
+    polynomial_mmd,
     sliced_distance,
 )
 from .features import FeatureNetwork
@@ -212,7 +213,7 @@ def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dic
     These are `fid` (k -> FID-k), `fid_over_n`, `inception_score` where the network has a head; of a reference of images
     `floor` (FID-k of its halves), `kid`, and of the same number `n` of images of either set `mind`, `cmmd` under protocol `clip`,
     and `manifold` (precision, recall, density, coverage, which falls where the sets differ in size). 95% intervals over the scored
-    images: `fid_interval` by `frechet_error`, those of `mind` and `cmmd` by `resampled`, of precision and recall by Wilson.
+    images: `fid_interval` by `frechet_error`, those of `kid`, `mind` and `cmmd` by `resampled`, of precision and recall by Wilson.
     """
     scores: dict = {"fid": fid_by_radius(scored, reference), "floor": {}}
     is_set = isinstance(reference, SetStatistics)
@@ -231,10 +232,11 @@ def set_scores(scored: SetStatistics, reference: SetStatistics | Moments) -> dic
         scores["manifold"] = {**manifold_scores(real, fake), "n": n}
         for key in ("precision", "recall"):
             scores["manifold"][f"{key}_interval"] = list(wilson(round(n * scores["manifold"][key]), n))
-        for name, distance in {"mind": sliced_distance, "cmmd": cmmd}.items():
-            if name == "mind" or scored.network.protocol == "clip":
-                scores[name] = distance(real, fake)
-                scores[f"{name}_interval"] = resampled(partial(distance, real), fake, scores[name])
+        distances = {"mind": sliced_distance} | ({"cmmd": cmmd} if scored.network.protocol == "clip" else {})
+        scores |= {name: distance(real, fake) for name, distance in distances.items()}
+        for name, distance in {**distances, "kid": polynomial_mmd}.items():
+            value = scores["kid"]["mean"] if name == "kid" else scores[name]
+            scores[f"{name}_interval"] = resampled(partial(distance, real), fake, value)
     if scored.sample.n and scored.network.head is not None:
         scores["inception_score"] = inception_score(scored.network.logits(scored.sample.compute()))
     return scores
