@@ -8,7 +8,7 @@ PYTEST = CLIPGEN_PROGRESS=0 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 NBVAL = --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 900
 
-.PHONY: install demo test test-oldest notebooks bench chaos
+.PHONY: install demo test test-oldest notebooks bench chaos stability
 
 install: $(INSTALLED)
 
@@ -47,3 +47,7 @@ bench: $(INSTALLED)
 # Faults injected into runs, into results/chaos/table.json.
 chaos: $(INSTALLED)
 	$(VENV)/bin/python tests/chaos.py
+
+# Which distance orders generators the same way at a small N, into results/stability.
+stability: $(INSTALLED)
+	$(VENV)/bin/python tests/stability.py

@@ -73,12 +73,10 @@ class ShapesConfig(Config):
 
 @checked_dataclass
 class ClipConfig(Config):
-    """Which CLIP conditions, and which one evaluates CapS and R-precision (None: the same one, and the result says so)."""
+    """Which CLIP conditions, and judges too; `evaluate.judges` names others that judge beside it."""
 
     name: str = "shapes"
     pretrained: str | None = None
-    evaluation_name: str | None = None
-    evaluation_pretrained: str | None = None
 
 
 @checked_dataclass
@@ -118,6 +116,7 @@ class ClipTrainConfig(FitConfig):
     """Training of the embedded CLIP (notebooks/appendix_train_clip.ipynb)."""
 
     image_tower: Literal["resnet", "efficientnet"] = "resnet"  # or EfficientNet-Lite0 from ImageNet's weights
+    image_width: Count = 24  # of the resnet's first stage
     scenes: Count = 160_000
     steps: CountFromZero = 2_000
     batch_size: Count = 512
@@ -291,6 +290,7 @@ class EvaluateConfig(Config):
     also: tuple[Protocol, ...] = ()  # other networks under which the images are scored as well
     nearest: CountFromZero = 50_000  # training images among which generated ones are looked for; 0 looks for none
     split: str = "val"  # that is generated for and scored against; val2014 of COCO in published figures
+    judges: tuple[str, ...] = ()  # CLIPs by which CapS and R-precision are measured as well: folders, or MODEL/WEIGHTS
     caption_prefix: str = ""  # before every caption that is scored; "A photo depicts " in CLIPScore's paper
     batch_size: Count = 64
 
@@ -358,7 +358,7 @@ def changed(preset: Preset, parts: dict[str, dict]) -> Preset:
     return replace(preset, **{part: replaced(getattr(preset, part), values) for part, values in parts.items()})
 
 
-PRESETS = ("smoke", "laptop", "reference", "gpu64", "coco", "imagenet")  # files of the folder presets/
+PRESETS = ("smoke", "laptop", "reference", "fashion", "gpu64", "coco", "imagenet")  # files of the folder presets/
 
 
 def _read_preset(path: Path) -> Preset:

@@ -7,7 +7,7 @@ how it was made. Blur and feature network are part of a metric's name; missing w
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ class Evaluators(NamedTuple):
 
     clip: ClipEmbedder  # the evaluation CLIP: CapS, R-precision, and the features of protocol `clip`
     classifier: Classifier | None = None  # of the reference's classes
+    judges: Sequence[ClipEmbedder] = ()  # by which CapS and R-precision are measured as well
     networks: Callable[[str, ClipEmbedder], FeatureNetwork] = feature_network  # makes the network of a protocol
 
 
@@ -151,6 +152,9 @@ def score_images(
             numbers["missing"] = [*numbers.get("missing", []), str(error)]
     if provenance.texts:
         numbers |= _caption_fit(images, reference, clip, provenance, config.caption_prefix)
+        fit = partial(_caption_fit, images, reference, provenance=provenance, prefix=config.caption_prefix)
+        judged = {judge.name: fit(clip=judge) | {"weights_hash": judge.weights_hash} for judge in evaluators.judges}
+        numbers |= {"judges": judged} if judged else {}
         if without := len(images) - len(provenance.texts):
             numbers["warnings"].append(f"{without} of {len(images)} images have no caption: CapS is of the others")
         if truncated := numbers["truncated_captions"]:

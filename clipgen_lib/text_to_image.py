@@ -25,7 +25,9 @@ from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reason, s
 from .transformer import ImageTransformer, centre
 from .vqgan import VQGAN
 
-PRETRAINED = {"shapes": DATA / "shapes_generator"}  # generators that come with the project
+PRETRAINED = {
+    name: DATA / f"{name}_generator" for name in ("shapes", "fashion")
+}  # generators that come with the project
 EXPORTED = {"config.json", "model.safetensors"}  # the files of one
 Prompts = str | list[str] | torch.Tensor  # texts, images (P, 3, H, W) in [-1, 1], or CLIP embeddings of images (P, D)
 # CLIP's own embeddings of P prompts, which candidates are ranked by, and the input of the transformer, (P, D) both
@@ -93,7 +95,7 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: object) -> Self:
-        """Read `shapes`, which comes with the project, a folder of `save_pretrained`, or a hub id.
+        """Read `shapes` or `fashion`, which come with the project, a folder of `save_pretrained`, or a hub id.
 
         `options` are `clip`, or those of `PyTorchModelHubMixin.from_pretrained` (revision, cache_dir, ...). A generator
         that is missing, damaged or cannot be downloaded is a ClipgenError.
@@ -108,7 +110,9 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
             raise
         except Exception as error:  # files may hold any bytes: hub, mixin and torch raise errors of many types
             unread = f"{shortened(str(name))!r} is no generator that can be read here ({reason(error)})"
-            raise ClipgenError(f"{unread}: give 'shapes', a folder of save_pretrained, or a hub id") from error
+            raise ClipgenError(
+                f"{unread}: give 'shapes', 'fashion', a folder of save_pretrained, or a hub id"
+            ) from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: object):

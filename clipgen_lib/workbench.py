@@ -263,13 +263,6 @@ class Workbench:
     def clip(self) -> ClipEmbedder:
         return ClipEmbedder.load(**self.clip_source, device=self.device)
 
-    @cached_property
-    def evaluation_clip(self) -> ClipEmbedder:
-        """The CLIP that scores; the conditioning one where the preset names no other, and the result says so."""
-        if self.preset.clip.evaluation_name is None:
-            return self.clip
-        return ClipEmbedder.load(self.preset.clip.evaluation_name, self.preset.clip.evaluation_pretrained, self.device)
-
     def vqgan(self) -> VQGAN:
         return VQGAN.load(self.run.path / "vqgan", self.device)
 
@@ -500,7 +493,8 @@ class Workbench:
         without the oracle, beside what is there: `evaluation SPLIT`, captions-SPLIT.txt.
         """
         generator, settings = generator or self.generator(), {"guidance": guidance} if guidance else {}
-        by, folder = evaluate.Evaluators(self.evaluation_clip, self.classifier()), self.run.path / "generated"
+        judges = [ClipEmbedder.load(**clip_fields(name), device=self.device) for name in self.preset.evaluate.judges]
+        by, folder = evaluate.Evaluators(self.clip, self.classifier(), judges), self.run.path / "generated"
         with self._timed("evaluate", resumable=False):
             config = self.preset.evaluate
             other = "" if split in ("", config.split) else split

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -79,15 +80,15 @@ def training(train: Callable[..., object], device: str, **arguments: object) -> 
 
 
 @contextmanager
-def photos(n: int, width: int = 64, height: int = 64) -> Iterator[Path]:
-    """A folder of n JPEG files of smooth random colours, of which 16 differ, in a temporary folder."""
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (16, height // 8, width // 8, 3), dtype=np.uint8)
+def photos(n: int, width: int = 64, height: int = 64, seed: int = 0) -> Iterator[Path]:
+    """A folder of n JPEG files of smooth random colours, of which 16 differ (with a seed all), in a temporary folder."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (n if seed else 16, height // 8, width // 8, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "images"
         folder.mkdir()
         for i in range(n):
-            Image.fromarray(small[i % 16]).resize((width, height), Image.BICUBIC).save(folder / f"{i:06d}.jpg")
+            Image.fromarray(small[i % len(small)]).resize((width, height), Image.BICUBIC).save(folder / f"{i:06d}.jpg")
         yield folder
 
 
@@ -287,6 +288,20 @@ def frechet(table: Table) -> None:
         raise SystemExit(f"the Frechet distances differ by {difference:.2g} of their value")
 
 
+def scoring(table: Table) -> None:
+    """Whole processes that score two folders (tests/scoring.py) beside pytorch-fid; also the distance and peak memory of each."""
+    n, found = 1_000 if table.quick else 5_000, {}
+
+    def score(name: str, *folders: Path) -> None:
+        words = [sys.executable, Path(__file__).parent / "scoring.py", name, *folders]
+        found[name] = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+
+    with photos(n, seed=1) as a, photos(n, seed=2) as b:
+        ours, peer = (timed(score, name, a, b) for name in ("ours", "pytorch-fid"))
+        table.compare("scoring", f"two folders of {n:,} images", ours, {"pytorch-fid": peer}, rounds=1)
+    table.rows[-1]["found"] = found
+
+
 def start(table: Table) -> None:
     """Whole processes, from their start to their end."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -298,7 +313,7 @@ def start(table: Table) -> None:
     table.compare("start", "first image", python("-c", code), {networks: python("-c", networks)})
 
 
-SECTIONS = (sampling, transformer, vqgan, extraction, frechet, start)
+SECTIONS = (sampling, transformer, vqgan, extraction, frechet, scoring, start)
 
 
 def machine(device: str) -> dict:

@@ -11,7 +11,7 @@ from clipgen_lib import config
 from clipgen_lib.config import Preset, TransformerConfig, VQGANConfig, from_dict, load_preset, with_clip
 from clipgen_lib.runtime.runs import ClipgenError
 
-NAMES = ("smoke", "laptop", "reference", "gpu64", "coco", "imagenet")
+NAMES = ("smoke", "laptop", "reference", "fashion", "gpu64", "coco", "imagenet")
 PARTS = [part.name for part in fields(Preset)[1:]]
 LACKING = {key: value for key, value in asdict(TransformerConfig()).items() if key != "heads"}
 
@@ -81,9 +81,10 @@ def test_overrides_change_one_field():
 
 
 def test_presets_build_on_each_other():
-    smoke, laptop, reference, _, coco, imagenet = map(load_preset, NAMES)
+    smoke, laptop, reference, fashion, _, coco, imagenet = map(load_preset, NAMES)
     assert laptop.vqgan.codebook_size == 256 and laptop.transformer_train.steps == 8_000
     assert replace(reference.vqgan, codebook_size=256, restart_after=20) == laptop.vqgan
+    assert replace(fashion.vqgan, codebook_size=256, local=True) == laptop.vqgan and fashion.sample == laptop.sample
     assert replace(smoke.vqgan, channels=64, codebook_size=256) == laptop.vqgan
     assert imagenet.vqgan == coco.vqgan and imagenet.transformer == coco.transformer
 

@@ -24,10 +24,10 @@ TWO_GPUS = GPU._replace(gpus=(("4090", 24.0), ("A100", 80.0)))
 @pytest.mark.parametrize(
     "machine, fitting, said",
     [
-        (LAPTOP, "smoke laptop reference", "2 cores, 8 GB of memory, 20 GB of disk free"),
-        (LAPTOP, "smoke laptop reference", "torch sees no GPU"),
-        (GPU, "smoke laptop reference gpu64 coco imagenet", "cuda:0 A100, 80 GB"),
-        (TWO_GPUS, "smoke laptop reference gpu64", "cuda:1 A100, 80 GB"),
+        (LAPTOP, "smoke laptop reference fashion", "2 cores, 8 GB of memory, 20 GB of disk free"),
+        (LAPTOP, "smoke laptop reference fashion", "torch sees no GPU"),
+        (GPU, "smoke laptop reference fashion gpu64 coco imagenet", "cuda:0 A100, 80 GB"),
+        (TWO_GPUS, "smoke laptop reference fashion gpu64", "cuda:1 A100, 80 GB"),
     ],
 )
 def test_presets_fit_what_memory_and_time_allow(machine, fitting, said):

@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import json
 import shutil
@@ -115,8 +116,18 @@ def test_the_files_are_the_images(generator, tmp_path):
 
 def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
     images = open_images(world, "val")
-    config = replace(preset.evaluate, n=24, blur=(0, 1), batch_size=8)
-    numbers, shown = evaluate_generator(generator, images, Evaluators(clip), config, tmp_path / "g")
+    config, other = replace(preset.evaluate, n=24, blur=(0, 1), batch_size=8), copy.deepcopy(clip)
+    other.name, other.weights_hash = "other", "changed"
+    other.model.text_projection.data[:, :64] *= -1  # reads captions otherwise
+    numbers, shown = evaluate_generator(
+        generator, images, Evaluators(clip, judges=[clip, other]), config, tmp_path / "g"
+    )
+    same, different = (numbers["judges"][name] for name in (clip.name, "other"))
+    assert same == {key: numbers[key] for key in different if key != "weights_hash"} | {
+        "weights_hash": clip.weights_hash
+    }
+    assert different["caps"] != same["caps"] and different["caps_ceiling"] < same["caps_ceiling"]
+    assert table({"run": "x", "evaluation": numbers}).count("R-precision") == 3
     assert numbers["n"] == 24 and numbers["n_reference"] == 12 and set(numbers["fid"]) == {"0", "1"}
     assert numbers["fid"]["0"] > numbers["floor"]["0"] > 0 and numbers["rfid"]["0"] > 0
     assert numbers["caps_ceiling"] > numbers["caps_floor"]

@@ -67,7 +67,7 @@ def test_contrastive_loss_is_that_of_open_clip():
 def test_clip_learns_from_images_with_class_names(two_classes, tmp_path):
     """Two classes that any network can tell: after a few steps the words fit the images."""
     train, val = (open_images(two_classes, split, 64) for split in ("train", "val"))
-    config = replace(SMALL, steps=24, lr=1e-3, warmup=2, precision="no", save_every=24)
+    config = replace(SMALL, steps=24, lr=1e-3, warmup=2, precision="no", save_every=24, image_width=16)
     pairs = ImagePairs(train, config, 0)
     images, texts, together = pairs.batch(3)
     assert images.shape == (16, 3, 64, 64) and together.sum() == 128
@@ -75,6 +75,7 @@ def test_clip_learns_from_images_with_class_names(two_classes, tmp_path):
     assert torch.equal(images, pairs.batch(3)[0]) and not torch.equal(images, pairs.batch(4)[0])
     folder = train_clip(open_run("r", tmp_path), pairs, config)
     clip = ClipEmbedder.load(str(folder))
+    assert clip.model.visual.conv1.out_channels == 16 // 2
     images = clip.images(to_float(torch.stack([val[row] for row in range(16)])))
     cosine = (images * clip.texts([texts[0] for texts in val.captions])).sum(1).mean().item()
     found = caption_accuracy(clip, val)

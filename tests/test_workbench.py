@@ -149,9 +149,10 @@ def test_an_evaluation_on_val2014_says_what_training_has_seen(open_folder, resul
             shutil.copy(world / "train" / image["file_name"][-16:], root / split / image["file_name"])
         write_json(root / "annotations" / f"captions_{split}.json", content | {"images": images})
     wb = open_folder(f"{root}?year=2017")
-    wb = replace(wb, preset=changed(wb.preset, {"evaluate": {"n": 20, "split": "val2014"}}))
+    wb = replace(wb, preset=changed(wb.preset, {"evaluate": {"n": 20, "split": "val2014", "judges": ["shapes"]}}))
     wb.evaluate()
     found = wb.run.summary()["evaluation"]
+    assert found["judges"]["shapes"]["caps"] == found["caps"]
     assert found["reference"] == "coco/val2014" and found["n"] == 20 and found["n_reference"] == 16
     assert any("6 of 16 images of val2014 are in train2017" in warning for warning in found["warnings"])
     assert any("val2014 has 16 images here, published figures of COCO" in warning for warning in found["warnings"])

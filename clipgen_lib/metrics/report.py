@@ -65,18 +65,12 @@ def _rows(scores: dict) -> Iterator[tuple[str, str]]:
     if curve := scores.get("fid_over_n"):
         yield "FID-0 over N", "   ".join(f"{n}: {value:.4g}" for n, value in curve.items())
     if "caps" in scores:
-        between, real = f"with captions of other images {scores['caps_shuffled']:.3f}", ""
-        if "caps_ceiling" in scores:
-            between = f"real with own captions {scores['caps_ceiling']:.3f}, with others' {scores['caps_floor']:.3f}"
-            real = f"real images {scores['r_precision_real']:.3f}, "
-        yield "CapS", f"{scores['caps']:.3f}{_between(scores, 'caps')}   ({between})"
-        yield (
-            "R-precision",
-            f"{scores['r_precision']:.3f}{_between(scores, 'r_precision')}   ({real}chance about {1 / min(100, scores['judged']):.2g})",
-        )
-        yield "CLIPScore", f"{scores['clip_score']:.2f}"
+        yield from _caption_rows(scores)
         prefix = scores.get("caption_prefix")
         yield "evaluation CLIP", scores["judge"] + (f", captions behind {prefix!r}" if prefix else "")
+    for judge, fit in scores.get("judges", {}).items():
+        yield from _caption_rows(fit)
+        yield "evaluation CLIP", judge
     if c := scores.get("classes"):
         for label, of in {"class": c, **c.get("attributes", {})}.items():
             decoded = f", the tokenizer's decodings {of['reconstruction']:.3f}" if "reconstruction" in of else ""
@@ -88,6 +82,18 @@ def _rows(scores: dict) -> Iterator[tuple[str, str]]:
             yield label, f"{kind['median']:.3f}   (real images {kind['median_real']:.3f}; {share})"
     for protocol, found in scores.get("also", {}).items():
         yield from ((f"{protocol}: {label}", text) for label, text in _rows(found))
+
+
+def _caption_rows(fit: dict) -> Iterator[tuple[str, str]]:
+    """What one CLIP says of captions and images."""
+    between, real = f"with captions of other images {fit['caps_shuffled']:.3f}", ""
+    if "caps_ceiling" in fit:
+        between = f"real with own captions {fit['caps_ceiling']:.3f}, with others' {fit['caps_floor']:.3f}"
+        real = f"real images {fit['r_precision_real']:.3f}, "
+    yield "CapS", f"{fit['caps']:.3f}{_between(fit, 'caps')}   ({between})"
+    chance = f"{real}chance about {1 / min(100, fit['judged']):.2g}"
+    yield "R-precision", f"{fit['r_precision']:.3f}{_between(fit, 'r_precision')}   ({chance})"
+    yield "CLIPScore", f"{fit['clip_score']:.2f}"
 
 
 def _between(scores: dict, key: str, form: str = ".3f") -> str:

@@ -71,7 +71,7 @@ class Row(Workbench):
 
     recipe: Recipe
     base: Workbench  # the run whose VQGAN and store it takes
-    clip, evaluation_clip = property(attrgetter("base.clip")), property(attrgetter("base.evaluation_clip"))
+    clip = property(attrgetter("base.clip"))
 
     @classmethod
     def begun(cls, base: Workbench, name: str, recipe: Recipe, preset: Preset) -> "Row":
@@ -189,7 +189,7 @@ def preset_of(wb: Workbench, table: Table, recipe: Recipe, seed: int = 0, steps:
         parts["transformer"]["condition_tokens"] = wb.clip.tokenizer.context_length
     most = wb.preset.evaluate
     parts["evaluate"] = {"n": min(table.n_captions, most.n), "n_oracle": min(table.n_oracle, most.n_oracle)}
-    parts["evaluate"] |= {"nearest": 0, "also": ()}  # too slow for every row
+    parts["evaluate"] |= {"nearest": 0, "also": (), "judges": ()}  # too slow for every row
     parts["shared"] = asdict(named_sources(SharedConfig(store=str(wb.run.path))))
     name = f"{wb.preset.name}, {recipe.system}" + ", paired" * (recipe.text == "paired")
     return replace(changed(wb.preset, parts), name=name)

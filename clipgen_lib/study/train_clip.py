@@ -37,7 +37,7 @@ EMBED_DIM = 256
 TEXT = {"context_length": CONTEXT, "width": 192, "heads": 3, "layers": 4}
 IMAGE = {
     # A small ResNet rather than a ViT: three times the images per second on a CPU at this size.
-    "resnet": {"image_size": shapes.CANVAS, "layers": [2, 2, 2, 2], "width": 24, "patch_size": None},
+    "resnet": {"image_size": shapes.CANVAS, "layers": [2, 2, 2, 2], "patch_size": None},
     # It begins with ImageNet's weights and takes 64 pixels enlarged to 96, at a quarter more time than 64.
     "efficientnet": {
         "image_size": 96,
@@ -140,7 +140,8 @@ def train_clip(run: Run, pairs: ScenePairs | ImagePairs, config: ClipTrainConfig
     torch.manual_seed(run.seed)
     merges = run.file("clip_bpe_merges.txt.gz")
     text_config = {**TEXT, "vocab_size": train_tokenizer(pairs.corpus, merges)}
-    towers = {"embed_dim": EMBED_DIM, "vision_cfg": IMAGE[config.image_tower], "text_cfg": text_config}
+    width = {"width": config.image_width} if config.image_tower == "resnet" else {}
+    towers = {"embed_dim": EMBED_DIM, "vision_cfg": IMAGE[config.image_tower] | width, "text_cfg": text_config}
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT, bpe_path=str(merges))
     model, side = CLIP(**towers).to(run.device), towers["vision_cfg"]["image_size"]
     if config.image_tower == "efficientnet":
