@@ -184,6 +184,8 @@ def test_metadata_of_a_folder(tmp_path, secret, kind):
     assert images.captions == [("of a.png",), ("of deep/b.png",)] and images.classes is None
     named = open_images(f"{root}?caption=brand&class=brand", "train")
     assert named.captions == [("a",), ("d",)] and named.classes == ["a", "d"]
+    both = open_images(f"{root}?caption=brand,text&class=text,brand", "train")
+    assert both.captions[1] == ("d", "of deep/b.png") and both.classes[1] == "text=of deep/b.png, brand=d"
     assert open_images(root, "held_out").names == ["held_out/d.png"]
     assert not open_images(root, "val").has_captions
 

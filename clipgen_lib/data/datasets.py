@@ -139,7 +139,8 @@ def open_images(
         path: `shapes` (the embedded world, made on first use); a COCO root (`annotations/captions_<split>.json` beside
             `<split>/`); a folder of images, read recursively; a parquet file, a WebDataset tar or a folder of either; or a
             data set of the Hugging Face hub (`owner/name`). `?caption=COLUMN&class=COLUMN&image=COLUMN` after it names
-            columns of an archive or of metadata.jsonl that are not found by themselves, `?year=2017` one of COCO's years.
+            columns of an archive or of metadata.jsonl that are not found by themselves, several captions or attributes with commas
+            between them; `?year=2017` names one of COCO's years.
         split: `train` or `val`, or any other split that is there; `held_out` of `shapes`. Images without splits of their own
             are split 90 to 10 by a hash of their names. What was found is told on stderr, once.
         size: short side in pixels.
@@ -447,13 +448,14 @@ def _read_texts(samples: dict[str, list], values: Callable[[str], list], named: 
     bare = {column.rpartition(".")[2]: column for column in reversed(words)}  # json.caption is a caption
     longest = max(words, key=words.get, default=None)
     longest = longest if words.get(longest, 0) >= 2 else None
-    caption = named.get("caption", next((bare[name] for name in CAPTION_COLUMNS if name in bare), longest))
+    found = next((bare[name] for name in CAPTION_COLUMNS if name in bare), longest)
+    told = named["caption"].split(",") if "caption" in named else [found] if found else []
     labels = named["class"].split(",") if "class" in named else [name for name in CLASS_COLUMNS if name in samples][:1]
-    for column in (caption, *labels):
-        if column and column not in samples:
+    for column in (*told, *labels):
+        if column not in samples:
             there = shortened(", ".join(samples)) or "none"
             raise ClipgenError(f"{root} has no column {column!r}: name one of those there ({there})")
-    captions = [_captions(value) for value in values(caption)] if caption else []
+    captions = [sum(map(_captions, row), ()) for row in zip(*map(values, told), strict=True)]
     rows = list(zip(*map(values, labels), strict=True))
     known = bool(rows) and not any(None in row for row in rows)
     return captions if any(captions) else None, [_class_name(labels, row) for row in rows] if known else None
