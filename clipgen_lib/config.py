@@ -291,6 +291,7 @@ class EvaluateConfig(Config):
     nearest: CountFromZero = 50_000  # training images among which generated ones are looked for; 0 looks for none
     split: str = "val"  # that is generated for and scored against; val2014 of COCO in published figures
     judges: tuple[str, ...] = ()  # CLIPs by which CapS and R-precision are measured as well: folders, or MODEL/WEIGHTS
+    also_splits: tuple[str, ...] = ()  # scored in the same way, each beside the first
     caption_prefix: str = ""  # before every caption that is scored; "A photo depicts " in CLIPScore's paper
     batch_size: Count = 64
 

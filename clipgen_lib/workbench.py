@@ -490,14 +490,14 @@ class Workbench:
 
         The generated images stay in generated/; captions.txt says which image's caption each of them was generated for,
         prompts.txt what the oracle asked for. `guidance` above 0 replaces the preset's. Another split than the preset's is scored
-        without the oracle, beside what is there: `evaluation SPLIT`, captions-SPLIT.txt.
+        without the oracle, beside what is there: `evaluation SPLIT`, captions-SPLIT.txt; those of evaluate.also_splits after it.
         """
         generator, settings = generator or self.generator(), {"guidance": guidance} if guidance else {}
         judges = [ClipEmbedder.load(**clip_fields(name), device=self.device) for name in self.preset.evaluate.judges]
         by, folder = evaluate.Evaluators(self.clip, self.classifier(), judges), self.run.path / "generated"
-        with self._timed("evaluate", resumable=False):
-            config = self.preset.evaluate
-            other = "" if split in ("", config.split) else split
+        config = self.preset.evaluate
+        other = "" if split in ("", config.split) else split
+        with self._timed(f"evaluate {other}".strip(), resumable=False):
             place, val = folder / "-".join(filter(None, ("captions", other))), self.images(other or config.split)
             numbers, shown = evaluate.evaluate_generator(generator, val, by, config, place, self.seed, **settings)
             if val.split == "val2014" and (train := self.images()).split == "train2017":
@@ -523,6 +523,8 @@ class Workbench:
             if "oracle" in entries:
                 runs.write_atomic(self.run.file("prompts.txt"), evaluate.oracle_list(config.n_oracle, self.seed))
         distributed.barrier()  # the numbers are written
+        for further in () if split else config.also_splits:
+            self.evaluate(guidance, generator, further)
         return shown
 
     def export(self, folder: Path, n: int, candidates: int) -> dict:

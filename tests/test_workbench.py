@@ -149,7 +149,12 @@ def test_an_evaluation_on_val2014_says_what_training_has_seen(open_folder, resul
             shutil.copy(world / "train" / image["file_name"][-16:], root / split / image["file_name"])
         write_json(root / "annotations" / f"captions_{split}.json", content | {"images": images})
     wb = open_folder(f"{root}?year=2017")
-    wb = replace(wb, preset=changed(wb.preset, {"evaluate": {"n": 20, "split": "val2014", "judges": ["shapes"]}}))
+    wb = replace(
+        wb,
+        preset=changed(
+            wb.preset, {"evaluate": {"n": 20, "split": "val2014", "also_splits": ["val2017"], "judges": ["shapes"]}}
+        ),
+    )
     wb.evaluate()
     found = wb.run.summary()["evaluation"]
     assert found["judges"]["shapes"]["caps"] == found["caps"]
@@ -158,7 +163,6 @@ def test_an_evaluation_on_val2014_says_what_training_has_seen(open_folder, resul
     assert any("val2014 has 16 images here, published figures of COCO" in warning for warning in found["warnings"])
     names = [line.split("\t")[0] for line in (wb.run.path / "captions.txt").read_text().splitlines()]
     assert len(set(names[:16])) == 16 and len(names) == 20  # one caption of each image first
-    wb.evaluate(split="val2017")
     other = wb.run.summary()["evaluation val2017"]
     assert other["reference"] == "coco/val2017" and not any("are in train2017" in w for w in other["warnings"])
     assert (
