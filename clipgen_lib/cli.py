@@ -208,7 +208,10 @@ def _evaluate_folder(images: Path, reference: Path | None, output: Path | None, 
 
 @main.command("generate")
 @click.argument("prompt")
-@click.option("--run", help="a trained run under results/  [default: the weights that come with the project]")
+@click.option("--run", help="a trained run under results/, in place of --generator")
+@click.option(
+    "--generator", default="shapes", show_default=True, help="'shapes', 'fashion', a saved folder, or a hub id"
+)
 @click.option("-n", default=8, type=click.IntRange(1, 10_000), help="images")
 @SEED
 @click.option("-o", "--output", type=PATH, default=Path("out.png"))
@@ -218,7 +221,7 @@ def _evaluate_folder(images: Path, reference: Path | None, output: Path | None, 
 @click.option("--top-p", type=float)
 @click.option("--candidates", type=int, help="sample so many for each image and keep the one that CLIP finds nearest")
 @DEVICE
-def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, device: str, **settings) -> str:
+def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, device: str, **options) -> str:
     """Generate images for PROMPT."""
     from PIL import Image
 
@@ -234,8 +237,8 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
     if run:
         generator = clipgen_lib.Workbench.reopen(run, device).generator()
     else:
-        generator = clipgen_lib.TextToImage.from_pretrained("shapes").to(device)
-    chosen = {key: value for key, value in settings.items() if value is not None}
+        generator = clipgen_lib.TextToImage.from_pretrained(options["generator"]).to(device)
+    chosen = {key: value for key, value in options.items() if value is not None and key != "generator"}
     with progress(100, "generating", is_main()) as bar:
         for preview in generator.generate_progressively(prompt, n, seed, **chosen):
             bar.update(round(100 * preview.share) - bar.n)

@@ -161,15 +161,7 @@ def score_images(
             most = f"{clip.tokenizer.context_length} tokens: it has read their beginning only"
             numbers["warnings"].append(f"{truncated} captions are longer than CLIP's {most}")
     if evaluators.classifier and provenance.rows and len(sets) == 2 and reference.classes:
-        share = partial(accuracy, evaluators.classifier)
-        asked = {row: reference.classes[real] for row, real in provenance.rows.items()}
-        numbers["classes"] = share(images, asked)
-        for name, change in {"real": lambda x: x, "reconstruction": provenance.reconstruct}.items():
-            if change:
-                found, numbers["classes"] = share(reference, change=change), numbers["classes"]
-                numbers["classes"][name] = found["accuracy"]
-                for key, scores in numbers["classes"].get("attributes", {}).items():
-                    scores[name] = found["attributes"][key]["accuracy"]
+        numbers["classes"] = _class_shares(images, reference, evaluators.classifier, provenance)
     if len(sets) == 2 and re.fullmatch(r"val20\d\d", reference.split) and len(reference) < PUBLISHED_N:
         what = f"{reference.split} has {len(reference):,} images here, published figures of COCO are of {PUBLISHED_N:,}"
         numbers["warnings"].append(f"{what} captions of val2014, one an image: these do not compare with them")
@@ -230,6 +222,19 @@ def _batches(
 
 def _count(images: ImageSet) -> int:
     return len(images) - sum(name in images.skipped for name in images.names)
+
+
+def _class_shares(images: ImageSet, reference: ImageSet, classifier: Classifier, provenance: Provenance) -> dict:
+    """Shares of images classified as what they were generated for, beside those of real images and of their reconstructions."""
+    asked = {row: reference.classes[real] for row, real in provenance.rows.items()}
+    scores, beside = accuracy(classifier, images, asked), {"real": accuracy(classifier, reference)}
+    if provenance.reconstruct:
+        beside["reconstruction"] = accuracy(classifier, reference, change=provenance.reconstruct)
+    for name, found in beside.items():
+        scores[name] = found["accuracy"]
+        for key, of_attribute in found.get("attributes", {}).items():
+            scores["attributes"][key][name] = of_attribute["accuracy"]
+    return scores
 
 
 def _caption_fit(

@@ -218,7 +218,7 @@ def config_with(part, **entries):
     return change
 
 
-NO_GENERATOR = "is no generator that can be read here .*: give 'shapes'"
+NO_GENERATOR = "is no generator that can be read here .*: give 'shapes', 'fashion'"
 
 
 @pytest.mark.parametrize(
