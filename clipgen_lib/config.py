@@ -106,9 +106,10 @@ class FitConfig(Config):
 
 @checked_dataclass
 class ClassifierConfig(FitConfig):
-    """The classifier of generated images of classes: a resnet18, `width` channels in its first stage."""
+    """The classifier of generated images of classes."""
 
-    width: Count = 32
+    network: Literal["resnet18", "tf_efficientnet_lite0"] = "resnet18"  # the second begins with ImageNet's weights
+    width: Count = 32  # channels of the resnet's first stage
 
 
 @checked_dataclass
@@ -290,6 +291,7 @@ class EvaluateConfig(Config):
     also: tuple[Protocol, ...] = ()  # other networks under which the images are scored as well
     nearest: CountFromZero = 50_000  # training images among which generated ones are looked for; 0 looks for none
     split: str = "val"  # that is generated for and scored against; val2014 of COCO in published figures
+    classifier: str = ""  # the run whose classifier reads the images; empty takes this run's, where it has one
     judges: tuple[str, ...] = ()  # CLIPs by which CapS and R-precision are measured as well: folders, or MODEL/WEIGHTS
     also_splits: tuple[str, ...] = ()  # scored in the same way, each beside the first
     caption_prefix: str = ""  # before every caption that is scored; "A photo depicts " in CLIPScore's paper

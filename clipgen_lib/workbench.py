@@ -267,8 +267,13 @@ class Workbench:
         return VQGAN.load(self.run.path / "vqgan", self.device)
 
     def classifier(self) -> Classifier | None:
-        """The classifier of this run (`train_classifier`), None where none has been trained."""
-        folder = self.run.path / "classifier"
+        """The classifier of this run (`train_classifier`), or of the one that evaluate.classifier names; None where this run has none."""
+        name = self.preset.evaluate.classifier
+        folder = (runs.open_run(name).path if name else self.run.path) / "classifier"
+        if name and not folder.is_dir():
+            raise ClipgenError(
+                f"run {name!r} has no classifier: make it by clipgen train-classifier --run {name} --data ..."
+            )
         return Classifier.load(folder, self.device) if folder.is_dir() else None
 
     def store(self, split: str = "train") -> TokenStore:

@@ -12,6 +12,7 @@ from clipgen_lib.config import ClassifierConfig
 from clipgen_lib.data.batches import augmented_rows
 from clipgen_lib.data.datasets import open_images
 from clipgen_lib.metrics.classifier import Classifier, accuracy, train_classifier
+from clipgen_lib.metrics.features import efficientnet_lite
 from clipgen_lib.metrics.intervals import wilson
 from clipgen_lib.runtime.runs import ClipgenError, open_run
 
@@ -72,6 +73,19 @@ def test_classes_of_which_only_some_name_attributes_are_one_sentence(tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
     with pytest.raises(ClipgenError, match="name all alike"):
         train_classifier(open_run("r", tmp_path / "results"), open_images(tmp_path, "train", 32), SMALL)
+
+
+def test_a_network_that_begins_with_imagenets_weights_learns_at_once(two_classes, tmp_path):
+    """Its layers before any step are those of EfficientNet-Lite0; a few steps tell the classes apart."""
+    train, val = (open_images(two_classes, split, 32) for split in ("train", "val"))
+    config = replace(SMALL, network="tf_efficientnet_lite0", save_every=12)
+    fresh = train_classifier(open_run("fresh", tmp_path), train, replace(config, steps=0))
+    known = efficientnet_lite(0)[0].state_dict()
+    kept = {key: value for key, value in fresh.network.state_dict().items() if "classifier" not in key}
+    assert all(torch.equal(value, known[key]) for key, value in kept.items()) and len(kept) > 200
+    model = train_classifier(open_run("r", tmp_path), train, config)
+    assert accuracy(model, val)["accuracy"] == 1.0
+    assert accuracy(Classifier.load(tmp_path / "r" / "classifier"), val)["accuracy"] == 1.0
 
 
 def test_images_without_classes_are_one_sentence(images, tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import same_weights
 from scipy.stats import ttest_ind
 
 from clipgen_lib.config import Preset, changed, load_preset
@@ -159,6 +160,12 @@ def test_photos_are_judged_by_classes(preset, vqgan, class_folders, results):
     entry = compare.run_table(wb, COMMITTED["photos"], steps=2, only=["plain", "retrieval"])[0]
     real = wb.run.summary()["classifier"]["accuracy"]
     assert entry["class_real"]["mean"] == real and 0 <= entry["class_accuracy"]["mean"] <= 1
+    of_another = replace(wb, preset=changed(wb.preset, {"evaluate": {"classifier": "classes"}}), run=open_run("other"))
+    assert (
+        same_weights(of_another.classifier(), wb.classifier()) and replace(wb, run=of_another.run).classifier() is None
+    )
+    with pytest.raises(ClipgenError, match="run 'none' has no classifier: make it by"):
+        replace(wb, preset=changed(wb.preset, {"evaluate": {"classifier": "none"}})).classifier()
     assert "oracle_error" not in entry and (results / "photos" / "table.json").is_file()
 
 

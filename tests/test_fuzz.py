@@ -219,7 +219,7 @@ def whole(name: str) -> Path:
     folder, smoke = WHOLE / name, load_preset("smoke")
     torch.manual_seed(0)
     if name == "classifier":
-        save_weights(folder, Classifier(ClassifierConfig(width=8), ["a cat", "a dog"]))
+        save_weights(folder, Classifier(ClassifierConfig(width=8), {"class": ["a cat", "a dog"]}))
     if name == "clip":
         config = json.loads((DATA / "shapes_clip" / "open_clip_config.json").read_text())
         config["model_cfg"]["vision_cfg"] |= {"width": 8, "layers": [1, 1, 1, 1]}

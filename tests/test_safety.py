@@ -60,7 +60,9 @@ MAKERS = {
     "x.npz": lambda path: np.savez(path, mu=np.zeros(2), sigma=np.eye(2)),
     "vqgan": lambda path: save_weights(path, VQGAN(SMOKE.vqgan)),
     "transformer": lambda path: save_weights(path, ImageTransformer(SMOKE.transformer, 32, 4, 16)),
-    "classifier": lambda path: save_weights(path, Classifier(ClassifierConfig(width=8), ["hf-hub:a/b", "os.system"])),
+    "classifier": lambda path: save_weights(
+        path, Classifier(ClassifierConfig(width=8), {"class": ["hf-hub:a/b", "os.system"]})
+    ),
     "clip": lambda path: shutil.copytree(DATA / "shapes_clip", path),
     "generator": lambda path: shutil.copytree(DATA / "shapes_generator", path),
 }

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..clip_embed import resized
 from ..config import ClassifierConfig, from_dict
 from ..data.batches import augmented_rows, batch_rows, ordered_batches
 from ..data.datasets import ImageSet
@@ -21,6 +22,7 @@ from ..data.images import to_float, to_uint8
 from ..runtime.checkpoints import load_weights, save_weights
 from ..runtime.runs import ClipgenError, Run
 from ..training import autocast, fit
+from .features import efficientnet_lite
 from .intervals import wilson
 
 
@@ -38,11 +40,15 @@ class Classifier(nn.Module):
 
         super().__init__()
         self.config, self.names = config, {key: list(map(str, values)) for key, values in names.items()}
-        shape = {"channels": tuple(config.width * 2**i for i in range(4)), "output_stride": 16}
-        self.network = timm.create_model("resnet18", num_classes=sum(map(len, names.values())), **shape)
+        shape = {"num_classes": sum(map(len, names.values()))}
+        if config.network == "resnet18":
+            shape |= {"channels": tuple(config.width * 2**i for i in range(4)), "output_stride": 16}
+        self.network = timm.create_model(config.network, **shape)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, 3, H, W) in [-1, 1] -> logits (B, values) of each attribute."""
+        if self.config.network != "resnet18":
+            images = resized(images, [96, 96])
         return self.network(images).split([len(values) for values in self.names.values()], 1)
 
     @torch.inference_mode()
@@ -74,7 +80,11 @@ def train_classifier(run: Run, images: ImageSet, config: ClassifierConfig) -> Cl
     if len({tuple(one) for one in known}) > 1:
         raise ClipgenError(f"some classes of {images.root} are named attribute=value, ..., others not: name all alike")
     names = {key: sorted({one[key] for one in known}) for key in known[0]}
-    model = Classifier(config, names).to(run.device)
+    model = Classifier(config, names)
+    if config.network == "tf_efficientnet_lite0":  # but for its last layer
+        weights = {k: v for k, v in efficientnet_lite(0)[0].state_dict().items() if "classifier" not in k}
+        model.network.load_state_dict(weights, strict=False)
+    model = model.to(run.device)
     labels = torch.tensor([[of.index(one[key]) for key, of in names.items()] for one in known]).to(run.device)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
