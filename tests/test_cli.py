@@ -93,7 +93,7 @@ def test_a_run_generates_and_is_evaluated_again(smoke_run, results, tmp_path):
     done = command("evaluate", "--preset", "smoke", "--run", "smoke", "--guidance", 1.5, "--split", "held_out")
     assert done.exit_code == 0 and "FID-k" in done.output, done.output
     summary = json.loads((results / "smoke" / "summary.json").read_text())
-    assert summary["sample"]["guidance"] == 1.5 and summary["evaluation"]["reference"] == "shapes/held_out"
+    assert summary["sample"]["guidance"] == 1.5 and summary["evaluation held_out"]["reference"] == "shapes/held_out"
 
 
 def test_the_generator_of_the_project_generates(tmp_path):
@@ -103,6 +103,19 @@ def test_the_generator_of_the_project_generates(tmp_path):
     shown = np.asarray(Image.open(tmp_path / "out.png"))
     objects = [read_scene(shown[:, left : left + 64])[0] for left in (0, 66)]
     assert all((one.colour, one.shape) == ("red", "circle") for one in objects)
+
+
+def test_the_photo_generator_draws_colours_on_white(tmp_path):
+    """Of a pair of kind and colour that none of its training photos shows."""
+    means = {}
+    for colour in ("red", "blue"):
+        done = command("generate", f"a {colour} handbag", "--generator", "fashion", "-n", 4, "-o", tmp_path / "out.png")
+        assert done.exit_code == 0, done.output
+        pixels = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).reshape(-1, 3).astype(float)
+        product = pixels[pixels.min(1) < 200]
+        assert 0.1 < len(product) / len(pixels) < 0.7
+        means[colour] = product.mean(0)
+    assert means["red"][0] > means["red"][2] + 30 and means["blue"][2] > means["blue"][0]
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_every_figure_is_an_output(path):
         assert (ROOT / "results" / (run or "reference") / "figures" / f"{name}.png").is_file(), name
 
 
-@pytest.mark.parametrize("run", ["reference", "laptop", "tiny-imagenet-20"])
+@pytest.mark.parametrize("run", ["reference", "laptop", "tiny-imagenet-20", "fashion"])
 def test_tables_of_runs_are_what_the_command_prints_for_them(run):
     summary = json.loads((ROOT / "results" / run / "summary.json").read_text())
     assert table(summary) in (ROOT / "results" / "README.md").read_text()

@@ -230,11 +230,10 @@ def metrics(result: dict) -> dict[str, float | list[float]]:
     columns = _taken(evaluation, "", "caps", "r_precision")
     if fid := evaluation["fid"]:
         columns |= {"fid_0": fid["0"], "fid_1": fid["1"], "rfid": evaluation["rfid"]["0"]}
-    for split, prefix in {"evaluation": "", "evaluation held_out": "held_out_"}.items():
-        if classes := result.get(split, {}).get("classes"):
-            columns |= _taken(classes, f"{prefix}class_", "accuracy", "real", "reconstruction")
-            for attribute, scores in classes.get("attributes", {}).items():
-                columns |= _taken(scores, f"{prefix}{attribute}_", "accuracy")
+    if classes := evaluation.get("classes"):
+        columns |= _taken(classes, "class_", "accuracy", "real", "reconstruction")
+        for attribute, scores in classes.get("attributes", {}).items():
+            columns |= _taken(scores, f"{attribute}_", "accuracy")
     if oracle:
         one, two, held_out = (oracle["text"][kind] for kind in ("one", "two", "held_out"))
         columns |= {"oracle_error": 1 - (one["colour"] + one["shape"]) / 2}
