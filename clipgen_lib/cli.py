@@ -302,11 +302,13 @@ def train_clip(run: str, data: str, seed: int, device: str, steps: int, **of_pre
     pairs = study.ScenePairs(config, seed) if data == "shapes" else study.ImagePairs(images_of("train"), config, seed)
     with held(opened.path, f"run {run!r}"):
         folder = study.train_clip(opened, pairs, config)
-    if data != "shapes":
-        clip = clipgen_lib.ClipEmbedder.load(str(folder), device=device)
-        accuracy = {split: study.caption_accuracy(clip, images_of(split)) for split in ("train", "val")}
-        opened.add_to_summary(clip=accuracy)
-        click.echo(accuracy)
+    clip = clipgen_lib.ClipEmbedder.load(str(folder), device=device)
+    if data == "shapes":
+        found = {"retrieval": {kind: study.retrieval(clip, n_objects=n) for kind, n in study.KINDS.items()}}
+    else:
+        found = {"clip": {split: study.caption_accuracy(clip, images_of(split)) for split in ("train", "val")}}
+    opened.add_to_summary(**found)
+    click.echo(found)
     return f"CLIP in {folder}: name the folder as --clip, or as notebook parameter CLIP"
 
 

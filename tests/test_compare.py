@@ -159,7 +159,7 @@ def test_photos_are_judged_by_classes(preset, vqgan, class_folders, results):
     assert wb.train_classifier() == wb.run.summary()["classifier"] and wb.run.summary()["classifier"]["n"] == 8
     entry = compare.run_table(wb, COMMITTED["photos"], steps=2, only=["plain", "retrieval"])[0]
     real = wb.run.summary()["classifier"]["accuracy"]
-    assert entry["class_real"]["mean"] == real and 0 <= entry["class_accuracy"]["mean"] <= 1
+    assert entry["class_accuracy_real"]["mean"] == real and 0 <= entry["class_accuracy"]["mean"] <= 1
     of_another = replace(wb, preset=changed(wb.preset, {"evaluate": {"classifier": "classes"}}), run=open_run("other"))
     assert (
         same_weights(of_another.classifier(), wb.classifier()) and replace(wb, run=of_another.run).classifier() is None

@@ -43,6 +43,8 @@ class Classifier(nn.Module):
         shape = {"num_classes": sum(map(len, names.values()))}
         if config.network == "resnet18":
             shape |= {"channels": tuple(config.width * 2**i for i in range(4)), "output_stride": 16}
+        else:
+            shape |= {"bn_momentum": 0.1}  # its own, 0.01, would keep ImageNet's statistics for hundreds of steps
         self.network = timm.create_model(config.network, **shape)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:

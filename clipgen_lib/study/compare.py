@@ -231,7 +231,8 @@ def metrics(result: dict) -> dict[str, float | list[float]]:
     if fid := evaluation["fid"]:
         columns |= {"fid_0": fid["0"], "fid_1": fid["1"], "rfid": evaluation["rfid"]["0"]}
     if classes := evaluation.get("classes"):
-        columns |= _taken(classes, "class_", "accuracy", "real", "reconstruction")
+        columns |= {**_taken(classes, "class_", "accuracy"), "class_accuracy_real": classes["real"]}
+        columns |= {"class_accuracy_reconstruction": classes["reconstruction"]}
         for attribute, scores in classes.get("attributes", {}).items():
             columns |= _taken(scores, f"{attribute}_", "accuracy")
     if oracle:

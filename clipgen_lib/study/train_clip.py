@@ -47,6 +47,7 @@ IMAGE = {
         "timm_proj": "linear",
     },
 }
+KINDS = {"mixed": None, "one": 1, "two": 2, "three": 3}  # objects of the scenes whose captions are retrieved
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
