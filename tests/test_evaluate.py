@@ -159,8 +159,10 @@ def test_missing_weights_leave_the_rest(generator, world, clip, preset, tmp_path
 class Colours(torch.nn.Linear):
     """A classifier of class folders `dark` and `bright` that needs no training."""
 
+    names = {"class": ["bright", "dark"]}
+
     def read(self, images):
-        return ["bright" if x.mean() > 0 else "dark" for x in images]
+        return [{"class": "bright" if x.mean() > 0 else "dark"} for x in images]
 
 
 def test_classes_and_images_without_captions(clip, vqgan, tmp_path):
