@@ -34,7 +34,7 @@ def score_table(scores: dict, with_card: bool = True) -> str:
     lines = [f"{protocol}, N = {n} against {of} ({scores['reference']}), {size} px"]
     if scores["fid"]:
         lines.append(f"{'':28}" + "".join(f"k = {k:<8}" for k in scores["fid"]))
-    lines += [f"{label:28}{text}" for label, text in _rows(scores)]
+    lines += [f"{label:27} {text}" for label, text in _rows(scores)]
     if with_card and "card" in scores:
         lines += [f"  {key:26}{_text(value)}" for key, value in scores["card"].items()]
     lines += [f"missing: {sentence}" for sentence in scores.get("missing", [])]
