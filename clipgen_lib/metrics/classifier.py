@@ -39,8 +39,8 @@ class Classifier(nn.Module):
         import timm
 
         super().__init__()
-        self.config, self.names = config, {key: list(map(str, values)) for key, values in names.items()}
-        shape = {"num_classes": sum(map(len, names.values()))}
+        self.config, self.names = config, {key: list(map(str, of)) for key, of in dict(names).items()}
+        shape = {"num_classes": sum(map(len, self.names.values()))}
         if config.network == "resnet18":
             shape |= {"channels": tuple(config.width * 2**i for i in range(4)), "output_stride": 16}
         else:
