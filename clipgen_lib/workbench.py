@@ -165,6 +165,8 @@ class Workbench:
         elif begun and chosen.shared == begun.preset.shared:  # checked when the run began, and perhaps taken
             taken = [name for name in ("vqgan", "transformer") if getattr(chosen.shared, name)]
             wb = replace(wb, preset=replace(chosen, **{name: getattr(begun.preset, name) for name in taken}))
+        if begun is None:  # judges that are missing are told now, too
+            _ = chosen.evaluate.classifier and wb.classifier(), *map(clip_fields, chosen.evaluate.judges)
         config = RunConfig(wb.preset, label, seed)
         if begun and not data:  # unseen
             config = replace(config, data_hash=begun.data_hash)
@@ -172,7 +174,7 @@ class Workbench:
             images = wb.images()
             config = replace(config, data_hash=images.hash)
             if begun is None:  # broken captions and a split without images are told now, not after hours of training
-                _ = images.has_captions, *map(wb.images, {"val", chosen.evaluate.split})
+                _ = images.has_captions, *map(wb.images, {"val", chosen.evaluate.split, *chosen.evaluate.also_splits})
         if begun and begun.data_hash and begun.data_hash == config.data_hash:  # whatever it is called now
             config = replace(config, data=begun.data)
         if begun and (differing := runs.differences(asdict(begun), asdict(config))):

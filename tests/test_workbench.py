@@ -169,8 +169,13 @@ def test_an_evaluation_on_val2014_says_what_training_has_seen(open_folder, resul
         wb.run.summary()["evaluation"] == found and len(list((wb.run.path / "generated").glob("captions*/*.png"))) == 40
     )
     assert table(wb.run.summary()).count("CapS") == 4  # of two splits, by two CLIPs
-    wrong = changed(preset, {"evaluate": {"split": "val2015"}})
-    assert "has no split 'val2015': use one of train2017" in outcome(Workbench.open, wrong, "r", f"{root}?year=2017")
+    absent = {"split": "val2015"}, {"also_splits": ["val2015"]}, {"judges": ["results/none"]}, {"classifier": "none"}
+    told = ["has no split 'val2015': use one of train2017"] * 2 + [
+        "CLIP 'results/none' is neither",
+        "has no classifier",
+    ]
+    for wrong, sentence in zip(absent, told, strict=True):
+        assert sentence in outcome(Workbench.open, changed(preset, {"evaluate": wrong}), "r", f"{root}?year=2017")
     assert not results.exists()
 
 

@@ -116,11 +116,8 @@ def accuracy(
         found = classifier.read(change(to_float(batch).to(device)))
         asked = (attributes(classes[row]) for row in rows)
         correct += [[a.get(key) == b[key] for key in b] for a, b in zip(asked, found, strict=True)]
-    scores, of_each = (
-        _share([all(one) for one in correct]),
-        zip(classifier.names, zip(*correct, strict=True), strict=True),
-    )
-    each = {key: _share(hits) for key, hits in of_each}
+    scores = _share([all(one) for one in correct])
+    each = {key: _share(hits) for key, hits in zip(classifier.names, zip(*correct, strict=True), strict=True)}
     return {"n": len(correct), **scores, **({"attributes": each} if len(each) > 1 else {})}
 
 
