@@ -3,12 +3,13 @@ VENV ?= .venv
 RUN ?= demo
 INSTALLED = $(VENV)/.installed
 CONSTRAINTS ?=
+CHANGE ?= as it is
 # a file to a process, and a thread to each: threads that wait for each other make a busy machine many times slower
 PYTEST = CLIPGEN_PROGRESS=0 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 NBVAL = --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 900
 
-.PHONY: install demo test test-oldest notebooks bench chaos stability
+.PHONY: install demo test test-oldest notebooks bench chaos stability gap speedrun
 
 install: $(INSTALLED)
 
@@ -51,3 +52,11 @@ chaos: $(INSTALLED)
 # Which distance orders generators the same way at a small N, into results/stability.
 stability: $(INSTALLED)
 	$(VENV)/bin/python tests/stability.py
+
+# What the gap between texts and images costs the generator `shapes`, into results/gap.
+gap: $(INSTALLED)
+	$(VENV)/bin/python tests/gap.py
+
+# Seconds from nothing to a generator that does what it is told, three seeds, as a row of results/speedrun/table.json.
+speedrun: $(INSTALLED)
+	$(VENV)/bin/python tests/speedrun.py --change "$(CHANGE)"

@@ -245,7 +245,7 @@ class SampleConfig(Config):
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"  # or from 1 at the first token up to it
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)  # shares of the tokens between which there is guidance
     neighbours: CountFromZero = 0  # training images whose mean embedding replaces a text's; 0 takes the text's own
-    shift: bool = False  # move a text's embedding by mean image minus mean text; needs some texts, of whatever images
+    align: Literal["none", "shift", "standardise"] = "none"  # texts to images; needs some texts, of whatever images
     candidates: Count = 1  # images sampled for each one kept, the one that CLIP finds nearest to the prompt
     batch_size: Count = 64
 

@@ -77,6 +77,17 @@ def mean_of_nearest(embeds: torch.Tensor, bank: torch.Tensor, k: int) -> torch.T
     return F.normalize(bank[nearest(bank, embeds, k)].mean(1), dim=-1)
 
 
+def aligned(embeds: torch.Tensor, moments: torch.Tensor, way: str) -> torch.Tensor:
+    """Move text embeddings (B, D) to where image embeddings lie, by unpaired statistics, of unit norm again.
+
+    `moments` (4, D) are mean and standard deviation of images' embeddings, then of texts'. `shift` adds the difference of the
+    means; `standardise` gives each dimension the images' deviation, too (per-modality standardisation, I0T, arXiv 2412.14384).
+    """
+    image_mean, image_std, text_mean, text_std = moments.to(embeds.dtype)
+    scale = image_std / text_std.clamp_min(1e-6) if way == "standardise" else 1.0
+    return F.normalize(image_mean + scale * (embeds - text_mean), dim=-1)
+
+
 def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
     """The point at `share` of the way from unit vectors a (..., D) to b along the great circle between them.
 

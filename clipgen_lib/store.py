@@ -105,10 +105,14 @@ class TokenStore:
         """Rows before the mirrored ones."""
         return len(self) // (2 if self.meta["flip"] else 1)
 
-    def mean_embed(self) -> torch.Tensor:
-        """Mean (D,) of all embeddings, of which few are in memory at a time."""
-        parts = (self.embeds(slice(i, i + 65_536)).double().sum(0) for i in range(0, len(self), 65_536))
-        return (sum(parts) / len(self)).float()
+    def moments(self) -> torch.Tensor:
+        """Mean and standard deviation of all embeddings, (2, D); few of them are in memory at a time."""
+        total = squares = torch.zeros(self.meta["D"], dtype=torch.float64)
+        for first in range(0, len(self), 65_536):
+            x = self.embeds(slice(first, first + 65_536)).double()
+            total, squares = total + x.sum(0), squares + (x**2).sum(0)
+        mean = total / len(self)
+        return torch.stack([mean, (squares / len(self) - mean**2).clamp_min(0).sqrt()]).float()
 
     def nearest(self, embed: torch.Tensor, k: int) -> np.ndarray:
         """The k rows whose images are nearest in CLIP space to one embedding (D,), nearest first."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import nn
 
@@ -59,7 +58,7 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
             raise ClipgenError(f"the generator names its CLIP as {shortened(str(clip))}: give `name` and `pretrained`")
         self.clip_source = clip
         self.register_buffer("bank", torch.zeros(bank_rows, self.transformer.clip_dim, dtype=torch.float16))
-        self.register_buffer("offset", torch.zeros(self.transformer.clip_dim))
+        self.register_buffer("moments", torch.zeros(4, self.transformer.clip_dim))  # as `sample.aligned` takes them
         self._clip: list[ClipEmbedder] = []  # in a list, so that its weights are not among ours
 
     @classmethod
@@ -70,16 +69,16 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
         clip: ClipEmbedder,
         clip_source: dict,
         settings: SampleConfig,
-        bank_and_offset: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        bank_and_moments: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> Self:
         """Put trained parts together; parts that do not fit each other are a ClipgenError.
 
         Args:
             clip_source: how to load this CLIP again: its `name` and `pretrained`.
-            bank_and_offset: embeddings (M, D) of the training images, for `neighbours`; mean embedding of images minus
-                that of texts, (D,), for `shift`.
+            bank_and_moments: embeddings (M, D) of the training images, for `neighbours`; moments (4, D) of image and text
+                embeddings, for `align`.
         """
-        bank, offset = bank_and_offset
+        bank, moments = bank_and_moments
         if transformer.codebook_size != vqgan.config.codebook_size or transformer.n_tokens != vqgan.config.side**2:
             raise ClipgenError("VQGAN and transformer differ in codebook or token count: use both from one run")
         if transformer.clip_dim != clip.dim:
@@ -87,7 +86,7 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
         bank = torch.zeros(0, clip.dim) if bank is None else bank
         generator = cls(vqgan.describe(), transformer.describe(), clip_source, asdict(settings), len(bank))
         generator.bank.copy_(bank)
-        generator.offset.copy_(torch.zeros(clip.dim) if offset is None else offset)
+        generator.moments.copy_(torch.zeros(4, clip.dim) if moments is None else moments)
         generator.vqgan.load_state_dict(vqgan.state_dict())
         generator.transformer.load_state_dict(transformer.state_dict())
         generator._clip.append(clip)
@@ -245,12 +244,12 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
         """CLIP scores (B,) of images (B, 3, H, W) in [-1, 1]: cosines with one prompt."""
         return self.embed(images) @ self.embed(prompt)[0]
 
-    def condition(self, embeds: torch.Tensor, is_text: bool, neighbours: int = 0, shift: bool = False) -> torch.Tensor:
-        """The transformer's input for CLIP embeddings (P, D) of texts or images: shifted, replaced, centred, (P, D)."""
-        if is_text and shift:
-            if not self.offset.any():
-                raise ClipgenError("shift needs the means of images and texts: give from_parts an offset")
-            embeds = F.normalize(embeds + self.offset.to(embeds.dtype), dim=-1)
+    def condition(self, embeds: torch.Tensor, is_text: bool, neighbours: int = 0, align: str = "none") -> torch.Tensor:
+        """The transformer's input for CLIP embeddings (P, D) of texts or images: aligned, replaced, centred, (P, D)."""
+        if is_text and align != "none":
+            if not self.moments.any():
+                raise ClipgenError("align needs the moments of image and text embeddings: give from_parts moments")
+            embeds = sample.aligned(embeds, self.moments, align)
         if is_text and neighbours:
             if not len(self.bank):
                 raise ClipgenError(f"neighbours={neighbours} needs embeddings of images: give from_parts a bank")
@@ -259,7 +258,7 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
 
     def _prompt_embeds(self, prompts: Prompts, config: SampleConfig) -> PromptEmbeds:
         embeds, is_text = self.embed(prompts), not isinstance(prompts, torch.Tensor)
-        return embeds, self.condition(embeds, is_text, config.neighbours, config.shift)
+        return embeds, self.condition(embeds, is_text, config.neighbours, config.align)
 
     def _previews(
         self, asked: PromptEmbeds, seeds: list[int], config: SampleConfig, known: torch.Tensor | None, every: int

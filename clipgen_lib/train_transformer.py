@@ -170,7 +170,7 @@ def train_transformer(
     if config.centre:
         if frozen.text_mean is None:
             raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
-        transformer.image_mean.copy_(store.mean_embed())
+        transformer.image_mean.copy_(store.moments()[0])
         transformer.text_mean.copy_(frozen.text_mean)
     image_mean = transformer.image_mean.clone()
     transformer.to(device)

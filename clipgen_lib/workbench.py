@@ -288,10 +288,10 @@ class Workbench:
         """The run's networks put together; a transformer trained with others is a ClipgenError."""
         vqgan = self.vqgan()
         transformer = self._transformer(self.run.path / "transformer", vqgan)
-        return self.assembled(vqgan, transformer, self.bank_and_offset(self.preset.sample))
+        return self.assembled(vqgan, transformer, self.bank_and_moments(self.preset.sample))
 
     def assembled(self, vqgan: VQGAN, transformer: ImageTransformer, extras: tuple) -> TextToImage:
-        """A generator of these networks, with what `bank_and_offset` gives."""
+        """A generator of these networks, with what `bank_and_moments` gives."""
         return TextToImage.from_parts(vqgan, transformer, self.clip, self.clip_source, self.preset.sample, extras)
 
     def _transformer(self, folder: Path, vqgan: VQGAN) -> ImageTransformer:
@@ -302,29 +302,30 @@ class Workbench:
             raise ClipgenError(f"{folder} was trained with {then}, here is {now}: train it again")
         return transformer
 
-    def bank_and_offset(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What `neighbours` and `shift` need beside the weights, each None where the setting is off.
+    def bank_and_moments(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What `neighbours` and `align` need beside the weights, each None where the setting is off.
 
         Returns:
-            Embeddings of the training images (N, D); mean image embedding minus mean text embedding (D,).
+            Embeddings of the training images (N, D); mean and deviation of image and of text embeddings (4, D).
         """
         bank = self.store().embeds(slice(None)) if sample.neighbours else None
-        return bank, self.store().mean_embed() - self.text_mean() if sample.shift else None
+        return bank, torch.cat([self.store().moments(), self.text_moments()]) if sample.align != "none" else None
 
     @torch.inference_mode()
-    def text_mean(self) -> torch.Tensor:
-        """Mean embedding (D,) of up to 10,000 captions of training images: unpaired text, for `centre` and `shift`.
+    def text_moments(self) -> torch.Tensor:
+        """Mean and deviation (2, D) of the embeddings of up to 10,000 captions of training images: unpaired text, for `centre` and `align`.
 
         Raises ClipgenError: the images have no captions.
         """
         texts = [texts[0] for texts in self.images().captions if texts]
         if not texts:
-            cure = "put name.txt beside name.jpg, or do without shift and centre"
-            raise ClipgenError(f"{self.images().root} has no captions to take the mean of: {cure}")
+            cure = "put name.txt beside name.jpg, or do without align and centre"
+            raise ClipgenError(f"{self.images().root} has no captions to take moments of: {cure}")
         if len(texts) > 10_000:
             chosen = np.random.default_rng([self.seed, 41]).choice(len(texts), 10_000, replace=False)
             texts = [texts[i] for i in chosen]
-        return self.clip.texts(texts).cpu().mean(0)
+        embeds = self.clip.texts(texts).cpu()
+        return torch.stack([embeds.mean(0), embeds.std(0, correction=0)])
 
     def train_vqgan(self, steps: int = 0, step_of: Callable = train_vqgan.generator_step) -> dict[str, float]:
         """Stage 1, or the VQGAN of a source; returns its PSNR and codebook use on the val split.
@@ -379,7 +380,7 @@ class Workbench:
         preset = changed(self.preset, {"transformer_train": {"steps": steps}} if steps else {})
         stores, vqgan = (self.store(), self.store("val")), self.vqgan()
         prompts = self.preview_prompts(), stores[1].embeds(slice(0, 6))
-        extras = self.bank_and_offset(preset.sample)
+        extras = self.bank_and_moments(preset.sample)
 
         def preview(transformer, step):  # always of the same prompts and seeds
             generator = self.assembled(vqgan, transformer, extras)
@@ -389,7 +390,7 @@ class Workbench:
             return sheet
 
         with self._timed("transformer"):
-            text_mean = self.text_mean() if preset.transformer_train.centre else None
+            text_mean = self.text_moments()[0] if preset.transformer_train.centre else None
             frozen = train_transformer.Frozen(vqgan, self.clip, text_mean)
             if source := preset.shared.transformer:
                 folders = self.run.path / "transformer", source_place(source)[0] / "transformer"

@@ -185,7 +185,7 @@ class Faulty:
 
     def __init__(self, store, fault):
         self.store, self.fault, self.count = store, fault, -1
-        self.meta, self.tokens, self.mean_embed = store.meta, store.tokens, store.mean_embed
+        self.meta, self.tokens, self.moments = store.meta, store.tokens, store.moments
 
     def __len__(self):
         return len(self.store)

@@ -13,7 +13,7 @@ import torch
 from clipgen_lib import ClipEmbedder
 from clipgen_lib.config import EvaluateConfig
 from clipgen_lib.evaluate import Evaluators, open_folder, score_images
-from clipgen_lib.metrics.features import feature_network
+from clipgen_lib.metrics.features import efficientnet_lite, prepare
 
 
 def ours(a: Path, b: Path) -> float:
@@ -25,10 +25,13 @@ def pytorch_fid(a: Path, b: Path) -> float:
     from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
 
     class Pooled(torch.nn.Module):
-        network = feature_network("lite", ClipEmbedder.load())
+        def __init__(self):
+            super().__init__()
+            self.network, _ = efficientnet_lite(2)
+            self.network.reset_classifier(0)
 
         def forward(self, x):
-            return [self.network(2 * x - 1)[:, :, None, None]]
+            return [self.network(prepare("lite", 2 * x - 1))[:, :, None, None]]
 
     files = [sorted(folder.iterdir()) for folder in (a, b)]
     moments = [calculate_activation_statistics(some, Pooled(), 50, 1280, "cpu", 0) for some in files]

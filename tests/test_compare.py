@@ -21,7 +21,7 @@ from clipgen_lib.workbench import Workbench
 RECIPES = (
     Recipe("plain", "nothing", seeds=(0, 1)),
     Recipe("guided / 2", "sampling alone", sample={"guidance": 2.0}),
-    Recipe("near and shifted", "of the nearest, moved", sample={"neighbours": 2, "shift": True}, text="unpaired"),
+    Recipe("near and shifted", "of the nearest, moved", sample={"neighbours": 2, "align": "shift"}, text="unpaired"),
     Recipe("centred", "means off", transformer_train={"centre": True}, text="unpaired"),
 )
 TABLE = Table("ablation", RECIPES, n_captions=8, n_oracle=4, columns=("caps", "fid_0"))

@@ -17,11 +17,12 @@ from clipgen_lib.config import EvaluateConfig, SampleConfig
 from clipgen_lib.data import shapes
 from clipgen_lib.data.batches import ordered_batches
 from clipgen_lib.data.datasets import open_images
-from clipgen_lib.data.images import from_arrays, to_arrays, to_float
+from clipgen_lib.data.images import crop, from_arrays, to_arrays, to_float
 from clipgen_lib.evaluate import (
     Evaluators,
     Provenance,
     codec,
+    condition_nll,
     corruption_scores,
     evaluate_generator,
     evaluate_oracle,
@@ -143,9 +144,26 @@ def test_the_whole_evaluation(generator, world, clip, preset, tmp_path):
     assert card["reference"] == {"name": "world", "split": "val", "n": 12, "codec": "PNG"} and card["scored"]["n"] == 24
     digest = hashlib.sha256(shown["captions"].encode()).hexdigest()[:16]
     assert card["captions"] == {"n": 24, "hash": digest, "seed": 0} and "torch" in card["versions"]
+    assert numbers["nll"]["n"] == 12 and "NLL a token" in table({"run": "x", "evaluation": numbers})
     assert "KID" in table({"run": "x", "evaluation": numbers}) and json.loads(json.dumps(numbers)) == numbers
     alone = score_images(open_folder(tmp_path / "g"), open_reference(world, 64), config, Evaluators(clip))
     assert alone["fid"] == numbers["fid"] and alone["floor"] == numbers["floor"] and "caps" not in alone
+
+
+def test_the_nll_given_image_or_caption(generator, world):
+    """Beside torch's cross entropy of all tokens at once; a condition of another caption gives another."""
+    images = open_images(world, "val")
+    captions = {5: "a small red star", 2: "a large blue ring"}
+    found = condition_nll(generator, images, captions, guidance=4.0)
+    x = to_float(torch.stack([crop(images[row], 64) for row in captions]))
+    tokens = generator.vqgan.encode(x).flatten(1)
+    for kind, embeds in (("image", generator.clip.images(x)), ("text", generator.clip.texts(list(captions.values())))):
+        logits = generator.transformer(embeds, tokens)
+        wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
+        assert found[kind] == pytest.approx(wanted, rel=1e-5)
+    assert found["n"] == 2 and found["text"] != found["image"]
+    others = condition_nll(generator, images, {5: "a large blue ring", 2: "a small red star"})
+    assert others["image"] == found["image"] and others["text"] != found["text"]
 
 
 def test_missing_weights_leave_the_rest(generator, world, clip, preset, tmp_path):

@@ -69,6 +69,16 @@ def test_the_same_images_by_pytorch_fid(tmp_path):
     assert frechet_distance(*moments) == pytest.approx(calculate_frechet_distance(*theirs), rel=1e-4)
 
 
+def test_the_fast_lite_network_is_the_plain_one(clip):
+    """Its last features' means, in batches of any size."""
+    network, _ = efficientnet_lite(2)
+    for n in (3, 1):
+        x = from_arrays(random_images(n, seed=n))
+        with torch.no_grad():
+            wanted = network.forward_features(prepare("lite", x)).mean((2, 3))
+        assert torch.allclose(feature_network("lite", clip)(x), wanted, atol=1e-4) and wanted.std() > 0.1
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_efficientnet_lite_is_the_packages_own(number):
     network, path = efficientnet_lite(number)
@@ -80,10 +90,9 @@ def test_efficientnet_lite_is_the_packages_own(number):
 
 
 def test_lite_and_dinov2_resize(clip):
-    network, x = feature_network("lite", clip), from_arrays(random_images(2, 64))
+    x = from_arrays(random_images(2, 64))
     wanted = Image.fromarray(random_images(2, 64)[1]).resize((260, 260), Image.Resampling.BICUBIC)
     assert (to_arrays(prepare("lite", x))[1].astype(int) - np.asarray(wanted)).max() <= 1
-    assert torch.allclose(network(x), network.module.forward_features(prepare("lite", x)).mean((2, 3)), atol=1e-5)
     wanted = np.asarray(Image.fromarray(random_images(2, 64)[1]).resize((224, 224), Image.Resampling.BICUBIC)) / 255
     wanted = torch.from_numpy((wanted - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).permute(2, 0, 1)
     assert torch.allclose(prepare("dinov2", x)[1].double(), wanted, atol=1e-6)

@@ -27,7 +27,8 @@ def test_rows_are_what_the_encoders_say(store, images, vqgan, clip):
     assert torch.allclose(store.embeds(row), clip.images(x), atol=2e-3)  # float16 on disk
     assert torch.allclose(store.embeds(slice(None)).norm(dim=1), torch.ones(40), atol=1e-6)
     assert torch.equal(store.tokens(slice(None))[[5, 3]], store.tokens(np.array([5, 3])))
-    assert torch.allclose(store.mean_embed(), store.embeds(slice(None)).mean(0), atol=1e-6)
+    embeds = store.embeds(slice(None))
+    assert torch.allclose(store.moments(), torch.stack([embeds.mean(0), embeds.std(0, correction=0)]), atol=1e-6)
     assert list(store.arrays["rows"]) == list(range(40)) and (store.folder / "tokens.u16").stat().st_size == 40 * 64 * 2
     assert {path.name for path in store.folder.iterdir()} == {"meta.json", "tokens.u16", "embeds.f16", "rows.i32"}
 

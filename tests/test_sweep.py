@@ -100,7 +100,7 @@ def test_runs_side_by_side(results):
         summary = {"evaluation": {"caps": caps}, "data": {"n_eval": 4}}
         begun(results, f"s/width={width}", summary, transformer={"width": width})
     write_json(results / "s" / "sweep.json", {})
-    begun(results, "alone", {"evaluation": {"caps": 0.25}}, transformer={"width": 128}, sample={"shift": True})
+    begun(results, "alone", {"evaluation": {"caps": 0.25}}, transformer={"width": 128}, sample={"align": "shift"})
     write_atomic(results / "broken" / "config.json", "{")
     write_json(results / "broken" / "summary.json", {"transformer": {"nll": 2.5}})
     write_atomic(results / "s" / "half" / "summary.json", '{"evaluation')
@@ -116,7 +116,7 @@ def test_runs_side_by_side(results):
     assert shown("--sort", "evaluation.caps")[1] == ["s/width=128", "alone", "s/width=64", "broken", "s/half"]
     columns, names = shown("s", "--where", "data.n_eval=4")
     assert columns[0] == "transformer.width" and names == ["s/width=128", "s/width=64"]
-    assert shown("--where", "transformer.width=128", "--where", "sample.shift=true")[1] == ["alone"]
+    assert shown("--where", "transformer.width=128", "--where", "sample.align=shift")[1] == ["alone"]
     for words, sentence in (
         (["--sort", "caps"], "no run has a field 'caps': the nearest are evaluation.caps"),
         (["--where", "transformer.widht=1"], "the nearest are transformer.width"),

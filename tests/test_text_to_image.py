@@ -79,7 +79,7 @@ def with_transformer_of(generator, *sizes):
         ("no known kind: give images", lambda g, images: g(images[:, :1])),
         ("no known kind: give images", lambda g, images: g(torch.zeros(1, 8))),
         ("give from_parts a bank", lambda g, _: g("x", neighbours=3)),
-        ("give from_parts an offset", lambda g, _: g("x", shift=True)),
+        ("give from_parts moments", lambda g, _: g("x", align="shift")),
         ("differ in codebook", lambda g, _: with_transformer_of(g, 16, 64, 256)),
         ("token count", lambda g, _: with_transformer_of(g, 32, 16, 256)),
         ("8 dimensions", lambda g, _: with_transformer_of(g, 32, 64, 8)),
@@ -90,13 +90,14 @@ def test_calls_that_make_no_sense(generator, reason, call):
         call(generator, torch.zeros(2, 3, 64, 64))
 
 
-@pytest.mark.parametrize("setting", [{"neighbours": 3}, {"shift": True}])
+@pytest.mark.parametrize("setting", [{"neighbours": 3}, {"align": "shift"}, {"align": "standardise"}])
 def test_texts_are_moved_to_where_images_lie_and_images_are_not(vqgan, transformer, clip, tmp_path, setting):
-    bank, offset = torch.nn.functional.normalize(torch.randn(20, clip.dim), dim=1), 0.3 * torch.randn(clip.dim)
+    bank, moments = torch.nn.functional.normalize(torch.randn(20, clip.dim), dim=1), torch.rand(4, clip.dim) + 0.1
     text, settings = clip.texts([RED]), SampleConfig(guidance=1.0, **setting)
-    generator = TextToImage.from_parts(vqgan, transformer, clip, SOURCE, settings, (bank, offset))
-    moved = (text + offset) / (text + offset).norm()
-    moved = moved if "shift" in setting else mean_of_nearest(text, bank.half().float(), 3)
+    generator = TextToImage.from_parts(vqgan, transformer, clip, SOURCE, settings, (bank, moments))
+    moved = text - moments[2] + moments[0]
+    moved = (text - moments[2]) / moments[3] * moments[1] + moments[0] if "standardise" in setting.values() else moved
+    moved = mean_of_nearest(text, bank.half().float(), 3) if "neighbours" in setting else moved / moved.norm()
     assert torch.allclose(generator.condition(text, True, **setting), moved, atol=1e-6)
     assert torch.equal(generator.condition(text, False, **setting), text)
     assert_near(generator(RED, seed=2), generator(moved, seed=2))

@@ -133,11 +133,12 @@ def wb(open_folder, images_folder):
     return open_folder(images_folder)
 
 
-def test_the_mean_of_texts_needs_texts(open_folder, wb, world):
-    assert "has no captions" in outcome(wb.text_mean)
+def test_the_moments_of_texts_need_texts(open_folder, wb, world):
+    assert "has no captions" in outcome(wb.text_moments)
     wb = open_folder(world)
-    expected = wb.clip.texts([texts[0] for texts in wb.images().captions]).mean(0)
-    assert torch.allclose(wb.text_mean(), expected, atol=1e-6)
+    texts = wb.clip.texts([texts[0] for texts in wb.images().captions])
+    expected = torch.stack([texts.mean(0), texts.std(0, correction=0)])
+    assert torch.allclose(wb.text_moments(), expected, atol=1e-6)
 
 
 def test_an_evaluation_on_val2014_says_what_training_has_seen(open_folder, results, preset, world, tmp_path):

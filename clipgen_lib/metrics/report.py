@@ -68,6 +68,8 @@ def _rows(scores: dict) -> Iterator[tuple[str, str]]:
         yield from _caption_rows(scores)
         prefix = scores.get("caption_prefix")
         yield "evaluation CLIP", scores["judge"] + (f", captions behind {prefix!r}" if prefix else "")
+    if nll := scores.get("nll"):
+        yield "NLL a token", f"{nll['text']:.4f} given a caption, {nll['image']:.4f} given the image (of {nll['n']})"
     for judge, fit in scores.get("judges", {}).items():
         yield from _caption_rows(fit)
         yield "evaluation CLIP", judge

@@ -228,6 +228,8 @@ def metrics(result: dict) -> dict[str, float | list[float]]:
     """
     evaluation, oracle = result["evaluation"], result.get("oracle", {})
     columns = _taken(evaluation, "", "caps", "r_precision")
+    if "nll" in evaluation:
+        columns |= {f"{kind}_nll": evaluation["nll"][kind] for kind in ("image", "text")}
     if fid := evaluation["fid"]:
         columns |= {"fid_0": fid["0"], "fid_1": fid["1"], "rfid": evaluation["rfid"]["0"]}
     if classes := evaluation.get("classes"):
