@@ -129,22 +129,6 @@ def set_muon_dtype(device: torch.device) -> None:
     muon.zeropower_via_newtonschulz = plain if has_bf16(device) else partial(plain, dtype=torch.float32)
 
 
-def for_inference(module: nn.Module, example: Tensor) -> nn.Module:
-    """A module in eval mode without gradients; on a CPU traced for inputs like `example`, in batches of any size.
-
-    There TorchScript folds batch norms into convolutions and keeps oneDNN's layout from one to the next: EfficientNet-Lite2 takes
-    less than half the time. Values are equal up to rounding.
-    """
-    module = module.eval().requires_grad_(False)
-    if example.device.type != "cpu":
-        return module
-    with (
-        warnings.catch_warnings(action="ignore"),
-        torch.inference_mode(),
-    ):  # TorchScript is deprecated, without a successor here
-        return torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(module, example)))
-
-
 def compile_in_place(module: nn.Module, device: torch.device) -> None:
     """`module.compile()`, where torch.compile works: it needs a C++ compiler, which not every machine has."""
     try:
