@@ -209,9 +209,7 @@ def _evaluate_folder(images: Path, reference: Path | None, output: Path | None, 
 @main.command("generate")
 @click.argument("prompt")
 @click.option("--run", help="a trained run under results/, in place of --generator")
-@click.option(
-    "--generator", default="shapes", show_default=True, help="'shapes', 'fashion', a saved folder, or a hub id"
-)
+@click.option("--generator", help="'shapes', 'fashion', a saved folder, or a hub id  [default: shapes]")
 @click.option("-n", default=8, type=click.IntRange(1, 10_000), help="images")
 @SEED
 @click.option("-o", "--output", type=PATH, default=Path("out.png"))
@@ -219,6 +217,7 @@ def _evaluate_folder(images: Path, reference: Path | None, output: Path | None, 
 @click.option("--temperature", type=float)
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
+@click.option("--align", help="move the text to images: none, shift or standardise, by the generator's statistics")
 @click.option("--candidates", type=int, help="sample so many for each image and keep the one that CLIP finds nearest")
 @DEVICE
 def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, device: str, **options) -> str:
@@ -234,11 +233,17 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
         refuse_published(folder)
     if not prompt.strip():
         raise ClipgenError("the prompt is empty: say what to generate, for example 'a large red circle'")
+    name = options.pop("generator")
+    if run and name:
+        raise ClipgenError(f"images come from run {run!r} or from generator {name!r}: give one of them")
     if run:
-        generator = clipgen_lib.Workbench.reopen(run, device).generator()
+        wb = clipgen_lib.Workbench.reopen(run, device)
+        if not (wb.run.path / "transformer").is_dir():
+            raise ClipgenError(f"run {run!r} has no trained transformer here: train it, or name a --generator instead")
+        generator = wb.generator()
     else:
-        generator = clipgen_lib.TextToImage.from_pretrained(options["generator"]).to(device)
-    chosen = {key: value for key, value in options.items() if value is not None and key != "generator"}
+        generator = clipgen_lib.TextToImage.from_pretrained(name or "shapes").to(device)
+    chosen = {key: value for key, value in options.items() if value is not None}
     with progress(100, "generating", is_main()) as bar:
         for preview in generator.generate_progressively(prompt, n, seed, **chosen):
             bar.update(round(100 * preview.share) - bar.n)

@@ -304,8 +304,8 @@ def condition_nll(
 ) -> dict[str, float]:
     """NLL of the tokens of real images, in nats a token, given their own embeddings (`image`) and given a caption's (`text`).
 
-    Their difference is what a caption leaves open, and the gap between the modalities: it compares conditions and recipes on one
-    tokenizer with far less noise than generated images do. Of the first 1,000 rows of `captions`, row -> caption.
+    Their difference is what a caption leaves open, and the gap between the modalities. It has less noise than scores of generated
+    images, but need not order recipes as they do, and compares on one tokenizer only. Of the first 1,000 rows of `captions`.
     """
     config, totals, count = replace(generator.settings, **settings), {"image": 0.0, "text": 0.0}, 0
     for rows, batch in ordered_batches(images, list(captions)[:1_000], 100):

@@ -93,12 +93,16 @@ def test_a_run_generates_and_is_evaluated_again(smoke_run, results, tmp_path):
     done = command("evaluate", "--preset", "smoke", "--run", "smoke", "--guidance", 1.5, "--split", "held_out")
     assert done.exit_code == 0 and "FID-k" in done.output, done.output
     summary = json.loads((results / "smoke" / "summary.json").read_text())
+    shutil.rmtree(results / "smoke" / "transformer")
+    done = command("generate", "a red circle", "--run", "smoke", "-o", out)
+    assert done.exit_code == 1 and "no trained transformer here: train it, or name a --generator" in done.output
     assert summary["sample"]["guidance"] == 1.5 and summary["evaluation held_out"]["reference"] == "shapes/held_out"
 
 
-def test_the_generator_of_the_project_generates(tmp_path):
+@pytest.mark.parametrize("options", [(), ("--align", "standardise")])
+def test_the_generator_of_the_project_generates(tmp_path, options):
     """What a newcomer types first: no run is named."""
-    done = command("generate", "a large red circle", "-n", 2, "--candidates", 4, "-o", tmp_path / "out.png")
+    done = command("generate", "a large red circle", "-n", 2, "--candidates", 4, "-o", tmp_path / "out.png", *options)
     assert done.exit_code == 0, done.output
     shown = np.asarray(Image.open(tmp_path / "out.png"))
     objects = [read_scene(shown[:, left : left + 64])[0] for left in (0, 66)]
@@ -129,6 +133,7 @@ def test_the_photo_generator_draws_colours_on_white(tmp_path):
         ("run --notebook 04 -p GUIDANCE=1e999", "give a number from 0"),
         ("run -p PROCESSES=0", "PROCESSES is 0"),
         ("run --run one -p RUN=two", "give one of them"),
+        ("generate x --run one --generator shapes", "from run 'one' or from generator 'shapes': give one of them"),
         ("run --preset laptp", "unknown preset 'laptp'"),
         ("run --set width=2", "is not PART.FIELD=VALUE"),
         ("run --preset smoke -p OVERRIDES=sample.topk=1", "no field 'topk': choose one of top_k"),
