@@ -257,12 +257,13 @@ def generate(prompt: str, run: str | None, n: int, seed: int, output: Path, devi
 @click.option("--to", "folder", type=PATH, help="a new folder  [default: results/<run>/generator]")
 @click.option("-n", type=click.IntRange(1), default=1_000, help="oracle prompts of each kind")
 @click.option("--candidates", type=click.IntRange(1), default=16, help="in the oracle's second column")
+@click.option("--data", default="", help="where the run's images lie, to keep what --align needs of their captions")
 @DEVICE
-def export(run: str, folder: Path | None, n: int, candidates: int, device: str) -> str:
+def export(run: str, folder: Path | None, n: int, candidates: int, data: str, device: str) -> str:
     """Write a run's generator in float16 for TextToImage.from_pretrained, and measure what was written."""
-    wb = clipgen_lib.Workbench.reopen(run, device)
+    wb = clipgen_lib.Workbench.reopen(run, device, data)
     folder = (folder or wb.run.path / "generator").absolute()
-    return f"{wb.export(folder, n, candidates)}\ngenerator in {folder}: TextToImage.from_pretrained reads it"
+    return f"{wb.export(folder, n, candidates, wb.has_oracle or bool(data))}\ngenerator in {folder}: TextToImage.from_pretrained reads it"
 
 
 @main.command("train-classifier")

@@ -309,7 +309,11 @@ class Workbench:
             Embeddings of the training images (N, D); mean and deviation of image and of text embeddings (4, D).
         """
         bank = self.store().embeds(slice(None)) if sample.neighbours else None
-        return bank, torch.cat([self.store().moments(), self.text_moments()]) if sample.align != "none" else None
+        return bank, self.moments() if sample.align != "none" else None
+
+    def moments(self) -> torch.Tensor:
+        """Mean and deviation of the embeddings of the training images and of texts, (4, D)."""
+        return torch.cat([self.store().moments(), self.text_moments()])
 
     @torch.inference_mode()
     def text_moments(self) -> torch.Tensor:
@@ -535,8 +539,8 @@ class Workbench:
             self.evaluate(guidance, generator, further)
         return shown
 
-    def export(self, folder: Path, n: int, candidates: int) -> dict:
-        """Write the generator to a folder in float16, and on shapes ask the oracle of what was written.
+    def export(self, folder: Path, n: int, candidates: int, with_moments: bool) -> dict:
+        """Write the generator to a folder in float16, with `moments` where asked for, and on shapes ask the oracle of it.
 
         Args:
             n: prompts of each kind. candidates: images for each one kept in the second column; the first keeps every one.
@@ -545,7 +549,10 @@ class Workbench:
             What summary.json says under `export`: `bytes` of weights, and `oracle` by the number of candidates.
         """
         with self._timed("export", resumable=False):
-            self.generator().export(folder)
+            generator = self.generator()
+            if with_moments:
+                generator.moments.copy_(self.moments())
+            generator.export(folder)
             written = TextToImage.from_pretrained(folder).to(self.device)
             entry, oracle = {"bytes": (folder / "model.safetensors").stat().st_size}, {}
             for count in sorted({1, candidates}) if self.has_oracle else []:

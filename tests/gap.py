@@ -94,9 +94,10 @@ def figure_of(rows: list[dict], cosines: dict[str, dict[str, list]], title: str)
     axes[0].set_xticks(range(len(kinds)), kinds)
     axes[0].set(ylabel="images that are right as a whole", ylim=(0, 1.02), title=title)
     axes[0].legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
-    for way in WAYS[:-1]:
-        values = np.concatenate([of[way] for of in cosines.values()])
-        axes[1].hist(values, np.linspace(0, 1, 101), alpha=0.5, density=True, label=way)
+    values = {way: np.concatenate([of[way] for of in cosines.values()]) for way in WAYS[:-1]}
+    bins = np.linspace(*np.percentile(list(values.values()), (0, 100)), 80)
+    for way, found in values.items():
+        axes[1].hist(found, bins, alpha=0.5, density=True, label=way)
     axes[1].set(xlabel="cosine of a text and its image", yticks=[])
     axes[1].legend(fontsize=8)
     return figure

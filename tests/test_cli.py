@@ -19,6 +19,7 @@ from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clipgen_lib import TextToImage
 from clipgen_lib.cli import default_run, main, parameters_of, parse_parameter
 from clipgen_lib.config import PRESETS, load_preset
 from clipgen_lib.evaluate import oracle_list
@@ -93,6 +94,11 @@ def test_a_run_generates_and_is_evaluated_again(smoke_run, results, tmp_path):
     done = command("evaluate", "--preset", "smoke", "--run", "smoke", "--guidance", 1.5, "--split", "held_out")
     assert done.exit_code == 0 and "FID-k" in done.output, done.output
     summary = json.loads((results / "smoke" / "summary.json").read_text())
+    done = command("export", "--run", "smoke", "-n", 2, "--candidates", 2, "--to", tmp_path / "exported")
+    assert done.exit_code == 0, done.output
+    made = TextToImage.from_pretrained(tmp_path / "exported")("a red circle", align="standardise")
+    summary = json.loads((results / "smoke" / "summary.json").read_text())
+    assert made.shape == (1, 1, 3, 64, 64) and set(summary["export"]["oracle"]) == {"1", "2"}
     shutil.rmtree(results / "smoke" / "transformer")
     done = command("generate", "a red circle", "--run", "smoke", "-o", out)
     assert done.exit_code == 1 and "no trained transformer here: train it, or name a --generator" in done.output
