@@ -17,7 +17,7 @@ from ..data.shapes import CANVAS, COLOURS, SHAPES, Claim, Scene, SceneObject, re
 from .intervals import interval
 
 
-def _lab(rgb: np.ndarray) -> np.ndarray:
+def cielab(rgb: np.ndarray) -> np.ndarray:
     """CIELAB (D65) of sRGB in [0, 255]; the standard formula, IEC 61966-2-1 and CIE 15."""
     linear = rgb.astype(np.float32) / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
@@ -27,7 +27,7 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
 
-_PALETTE = _lab(np.array(list(COLOURS.values())))
+_PALETTE = cielab(np.array(list(COLOURS.values())))
 _TEMPLATE_SIDE = 24
 _MIN_AREA = 45  # pixels; the smallest object of a real scene covers about 75
 _MIN_CHROMA = 24.0  # CIELAB; backgrounds stay below 12, the palest colour lies at 45
@@ -53,7 +53,7 @@ def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:
     """
     if image.shape != (CANVAS, CANVAS, 3) or image.dtype != np.uint8:
         raise ValueError(f"the oracle reads {CANVAS}x{CANVAS}x3 uint8 images, not {image.shape} {image.dtype}")
-    lab = _lab(image)
+    lab = cielab(image)
     chroma = np.hypot(lab[..., 1], lab[..., 2])
     nearest = np.linalg.norm(lab[:, :, None] - _PALETTE, axis=-1).argmin(-1)
     blobs, count = ndimage.label(chroma > _MIN_CHROMA)
