@@ -248,7 +248,8 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
         """The transformer's input for CLIP embeddings (P, D) of texts or images: aligned, replaced, centred, (P, D)."""
         if is_text and align != "none":
             if not self.moments.any():
-                raise ClipgenError("align needs the moments of image and text embeddings: give from_parts moments")
+                needs = "align needs the moments of image and text embeddings, which this generator lacks"
+                raise ClipgenError(f"{needs}: export the run with its captions by --data, or give from_parts moments")
             embeds = sample.aligned(embeds, self.moments, align)
         if is_text and neighbours:
             if not len(self.bank):
