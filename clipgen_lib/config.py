@@ -212,12 +212,17 @@ class TransformerConfig(Config):
     heads: Count = 16
     conditioning: Literal["prefix", "adaln", "words"] = "prefix"  # or adaptive layer norms, or text tokens
     condition_tokens: Count = 1  # inputs before the first image token
+    rope: bool = False  # positions by turning queries and keys too (2-D RoPE), beside those that are learned
+    qk_norm: bool = False  # queries and keys of one length
     dropout: Share = 0.0
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
             raise ClipgenError(f"width {self.width} does not divide by {self.heads} heads: change one of them")
+        if self.rope and self.width // self.heads % 4:
+            per_head = f"width {self.width} and {self.heads} heads are {self.width // self.heads} entries a head"
+            raise ClipgenError(f"{per_head}, which do not divide by 4, as rope needs: change one of them")
 
 
 @checked_dataclass

@@ -20,7 +20,7 @@ from .config import SampleConfig
 from .runtime.kernels import PackedLinear, attend, largest
 from .runtime.runs import ClipgenError
 from .store import nearest
-from .transformer import Block, ImageTransformer, KVCache
+from .transformer import Block, ImageTransformer, KVCache, turned
 from .vqgan import VQGAN
 
 Seed = int | tuple[int, int]  # a pair is a candidate: (seed of the image, number from 1); number 0 is the seed alone
@@ -134,24 +134,31 @@ class CachedBlock:
 
     def __init__(self, block: Block):
         self.norm1, self.norm2, self.heads = block.norm1, block.norm2, block.heads
+        self.q_norm, self.k_norm = block.q_norm, block.k_norm
         self.qkv, self.proj, self.fc1, self.fc2 = map(PackedLinear, (block.qkv, block.proj, block.fc1, block.fc2))
 
     def __call__(
-        self, x: torch.Tensor, cache: KVCache, layer: int, modulation: tuple[torch.Tensor, ...] | None
+        self,
+        x: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        modulation: tuple[torch.Tensor, ...] | None,
+        turn: torch.Tensor | None,
     ) -> torch.Tensor:
         """x: (B, E). modulation: shift, scale and gate (B, E) of both halves, with adaptive layer norm only."""
         if modulation is None:
-            x = self.proj.add(self.attend(self.norm1(x), cache, layer), x)
+            x = self.proj.add(self.attend(self.norm1(x), cache, layer, turn), x)
             return self.fc2.add(self.fc1(self.norm2(x), gelu=True), x)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.proj(self.attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer))
+        x = x + gate1 * self.proj(self.attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer, turn))
         return x + gate2 * self.fc2(self.fc1(self.norm2(x) * (1 + scale2) + shift2, gelu=True))
 
-    def attend(self, x: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, cache: KVCache, layer: int, turn: torch.Tensor | None) -> torch.Tensor:
         """Attention of the new position (B, E) to all positions so far."""
         qkv = self.qkv(x).view(len(x), 1, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, 1, E / heads)
-        k, v = cache.extend(layer, qkv[1:])
-        return attend(qkv[0].to(k.dtype), k, v).to(x.dtype).view(len(x), -1)
+        q, k = turned(self.q_norm(qkv[0]), turn), turned(self.k_norm(qkv[1]), turn)
+        k, v = cache.extend(layer, k, qkv[2])
+        return attend(q.to(k.dtype), k, v).to(x.dtype).view(len(x), -1)
 
 
 class CachedDecoder:
@@ -178,8 +185,9 @@ class CachedDecoder:
         """Read the next token of each row, (B,) int64; logits (B, K) float of the one after it."""
         model = self.transformer
         x = F.embedding(tokens, model.token_embedding.weight) + model.positions[0, self.cache.length]
+        turn = model.turn(self.cache.length)
         for layer, (block, modulation) in enumerate(zip(self.blocks, self.modulations, strict=True)):
-            x = block(x, self.cache, layer, modulation)
+            x = block(x, self.cache, layer, modulation, turn)
         self.cache.length += 1
         return self.head(model.norm(x)).float()
 

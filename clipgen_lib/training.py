@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.optim import Muon
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -24,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .config import FitConfig, OptimConfig
 from .runtime import distributed
 from .runtime.checkpoints import checkpoint_meta, load_checkpoint, save_checkpoint, save_weights
-from .runtime.kernels import has_bf16, set_muon_dtype
+from .runtime.kernels import has_bf16
+from .runtime.muon import Muon
 from .runtime.runs import ClipgenError, Run, Unreadable, differences, progress, read_json, reason, stoppable
 from .vqgan import codebook_statistics
 
@@ -71,29 +71,30 @@ _NEVER_DECAYED = ("codebook", "positions", "start_tokens")
 
 
 def build_optimizer(module: nn.Module, kind: str, lr: float, beta2: float, weight_decay: float) -> Optimizer:
-    """AdamW (arXiv 1711.05101), or Muon on the hidden layers and Nesterov AdamW on the rest.
+    """AdamW (arXiv 1711.05101), or Muon on the hidden layers and AdamW on the rest.
 
-    Muon (here timm's) replaces the momentum of a matrix or kernel by the nearest orthogonal matrix; scaled to AdamW's
-    root mean square (arXiv 2502.16982) it shares AdamW's learning rate. Matrices and kernels decay; biases, norms,
-    positions and the codebook do not. Raises ClipgenError: unknown kind.
+    Matrices and kernels decay; biases, norms, positions and the codebook do not. Raises ClipgenError: unknown kind.
     """
-    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "outer": [], "undecayed": []}
+    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "qkv": [], "outer": [], "undecayed": []}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2 or any(part in name for part in _NEVER_DECAYED):
             groups["undecayed"].append(parameter)
+        elif any(part in name for part in _OUTER_LAYERS):
+            groups["outer"].append(parameter)
         else:
-            groups["outer" if any(part in name for part in _OUTER_LAYERS) else "hidden"].append(parameter)
-    decays = {"hidden": weight_decay, "outer": weight_decay, "undecayed": 0.0}
-    settings = {key: {"params": found, "weight_decay": decays[key]} for key, found in groups.items() if found}
+            groups["qkv" if "qkv" in name else "hidden"].append(parameter)
+    parts = {"hidden": 1, "qkv": 3, "outer": 0, "undecayed": 0}
+    settings = [
+        {"params": found, "weight_decay": 0.0 if key == "undecayed" else weight_decay, "parts": parts[key]}
+        for key, found in groups.items()
+        if found
+    ]
     if kind == "adamw":
-        return torch.optim.AdamW(settings.values(), lr=lr, betas=(0.9, beta2), fused=True)
+        return torch.optim.AdamW(settings, lr=lr, betas=(0.9, beta2), fused=True)
     if kind == "muon":
-        set_muon_dtype(next(module.parameters()).device)
-        settings = [{**group, "use_fallback": key != "hidden"} for key, group in settings.items()]
-        orthogonal = {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3, "ns_coefficients": "polar_express"}
-        return Muon(settings, lr=lr, betas=(0.9, beta2), **orthogonal)
+        return Muon(settings, lr, (0.9, beta2))
     raise ClipgenError(f"unknown optimizer {kind!r}: choose adamw or muon")
 
 

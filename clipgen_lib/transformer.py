@@ -8,11 +8,13 @@ token t(L-1) is predicted and never read. The unconditional case is the zero vec
 Blocks are pre-norm with learned positions, fused q/k/v, exact GELU and biases, the GPT of the released CLIP-GEN model.
 With `conditioning="adaln"` the embedding comes in by adaptive layer norm in every block instead (adaLN-Zero of DiT,
 arXiv 2212.09748), and the N inputs before the first token are learned. With "words" N text tokens (B, N) int64 take the
-embedding's place, for the supervised system of the comparison, and D is the size of their vocabulary.
+embedding's place, for the supervised system of the comparison, and D is the size of their vocabulary. With `rope` queries
+and keys are turned by the row and column of their token as well, and with `qk_norm` they are of one length in every head.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -50,11 +52,34 @@ class KVCache:
         self.blocks = [torch.empty(shape, device=weight.device, dtype=dtype) for _ in range(config.layers)]
         self.length = 0  # positions held so far
 
-    def extend(self, layer: int, new: torch.Tensor) -> torch.Tensor:
-        """Write new keys and values (2, B, heads, T, E / heads) behind those held and return all of them."""
-        end = self.length + new.shape[3]
-        self.blocks[layer][:, :, :, self.length : end] = new
-        return self.blocks[layer][:, :, :, :end]
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write new keys and values (B, heads, T, E / heads) behind those held; returns all of them, (2, B, heads, ...)."""
+        held, end = self.blocks[layer], self.length + k.shape[2]
+        held[0, :, :, self.length : end], held[1, :, :, self.length : end] = k, v
+        return held[:, :, :, :end]
+
+
+def rotations(config: TransformerConfig, n_tokens: int) -> torch.Tensor:
+    """By which angles the entries of queries and keys turn: cosine and signed sine, (2, N + L - 1, E / heads).
+
+    2-D rotary positions (arXiv 2104.09864 and, for images, 2403.13298): half of the angles grow with the row of the token
+    that a position reads, half with its column, by 1 to 1/100 radian from one to the next; condition tokens do not turn.
+    """
+    side, speeds = math.isqrt(n_tokens), config.width // config.heads // 4
+    read = torch.arange(n_tokens - 1)
+    places = torch.stack([read // side, read % side], dim=1) + 1
+    angles = (places[:, :, None] * 100.0 ** -(torch.arange(speeds) / max(speeds - 1, 1))).flatten(1)
+    angles = F.pad(angles, (0, 0, config.condition_tokens, 0))
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cosine, cosine], dim=1), torch.cat([-sine, sine], dim=1)])
+
+
+def turned(x: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
+    """Queries or keys (B, heads, T, d), entry i and entry i + d / 2 turned in their plane by `rotations` (2, T, d)."""
+    if turn is None:
+        return x
+    cosine, sine = turn.to(x.dtype)
+    return torch.addcmul(x * cosine, x.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sine)
 
 
 def centre(embeds: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -70,25 +95,32 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.qkv, self.proj = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
         self.fc1, self.fc2 = nn.Linear(config.width, 4 * config.width), nn.Linear(4 * config.width, config.width)
+        qk_norm, per_head = nn.LayerNorm if config.qk_norm else nn.Identity, config.width // config.heads
+        self.q_norm, self.k_norm = qk_norm(per_head), qk_norm(per_head)  # arXiv 2302.05442
 
     def forward(
-        self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0, condition: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        condition: torch.Tensor | None = None,
+        turn: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x: (B, T, E). condition: (B, 1, E), of adaptive layer norm only."""
+        """x: (B, T, E). condition: (B, 1, E), of adaptive layer norm only. turn: `rotations` of the T positions."""
         if self.modulation is None:
-            x = x + self._attend(self.norm1(x), cache, layer)
+            x = x + self._attend(self.norm1(x), cache, layer, turn)
             return x + self._feed(self.norm2(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
-        x = x + gate1 * self._attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer)
+        x = x + gate1 * self._attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer, turn)
         return x + gate2 * self._feed(self.norm2(x) * (1 + scale2) + shift2)
 
-    def _attend(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, cache: KVCache | None, layer: int, turn: torch.Tensor | None) -> torch.Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv
+        q, k, v = turned(self.q_norm(qkv[0]), turn), turned(self.k_norm(qkv[1]), turn), qkv[2]
         mask = None
         if cache is not None:
-            k, v = cache.extend(layer, qkv[1:])
+            k, v = cache.extend(layer, k, v)
             q = q.to(k.dtype)
             if length > 1 and cache.length > 0:  # several new positions behind old ones
                 mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
@@ -119,6 +151,7 @@ class ImageTransformer(nn.Module):
         self.start_tokens = nn.Parameter(torch.zeros(1, config.condition_tokens, width)) if self.adaptive else None
         for name in ("image_mean", "text_mean"):
             self.register_buffer(name, torch.zeros(clip_dim))
+        self.register_buffer("rotations", rotations(config, n_tokens) if config.rope else None)
         self.token_embedding = nn.Embedding(codebook_size, width)
         self.positions = nn.Parameter(torch.zeros(1, config.condition_tokens + n_tokens - 1, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -161,16 +194,21 @@ class ImageTransformer(nn.Module):
         if past_len == 0:
             x = torch.cat([self.start_tokens.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
         x = x + self.positions[:, past_len : past_len + x.shape[1]]
+        turn = self.turn(past_len, x.shape[1])
         for layer, block in enumerate(self.blocks):
             if self.config.gradient_checkpointing and self.training and cache is None:
-                x = checkpoint(block, x, None, layer, condition, use_reentrant=False)
+                x = checkpoint(block, x, None, layer, condition, turn, use_reentrant=False)
             else:
-                x = block(x, cache, layer, condition)
+                x = block(x, cache, layer, condition, turn)
         if cache is not None:
             cache.length += x.shape[1]
         if past_len == 0:
             x = x[:, first - 1 :]  # the last condition token predicts t0
         return self.norm(x)
+
+    def turn(self, first: int, count: int = 1) -> torch.Tensor | None:
+        """The rotations of `count` positions, or None where there are none."""
+        return None if self.rotations is None else self.rotations[:, first : first + count]
 
     def embed_condition(self, embeds: torch.Tensor) -> torch.Tensor:
         """(B, N or 1, E) in the dtype of the weights; text tokens in place of embeddings stay whole numbers."""

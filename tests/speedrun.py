@@ -3,7 +3,7 @@
 For each seed the commands of a preset make the Shapes world, the tokenizer, the token store and the transformer in an empty folder,
 in processes of their own, and the oracle reads one image for each of 512 prompts of a kind that no other evaluation asks. A row of
 results/speedrun/table.json has the wall seconds of all that, without the evaluation, and their median; the oracle's shares, and the
-least of them over the seeds; and the machine's own rate at a matrix product, by which seconds of two machines compare.
+least of them over the seeds; the config; and the machine's own rate at a matrix product, by which seconds of two machines compare.
 """
 
 import argparse
@@ -38,17 +38,36 @@ def oracle(run: str, seed: int) -> dict[str, float]:
     return {"colour": found["one"]["colour"], "shape": found["one"]["shape"], "two_both": found["two"]["both"]}
 
 
-def run_seed(folder: Path, preset: str, seed: int, changes: list[str]) -> dict:
-    """Seconds of each stage of a seed, and what the oracle says."""
+def run_seed(folder: Path, seed: int, given: argparse.Namespace) -> dict:
+    """Seconds of each stage of a seed, and what the oracle says; as they are there where an interrupted command came that far."""
+    path, facts = folder / "made.json", {"change": given.change, "preset": given.preset, "set": given.changes}
+    if path.exists() and (made := json.loads(path.read_text()))["of"] == facts:
+        return made
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     environment = {**os.environ, "CLIPGEN_RESULTS": str(folder), "CLIPGEN_DATA": str(folder / "data")}
-    options = ["--preset", preset, "--run", preset, "--seed", str(seed)]
-    options += [part for change in changes for part in ("--set", change)]
+    options = ["--preset", given.preset, "--run", given.preset, "--seed", str(seed)]
+    options += [part for change in given.changes for part in ("--set", change)]
     seconds = {stage: seconds_of([stage, *options], environment) for stage in STAGES}
-    asked = [sys.executable, __file__, "--oracle", preset, "--seeds", str(seed)]
+    asked = [sys.executable, __file__, "--oracle", given.preset, "--seeds", str(seed)]
     answer = subprocess.run(asked, env=environment, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return {"stages": seconds, "seconds": sum(seconds.values()), **json.loads(answer.stdout.splitlines()[-1])}
+    shares = json.loads(answer.stdout.splitlines()[-1])
+    made = {"of": facts, "stages": seconds, "seconds": sum(seconds.values()), **shares}
+    path.write_text(json.dumps(made))
+    return made
+
+
+def table_text(rows: list[dict]) -> str:
+    """The rows as text: median seconds, the least share over the seeds, and GFLOP/s of a product of matrices in two precisions."""
+    lines = [("date", "seconds", "seeds", "colour", "shape", "two both", "float32", "bfloat16", "change")]
+    for row in rows:
+        rates = [f"{row['matmul_gflops'][dtype]:.0f}" for dtype in ("float32", "bfloat16")]
+        shares = [f"{row[key]:.1%}" for key in GOAL]
+        lines.append(
+            (row["date"], f"{row['median_seconds']:.0f}", str(len(row["seeds"])), *shares, *rates, row["change"])
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def main() -> None:
@@ -68,15 +87,19 @@ def main() -> None:
 
     folder = RESULTS / "speedrun"
     refuse_published(folder)
-    path, rate = folder / "table.json", machine("cpu")["matmul_gflops"]["float32"]
-    made = [run_seed(folder / "runs" / str(seed), given.preset, seed, given.changes) for seed in given.seeds]
-    row = {"date": date.today().isoformat(), "change": given.change, "preset": given.preset, "set": given.changes}
+    path, rates = folder / "table.json", machine("cpu")["matmul_gflops"]
+    made = [run_seed(folder / "runs" / str(seed), seed, given) for seed in given.seeds]
+    row = {"date": date.today().isoformat(), **[one.pop("of") for one in made][0]}
     row |= {"seeds": given.seeds, "seconds": [round(one["seconds"], 1) for one in made]}
     row |= {"median_seconds": statistics.median(row["seconds"]), **{key: min(one[key] for one in made) for key in GOAL}}
-    row |= {"reached": all(row[key] >= least for key, least in GOAL.items()), "matmul_gflops": round(rate, 1)}
-    row |= {"cores": os.cpu_count(), "of_seeds": made}
-    write_json(path, [*(json.loads(path.read_text()) if path.exists() else []), row])
-    print(json.dumps(row, indent=1))
+    row |= {"reached": all(row[key] >= least for key, least in GOAL.items()), "matmul_gflops": rates}
+    config = json.loads((folder / "runs" / str(given.seeds[0]) / given.preset / "config.json").read_text())
+    row |= {"cores": os.cpu_count(), "of_seeds": made, "config": config["preset"]}
+    rows = [*(json.loads(path.read_text()) if path.exists() else []), row]
+    write_json(path, rows)
+    for seed in given.seeds:  # the row is written: the same command trains anew
+        (folder / "runs" / str(seed) / "made.json").unlink()
+    print(table_text(rows))
 
 
 if __name__ == "__main__":

@@ -82,10 +82,11 @@ def test_overrides_change_one_field():
 
 def test_presets_build_on_each_other():
     smoke, laptop, reference, fashion, _, coco, imagenet = map(load_preset, NAMES)
-    assert laptop.vqgan.codebook_size == 256 and laptop.transformer_train.steps == 7_000
-    assert replace(reference.vqgan, codebook_size=256, restart_after=20) == laptop.vqgan
-    assert replace(fashion.vqgan, codebook_size=256, local=True) == laptop.vqgan and fashion.sample == laptop.sample
-    assert replace(smoke.vqgan, channels=64, codebook_size=256) == laptop.vqgan
+    assert laptop.vqgan.codebook_size == 512 and laptop.transformer_train.steps == 4_500
+    assert replace(reference.vqgan, codebook_size=512, restart_after=40) == laptop.vqgan
+    assert replace(fashion.vqgan, codebook_size=512, restart_after=40, local=True) == laptop.vqgan
+    assert fashion.sample == laptop.sample
+    assert replace(smoke.vqgan, channels=64, codebook_size=512) == laptop.vqgan
     assert imagenet.vqgan == coco.vqgan and imagenet.transformer == coco.transformer
 
 
@@ -145,7 +146,7 @@ def test_one_dial_sets_width_layers_batch_rate_and_steps():
     large, coco = load_preset("laptop", "scale=4 transformer_train.warmup=9"), load_preset("coco", {"scale": 0.26})
     model, train = large.transformer, large.transformer_train
     assert (model.width, model.heads, model.layers) == (512, 16, 12) and large.vqgan == base.vqgan
-    assert (train.batch_size, train.steps, train.lr, train.warmup) == (128, 14_000, 2e-3, 9)
+    assert (train.batch_size, train.steps, train.lr, train.warmup) == (128, 9_000, 6e-3, 9)
     assert coco.transformer_train.batch_size == 68  # divides by its 4 backward passes
     assert load_preset("laptop", "scale=1") == base
 

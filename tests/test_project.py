@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+from speedrun import GOAL, table_text
 
 import clipgen_lib
 from clipgen_lib import cli
@@ -149,3 +150,13 @@ def test_the_table_of_the_readme_comes_from_results():
     section = (ROOT / "README.md").read_text().split("## What it reaches")[1].split("## ")[0]
     rows = re.findall(r"^\| .* \|$", section, re.M)[1:]
     assert len(rows) == 4 and all(row.endswith(cells) for row, cells in zip(rows, wanted, strict=True)), rows
+
+
+def test_the_table_of_the_speedrun_is_what_its_script_prints():
+    rows = json.loads((ROOT / "results" / "speedrun" / "table.json").read_text())
+    assert table_text(rows) in (ROOT / "results" / "README.md").read_text()
+    for row in rows:  # three seeds, each in no fewer seconds than its stages, and the goal as the rows say
+        assert row["median_seconds"] in row["seconds"] and len(row["seconds"]) == len(row["seeds"]) == len(
+            row["of_seeds"]
+        )
+        assert row["reached"] == all(min(one[key] for one in row["of_seeds"]) >= least for key, least in GOAL.items())

@@ -50,8 +50,9 @@ def test_muon_steps_are_orthogonal_in_hidden_layers_only():
         parameter.grad = torch.randn_like(parameter)
         if parameter.ndim == 2:  # a gradient far from orthogonal: each column a third of the one before
             parameter.grad *= 3.0 ** -torch.arange(parameter.shape[1])
+    gradients = {n: p.grad.clone() for n, p in transformer.named_parameters()}
     optimizer.step()
-    hidden = names_in(transformer, optimizer, lambda group: not group["use_fallback"])
+    hidden = names_in(transformer, optimizer, lambda group: group["parts"])
     assert hidden == {f"blocks.0.{n}.weight" for n in ("qkv", "proj", "fc1", "fc2")}
 
     def spread(matrix):
@@ -61,11 +62,34 @@ def test_muon_steps_are_orthogonal_in_hidden_layers_only():
     for name in hidden:
         parameter = transformer.get_parameter(name)
         step = parameter.detach() - before[name]
-        assert spread(step) < 0.2 * spread(parameter.grad), name
+        assert spread(step) < 0.2 * spread(gradients[name]), name
         # the scale of the arXiv 2502.16982 form is 0.2 lr, AdamW's first step on every entry is lr
         assert 0.01 < step.pow(2).mean().sqrt().item() < 0.04
     outer = (transformer.head.weight.detach() - before["head.weight"]).abs()
     assert outer.min() > 0.09 and outer.max() < 0.11
+
+
+def test_muon_treats_fused_queries_keys_and_values_as_three_matrices_and_equal_shapes_at_once():
+    rng = torch.Generator().manual_seed(0)
+    fused = torch.nn.ModuleDict({"qkv": torch.nn.Linear(8, 24), "other": torch.nn.Linear(8, 24)})
+    apart = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in "qkv"})
+    whole = torch.nn.Linear(8, 24)
+    with torch.no_grad():
+        for part, layer in zip(fused.qkv.weight.chunk(3), apart.values(), strict=True):
+            layer.weight.copy_(part)
+        whole.weight.copy_(fused.other.weight)
+    optimizers = [build_optimizer(module, "muon", 0.1, 0.9, 0.01) for module in (fused, apart, whole)]
+    for _ in range(3):  # momentum too
+        fused.qkv.weight.grad, fused.other.weight.grad = torch.randn(2, 24, 8, generator=rng)
+        whole.weight.grad = fused.other.weight.grad.clone()
+        for part, layer in zip(fused.qkv.weight.grad.chunk(3), apart.values(), strict=True):
+            layer.weight.grad = part.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    together = torch.cat([layer.weight for layer in apart.values()])
+    assert torch.allclose(fused.qkv.weight, together, atol=1e-5)
+    assert torch.allclose(fused.other.weight, whole.weight, atol=1e-5)
+    assert not torch.allclose(fused.qkv.weight, fused.other.weight)
 
 
 def test_unknown_optimizer_is_one_sentence():

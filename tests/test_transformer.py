@@ -7,9 +7,11 @@ from clipgen_lib.config import TransformerConfig
 from clipgen_lib.runtime.checkpoints import save_weights
 from clipgen_lib.runtime.runs import ClipgenError
 from clipgen_lib.sample import CachedDecoder
-from clipgen_lib.transformer import ImageTransformer, KVCache
+from clipgen_lib.transformer import ImageTransformer, KVCache, rotations, turned
 
 SMALL = TransformerConfig(layers=2, width=32, heads=2, condition_tokens=1)
+KINDS = [{}, {"conditioning": "adaln"}, {"rope": True}, {"qk_norm": True}, {"rope": True, "qk_norm": True}]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 either_conditioning = pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
 
 
@@ -18,6 +20,9 @@ def build(**changes):
     model = ImageTransformer(replace(SMALL, **changes), codebook_size=20, n_tokens=9, clip_dim=8)
     torch.nn.init.normal_(model.head.weight, std=0.5)
     for block in model.blocks:
+        for norm in (block.q_norm, block.k_norm):
+            for parameter in norm.parameters():
+                torch.nn.init.normal_(parameter, 1.0, 0.5)
         if block.modulation is not None:  # gates begin shut
             torch.nn.init.normal_(block.modulation.weight, std=0.5)
     return model.eval()
@@ -33,11 +38,11 @@ def tokens():
     return torch.randint(0, 20, (3, 9), generator=torch.Generator().manual_seed(2))
 
 
-@either_conditioning
+@every_kind
 @pytest.mark.parametrize("condition_tokens", [1, 4])
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 4], [9]])
-def test_cached_and_uncached_agree(conditioning, condition_tokens, chunks, embeds, tokens):
-    model = build(conditioning=conditioning, condition_tokens=condition_tokens)
+def test_cached_and_uncached_agree(kind, condition_tokens, chunks, embeds, tokens):
+    model = build(**kind, condition_tokens=condition_tokens)
     whole, cache, parts, known = model(embeds, tokens), KVCache(model, 3), [], 0
     for chunk in chunks:
         known += chunk
@@ -45,11 +50,11 @@ def test_cached_and_uncached_agree(conditioning, condition_tokens, chunks, embed
     assert whole.shape == (3, 9, 20) and torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("conditioning", ["prefix", "adaln", "words"])
+@pytest.mark.parametrize("kind", [*KINDS, {"conditioning": "words"}], ids=str)
 @pytest.mark.parametrize("known", [0, 1, 5])
-def test_decoding_agrees_with_forward(conditioning, known, embeds, tokens):
-    model = build(conditioning=conditioning, condition_tokens=4)
-    embeds = torch.arange(12).view(3, 4) % 8 if conditioning == "words" else embeds
+def test_decoding_agrees_with_forward(kind, known, embeds, tokens):
+    model = build(**kind, condition_tokens=4)
+    embeds = torch.arange(12).view(3, 4) % 8 if "words" in kind.values() else embeds
     with torch.inference_mode():
         whole, decoder = model(embeds, tokens), CachedDecoder(model)
         for _ in range(2):  # a second batch begins anew
@@ -114,3 +119,32 @@ def test_too_many_tokens_is_one_sentence(embeds):
 def test_saved_and_loaded_is_bit_equal(embeds, tokens, tmp_path):
     save_weights(tmp_path / "t", model := build(), trained_with={"vqgan": "x"})
     assert torch.equal(ImageTransformer.load(tmp_path / "t")(embeds, tokens), model(embeds, tokens))
+
+
+def test_turned_queries_and_keys_agree_by_how_far_apart_their_tokens_are():
+    side, config = 4, replace(SMALL, rope=True)
+    qk = torch.randn(2, 1, 2, 1, 16, generator=torch.Generator().manual_seed(3)).expand(-1, -1, -1, side**2, -1)
+    q, k = (turned(x, rotations(config, side**2)) for x in qk)
+    scores = (q[0, 0] @ k[0, 0].T)[1:, 1:]  # of the tokens 0 to 14; position 0 reads the condition
+    of = lambda row, column: row * side + column
+    assert torch.allclose(scores[of(1, 0), of(0, 2)], scores[of(3, 1), of(2, 3)], atol=1e-5)
+    assert torch.allclose(scores[of(0, 3), of(0, 1)], scores[of(3, 2), of(3, 0)], atol=1e-5)
+    assert (scores[of(1, 0), of(0, 2)] - scores[of(0, 3), of(0, 1)]).abs() > 1e-2
+    assert torch.equal(q[0, :, 0], qk[0, 0, :, 0]) and torch.allclose(
+        q.norm(dim=-1), qk[0].norm(dim=-1)
+    )  # a condition token does not turn
+    with pytest.raises(ClipgenError, match="do not divide by 4, as rope needs"):
+        replace(SMALL, width=12, rope=True)
+
+
+def test_normalised_queries_and_keys_do_not_see_how_long_they_are(embeds, tokens):
+    model = build(qk_norm=True)
+    before = model(embeds, tokens)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.qkv.weight[: 2 * SMALL.width] *= 3.0
+            block.qkv.bias[: 2 * SMALL.width] *= 3.0
+    assert torch.allclose(model(embeds, tokens), before, atol=5e-3)  # but for the epsilon under the root
+    with torch.no_grad():
+        model.blocks[0].q_norm.weight *= 3.0
+    assert not torch.allclose(model(embeds, tokens), before, atol=1e-2)

@@ -7,10 +7,12 @@ about tokens, embeddings or models.
 Coordinates are pixels of a 64x64 canvas, x to the right and y down.
 """
 
+import bisect
 import itertools
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -94,13 +96,13 @@ def random_scene(rng: np.random.Generator, held_out: bool, n_objects: int | None
     spends its codes on objects. `wild` places and sizes freely, takes all tones, angles and periods, and adds
     tint, grain and colour jitter; CLIP is trained on these, as a released CLIP has seen more than a generator's images.
     """
-    count = n_objects or int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+    count = n_objects or _pick(rng, (1, 2, 3), (0.5, 0.35, 0.15))
     while True:
         objects: list[SceneObject] = []
         for index in range(count):
             pair = _random_pair(rng, held_out and index == 0, {(t.shape, t.colour) for t in objects})
             # two large objects fit beside each other, three do not
-            size = "small" if count == 3 and index > 0 else str(rng.choice(list(SIZES)))
+            size = "small" if count == 3 and index > 0 else _pick(rng, tuple(SIZES))
             radius = float(rng.uniform(*SIZES[size])) if wild else sum(SIZES[size]) / 2
             x, y = (float(v) for v in rng.uniform(radius + 1, CANVAS - radius - 1, size=2))
             if not wild:
@@ -115,8 +117,8 @@ def random_scene(rng: np.random.Generator, held_out: bool, n_objects: int | None
 
 def _random_background(rng: np.random.Generator, wild: bool) -> Background:
     tint = tuple(int(v) for v in rng.integers(-7, 8, size=3))
-    kind, tone = str(rng.choice(KINDS, p=[0.4, 0.3, 0.1, 0.1, 0.1])), str(rng.choice(list(TONES)))
-    angle, period = float(rng.uniform(0, 2 * math.pi)), int(rng.choice([8, 12, 16]))
+    kind, tone = _pick(rng, KINDS, (0.4, 0.3, 0.1, 0.1, 0.1)), _pick(rng, tuple(TONES))
+    angle, period = float(rng.uniform(0, 2 * math.pi)), _pick(rng, (8, 12, 16))
     if wild:
         return Background(kind, tone, tint, angle, period)
     tone = {"white": "light", "black": "dark"}.get(tone, tone)
@@ -126,9 +128,16 @@ def _random_background(rng: np.random.Generator, wild: bool) -> Background:
 
 def _random_pair(rng: np.random.Generator, held_out: bool, taken: set) -> tuple[str, str]:
     while True:
-        pair = (str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))))
+        pair = (_pick(rng, SHAPES), _pick(rng, tuple(COLOURS)))
         if (pair in HELD_OUT) == held_out and pair not in taken:
             return pair
+
+
+def _pick(rng: np.random.Generator, values: Sequence, shares: tuple[float, ...] = ()) -> object:
+    """What `rng.choice` picks, without the arrays that it makes of values and shares each time: most of a world's seconds."""
+    if not shares:
+        return values[rng.integers(len(values))]
+    return values[bisect.bisect(list(itertools.accumulate(shares)), rng.random())]
 
 
 def relation(a: SceneObject, b: SceneObject, clear: float = 1.5) -> str | None:
@@ -175,15 +184,19 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     return tuple(points)
 
 
-def draw_mask(shape: str, x: float, y: float, radius: float, side: int, scale: int) -> np.ndarray:
-    """Coverage (side, side) in [0, 1] of one shape, antialiased by supersampling."""
-    mask = Image.new("L", (side * scale, side * scale))
-    draw = ImageDraw.Draw(mask)
-    draw.polygon([((x + px * radius) * scale, (y + py * radius) * scale) for px, py in _outline(shape)], fill=255)
+def draw_mask(
+    shape: str, x: float, y: float, radius: float, side: int, scale: int
+) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """Coverage (h, w) in [0, 1] of one shape, antialiased by supersampling, and the part of a canvas of `side` it is of."""
+    (left, right), (top, bottom) = ((max(int(v - radius) - 1, 0), min(int(v + radius) + 2, side)) for v in (x, y))
+    mask = Image.new("L", ((right - left) * scale, (bottom - top) * scale))
+    draw, at = ImageDraw.Draw(mask), lambda px, py: ((x + px) * scale - left * scale, (y + py) * scale - top * scale)
+    draw.polygon([at(px * radius, py * radius) for px, py in _outline(shape)], fill=255)
     if shape == "ring":
         inner = 0.52 * radius
-        draw.ellipse([(x - inner) * scale, (y - inner) * scale, (x + inner) * scale, (y + inner) * scale], fill=0)
-    return np.asarray(mask.reduce(scale), dtype=np.float32) / 255
+        draw.ellipse([at(-inner, -inner), at(inner, inner)], fill=0)
+    cover = np.asarray(mask.reduce(scale), dtype=np.float32) / 255
+    return cover, (slice(top, bottom), slice(left, right))
 
 
 def render(scene: Scene) -> np.ndarray:
@@ -205,8 +218,8 @@ def render(scene: Scene) -> np.ndarray:
     for obj in scene.objects:
         colour = np.asarray(COLOURS[obj.colour], np.float32)
         colour = colour + rng.uniform(-scene.jitter, scene.jitter, 3).astype(np.float32)
-        cover = draw_mask(obj.shape, obj.x, obj.y, obj.radius, CANVAS, SUPERSAMPLE)[..., None]
-        image = image * (1 - cover) + colour * cover
+        cover, part = draw_mask(obj.shape, obj.x, obj.y, obj.radius, CANVAS, SUPERSAMPLE)
+        image[part] = image[part] * (1 - cover[..., None]) + colour * cover[..., None]
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -233,7 +246,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
     """One true caption of a scene, with what it claims."""
 
     def say(word: str) -> str:
-        return str(rng.choice(_SAID.get(word, (word,))))
+        return _pick(rng, _SAID.get(word, (word,)))
 
     def name(obj: SceneObject, chance: float) -> tuple[str, SceneObject]:
         size = obj.size if rng.random() < chance else None
@@ -251,7 +264,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
         link = relation(*objects)
         text = f"{names[0]} {say(link)} {names[1]}"
     elif len(objects) == 2:
-        text = f"{names[0]} {rng.choice(['and', 'with', 'next to'])} {names[1]}"
+        text = f"{names[0]} {_pick(rng, ('and', 'with', 'next to'))} {names[1]}"
     else:
         text = f"{names[0]}, {names[1]} and {names[2]}"
     tone = kind = None
@@ -259,8 +272,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
         tone = scene.background.tone
         kind = scene.background.kind if rng.random() < 0.5 else None
         words = [say(tone)] + ([kind] if kind else [])
-        text += f" {rng.choice(['on', 'against'])} {article(words[0])} {' '.join(words)} background"
-    return str(rng.choice(_OPENINGS)) + text, Claim(claims, link, tone, kind)
+        text += f" {_pick(rng, ('on', 'against'))} {article(words[0])} {' '.join(words)} background"
+    return _pick(rng, _OPENINGS) + text, Claim(claims, link, tone, kind)
 
 
 def article(word: str) -> str:

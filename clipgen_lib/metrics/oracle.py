@@ -41,7 +41,7 @@ def _boxed(mask: np.ndarray) -> np.ndarray:
     return np.asarray(image.resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.BILINEAR), np.float32) / 255
 
 
-_TEMPLATES = np.stack([_boxed(shapes.draw_mask(shape, 48, 48, 44, 96, 2) > 0.5) for shape in SHAPES])
+_TEMPLATES = np.stack([_boxed(shapes.draw_mask(shape, 48, 48, 44, 96, 2)[0] > 0.5) for shape in SHAPES])
 
 
 def read_scene(image: np.ndarray) -> tuple[SceneObject, ...]:

@@ -4,12 +4,10 @@ This is the only file that uses private functions of another library, and each h
 """
 
 import warnings
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.optim import muon
 from torch import Tensor, nn
 
 
@@ -120,13 +118,6 @@ def has_bf16(device: torch.device) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):  # since torch 2.10
         return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def set_muon_dtype(device: torch.device) -> None:
-    """Let timm's Muon orthogonalise in float32 where bfloat16 is emulated: its function has the argument, its class does not."""
-    function = muon.zeropower_via_newtonschulz
-    plain = function.func if isinstance(function, partial) else function
-    muon.zeropower_via_newtonschulz = plain if has_bf16(device) else partial(plain, dtype=torch.float32)
 
 
 def compile_in_place(module: nn.Module, device: torch.device) -> None:
