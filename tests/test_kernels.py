@@ -104,7 +104,7 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_agree_with_thos
     assert torch.allclose(found, orthogonalised(matrices.mT).mT, atol=1e-6)
     core = u.mT @ found @ vt.mT  # in the matrices' own singular vectors: about 1 on the diagonal, nothing beside it
     diagonal = torch.diagonal(core, dim1=-2, dim2=-1)
-    assert diagonal.min() > 0.2 and diagonal.max() < 2 and (core - torch.diag_embed(diagonal)).abs().max() < 0.05
+    assert diagonal.min() > 0.17 and diagonal.max() < 1.95 and (core - torch.diag_embed(diagonal)).abs().max() < 0.05
     theirs = torch.stack(
         [zeropower_via_newtonschulz(x, 5, [(3.4445, -4.7750, 2.0315)], dtype=torch.float32) for x in matrices]
     )

@@ -19,7 +19,7 @@ _COEFFICIENTS = (
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T, (..., m, n): singular values of 0.01 to 1 times the norm come to between 0.2 and 2.
+    """About U V^T of each matrix U S V^T, (..., m, n): singular values of 0.002 to 1 times the norm come to 0.18 to 1.9.
 
     Computed in bfloat16 where the device does, in float32 elsewhere; returns float32.
     """
