@@ -9,7 +9,7 @@ from timm.optim.muon import zeropower_via_newtonschulz
 
 from clipgen_lib.config import OptimConfig
 from clipgen_lib.runtime.kernels import PackedLinear, attend, has_bf16, nll_from_hidden, packs
-from clipgen_lib.runtime.muon import orthogonalised
+from clipgen_lib.runtime.muon import COEFFICIENTS, orthogonalised
 from clipgen_lib.training import autocast
 
 
@@ -104,8 +104,10 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_agree_with_thos
     assert torch.allclose(found, orthogonalised(matrices.mT).mT, atol=1e-6)
     core = u.mT @ found @ vt.mT  # in the matrices' own singular vectors: about 1 on the diagonal, nothing beside it
     diagonal = torch.diagonal(core, dim1=-2, dim2=-1)
-    assert diagonal.min() > 0.17 and diagonal.max() < 1.95 and (core - torch.diag_embed(diagonal)).abs().max() < 0.05
-    theirs = torch.stack(
-        [zeropower_via_newtonschulz(x, 5, [(3.4445, -4.7750, 2.0315)], dtype=torch.float32) for x in matrices]
+    rounding = 0.15 if has_bf16(core.device) else 1e-4
+    assert (
+        diagonal.min() > 0.17 and diagonal.max() < 1.95 and (core - torch.diag_embed(diagonal)).abs().max() < rounding
     )
-    assert torch.nn.functional.cosine_similarity(found.flatten(1), theirs.flatten(1)).min() > 0.9
+    steps = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in COEFFICIENTS]
+    theirs = torch.stack([zeropower_via_newtonschulz(x, 3, steps, dtype=torch.float32) for x in matrices])
+    assert (found - theirs).abs().max() < rounding

@@ -11,7 +11,7 @@ from .kernels import has_bf16
 
 # Of x -> a x + b x^3 + c x^5 on the singular values, the first three steps from [1e-3, 1] towards 1 (Polar Express,
 # arXiv 2505.16932), which the paper applies to x / 1.01, against rounding in bfloat16. Five steps train no better here.
-_COEFFICIENTS = (
+COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -27,7 +27,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x  # the smaller of the two products
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in _COEFFICIENTS:
+    for a, b, c in COEFFICIENTS:
         x = x / 1.01
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
