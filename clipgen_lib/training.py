@@ -28,6 +28,7 @@ from .runtime.muon import Muon
 from .runtime.runs import ClipgenError, Run, Unreadable, differences, progress, read_json, reason, stoppable
 from .vqgan import codebook_statistics
 
+STATE = 2  # the version of what a checkpoint holds: those of an optimizer with other groups are refused
 KEPT = 2  # last checkpoints of a training; the one with the best validation score stays as well
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient that end a training
 PASSING = ("log_every", "save_every", "workers", "compile")  # fields of a config that may change when a run is resumed
@@ -134,7 +135,7 @@ class TrainingState:
         """`parts` have a state_dict each; a checkpoint with other `facts`, config or seed is refused."""
         self.run, self.stage, self.config, self.parts = run, stage, config, parts
         lasting = {key: value for key, value in asdict(config).items() if key not in PASSING}
-        self.facts = {**facts, "train": lasting, "seed": run.seed}
+        self.facts = {**facts, "train": lasting, "seed": run.seed, "version": STATE}
         self.folder = run.file("checkpoints", stage).parent
 
     def paths(self) -> list[Path]:

@@ -38,22 +38,22 @@ def oracle(run: str, seed: int) -> dict[str, float]:
     return {"colour": found["one"]["colour"], "shape": found["one"]["shape"], "two_both": found["two"]["both"]}
 
 
-def run_seed(folder: Path, seed: int, given: argparse.Namespace) -> dict:
+def run_seed(folder: Path, seed: int, facts: dict) -> dict:
     """Seconds of each stage of a seed, and what the oracle says; as they are there where an interrupted command came that far."""
-    path, facts = folder / "made.json", {"change": given.change, "preset": given.preset, "set": given.changes}
-    if path.exists() and (made := json.loads(path.read_text()))["of"] == facts:
-        return made
+    path, preset = folder / "made.json", facts["preset"]
+    if path.exists() and (found := json.loads(path.read_text()))["of"] == facts:
+        return found["made"]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     environment = {**os.environ, "CLIPGEN_RESULTS": str(folder), "CLIPGEN_DATA": str(folder / "data")}
-    options = ["--preset", given.preset, "--run", given.preset, "--seed", str(seed)]
-    options += [part for change in given.changes for part in ("--set", change)]
+    options = ["--preset", preset, "--run", preset, "--seed", str(seed)]
+    options += [part for change in facts["set"] for part in ("--set", change)]
     seconds = {stage: seconds_of([stage, *options], environment) for stage in STAGES}
-    asked = [sys.executable, __file__, "--oracle", given.preset, "--seeds", str(seed)]
+    asked = [sys.executable, __file__, "--oracle", preset, "--seeds", str(seed)]
     answer = subprocess.run(asked, env=environment, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     shares = json.loads(answer.stdout.splitlines()[-1])
-    made = {"of": facts, "stages": seconds, "seconds": sum(seconds.values()), **shares}
-    path.write_text(json.dumps(made))
+    made = {"stages": seconds, "seconds": sum(seconds.values()), **shares}
+    path.write_text(json.dumps({"of": facts, "made": made}))
     return made
 
 
@@ -88,8 +88,9 @@ def main() -> None:
     folder = RESULTS / "speedrun"
     refuse_published(folder)
     path, rates = folder / "table.json", machine("cpu")["matmul_gflops"]
-    made = [run_seed(folder / "runs" / str(seed), seed, given) for seed in given.seeds]
-    row = {"date": date.today().isoformat(), **[one.pop("of") for one in made][0]}
+    facts = {"change": given.change, "preset": given.preset, "set": given.changes}
+    made = [run_seed(folder / "runs" / str(seed), seed, facts) for seed in given.seeds]
+    row = {"date": date.today().isoformat(), **facts}
     row |= {"seeds": given.seeds, "seconds": [round(one["seconds"], 1) for one in made]}
     row |= {"median_seconds": statistics.median(row["seconds"]), **{key: min(one[key] for one in made) for key in GOAL}}
     row |= {"reached": all(row[key] >= least for key, least in GOAL.items()), "matmul_gflops": rates}

@@ -155,7 +155,7 @@ def test_the_table_of_the_readme_comes_from_results():
 def test_the_table_of_the_speedrun_is_what_its_script_prints():
     rows = json.loads((ROOT / "results" / "speedrun" / "table.json").read_text())
     assert table_text(rows) in (ROOT / "results" / "README.md").read_text()
-    for row in rows:  # three seeds, each in no fewer seconds than its stages, and the goal as the rows say
+    for row in rows:
         assert row["median_seconds"] in row["seconds"] and len(row["seconds"]) == len(row["seeds"]) == len(
             row["of_seeds"]
         )

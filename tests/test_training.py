@@ -6,7 +6,7 @@ import torch
 from conftest import Killed
 
 from clipgen_lib.config import FitConfig, TransformerConfig, TransformerTrainConfig, VQGANConfig
-from clipgen_lib.runtime.checkpoints import load_checkpoint
+from clipgen_lib.runtime.checkpoints import load_checkpoint, save_checkpoint
 from clipgen_lib.runtime.runs import ClipgenError, open_run
 from clipgen_lib.training import (
     Log,
@@ -153,6 +153,11 @@ def test_a_training_resumes_its_own_state_only(state):
     assert torch.equal(again.parts["model"].weight, first.parts["model"].weight)
     with pytest.raises(ClipgenError, match="belongs to another training .differs in seed, train.lr"):
         state(seed=1, lr=0.5).resume()
+    content, meta = load_checkpoint(first.paths()[-1])  # as it was written by an earlier version
+    del meta["training"]["version"]
+    save_checkpoint(first.paths()[-1], content, meta)
+    with pytest.raises(ClipgenError, match="belongs to another training .differs in version"):
+        state().resume()
 
 
 def test_damaged_checkpoints_are_set_aside_for_the_one_before(state):

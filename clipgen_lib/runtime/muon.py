@@ -1,7 +1,7 @@
 """Muon: the momentum of a weight matrix, replaced by the nearest orthogonal matrix (kellerjordan.github.io/posts/muon).
 
-Matrices of one shape are orthogonalised together: those of a small model are so small that one after the other they take a
-fifth of a training step. That is what this class has and a library's does not, beside `parts`.
+Matrices of one shape are orthogonalised together, since those of a small model take longer to call than to multiply. That, and
+`parts`, is what this class has beyond timm's.
 """
 
 import torch
