@@ -210,7 +210,7 @@ class TransformerConfig(Config):
     layers: Depth = 24
     width: Count = 1_024
     heads: Count = 16
-    conditioning: Literal["prefix", "adaln", "words"] = "prefix"  # or adaptive layer norms, or text tokens
+    conditioning: Literal["prefix", "words"] = "prefix"  # or text tokens, in the comparison
     condition_tokens: Count = 1  # inputs before the first image token
     rope: bool = False  # positions by turning queries and keys too (2-D RoPE), beside those that are learned
     qk_norm: bool = False  # queries and keys of one length
@@ -231,7 +231,6 @@ class TransformerTrainConfig(OptimConfig):
 
     condition_dropout: Share = 0.1  # share of rows trained without condition, for guidance
     noise_cos: Cosine = 1.0  # lowest target cosine of the noised and the clean embedding; 1 adds no noise
-    centre: bool = False  # subtract each modality's mean from its embeddings; needs some texts, of whatever images
     embedding_weight: Amount = 0.1  # of the CLIP embedding reconstruction loss
     embedding_share: Share = 0.125  # of the batch that it is computed on
     embedding_path: Literal["straight-through", "gumbel"] = "straight-through"  # or through sampled tokens

@@ -137,21 +137,10 @@ class CachedBlock:
         self.q_norm, self.k_norm = block.q_norm, block.k_norm
         self.qkv, self.proj, self.fc1, self.fc2 = map(PackedLinear, (block.qkv, block.proj, block.fc1, block.fc2))
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        cache: KVCache,
-        layer: int,
-        modulation: tuple[torch.Tensor, ...] | None,
-        turn: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """x: (B, E). modulation: shift, scale and gate (B, E) of both halves, with adaptive layer norm only."""
-        if modulation is None:
-            x = self.proj.add(self.attend(self.norm1(x), cache, layer, turn), x)
-            return self.fc2.add(self.fc1(self.norm2(x), gelu=True), x)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.proj(self.attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer, turn))
-        return x + gate2 * self.fc2(self.fc1(self.norm2(x) * (1 + scale2) + shift2, gelu=True))
+    def __call__(self, x: torch.Tensor, cache: KVCache, layer: int, turn: torch.Tensor | None) -> torch.Tensor:
+        """x: (B, E)."""
+        x = self.proj.add(self.attend(self.norm1(x), cache, layer, turn), x)
+        return self.fc2.add(self.fc1(self.norm2(x), gelu=True), x)
 
     def attend(self, x: torch.Tensor, cache: KVCache, layer: int, turn: torch.Tensor | None) -> torch.Tensor:
         """Attention of the new position (B, E) to all positions so far."""
@@ -175,10 +164,7 @@ class CachedDecoder:
     def start(self, embeds: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """Read the condition (B, D) and the known tokens (B, T) int64, T < L; logits (B, K) of the token after them."""
         model = self.transformer
-        self.cache, self.modulations = KVCache(model, len(embeds)), [None] * len(self.blocks)
-        if model.adaptive:  # the same at every position
-            condition = F.silu(model.embed_condition(embeds)[:, 0])
-            self.modulations = [block.modulation(condition).chunk(6, dim=-1) for block in model.blocks]
+        self.cache = KVCache(model, len(embeds))
         return model(embeds, F.pad(known, (0, 1)), self.cache)[:, -1]  # padded: forward does not read the last token
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -186,8 +172,8 @@ class CachedDecoder:
         model = self.transformer
         x = F.embedding(tokens, model.token_embedding.weight) + model.positions[0, self.cache.length]
         turn = model.turn(self.cache.length)
-        for layer, (block, modulation) in enumerate(zip(self.blocks, self.modulations, strict=True)):
-            x = block(x, self.cache, layer, modulation, turn)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, self.cache, layer, turn)
         self.cache.length += 1
         return self.head(model.norm(x)).float()
 

@@ -21,7 +21,7 @@ from .clip_embed import ClipEmbedder
 from .config import SampleConfig, VQGANConfig, from_dict
 from .runtime.checkpoints import load_strictly, read_weights, save_tensors
 from .runtime.runs import DATA, ClipgenError, fresh_folder, read_json, reason, shortened
-from .transformer import ImageTransformer, centre
+from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
 PRETRAINED = {
@@ -245,7 +245,7 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
         return self.embed(images) @ self.embed(prompt)[0]
 
     def condition(self, embeds: torch.Tensor, is_text: bool, neighbours: int = 0, align: str = "none") -> torch.Tensor:
-        """The transformer's input for CLIP embeddings (P, D) of texts or images: aligned, replaced, centred, (P, D)."""
+        """The transformer's input for CLIP embeddings (P, D) of texts or images: aligned or replaced, (P, D)."""
         if is_text and align != "none":
             if not self.moments.any():
                 needs = "align needs the moments of image and text embeddings, which this generator lacks"
@@ -254,8 +254,8 @@ class TextToImage(nn.Module, PyTorchModelHubMixin, library_name="clipgen_lib", t
         if is_text and neighbours:
             if not len(self.bank):
                 raise ClipgenError(f"neighbours={neighbours} needs embeddings of images: give from_parts a bank")
-            embeds, is_text = sample.mean_of_nearest(embeds, self.bank.to(embeds.dtype), neighbours), False
-        return centre(embeds, self.transformer.text_mean if is_text else self.transformer.image_mean)
+            embeds = sample.mean_of_nearest(embeds, self.bank.to(embeds.dtype), neighbours)
+        return embeds
 
     def _prompt_embeds(self, prompts: Prompts, config: SampleConfig) -> PromptEmbeds:
         embeds, is_text = self.embed(prompts), not isinstance(prompts, torch.Tensor)

@@ -20,9 +20,9 @@ from .data.batches import batch_rows
 from .runtime import distributed
 from .runtime.checkpoints import module_hash
 from .runtime.kernels import compile_in_place, nll_from_hidden
-from .runtime.runs import ClipgenError, Run
+from .runtime.runs import Run
 from .store import TokenStore
-from .transformer import ImageTransformer, centre
+from .transformer import ImageTransformer
 from .vqgan import VQGAN
 
 
@@ -31,7 +31,6 @@ class Frozen(NamedTuple):
 
     vqgan: VQGAN
     clip: ClipEmbedder
-    text_mean: torch.Tensor | None = None  # (D,) mean of some text embeddings, which only `config.centre` needs
 
 
 class Batch(NamedTuple):
@@ -125,11 +124,7 @@ def transformer_step(
 
 
 def make_batch(
-    tokens: torch.Tensor,
-    embeds: torch.Tensor,
-    image_mean: torch.Tensor,
-    config: TransformerTrainConfig,
-    rng: torch.Generator,
+    tokens: torch.Tensor, embeds: torch.Tensor, config: TransformerTrainConfig, rng: torch.Generator
 ) -> Batch:
     """A whole batch from tokens (B, L) and embeddings (B, D) of a store: noise, condition dropout, rows for the embedding loss.
 
@@ -137,7 +132,7 @@ def make_batch(
     """
     size, dim = embeds.shape
     cosine, noise = torch.rand(size, 1, generator=rng), torch.randn(size, dim, generator=rng)
-    condition = noise_embeds(centre(embeds, image_mean), config.noise_cos, cosine, noise)
+    condition = noise_embeds(embeds, config.noise_cos, cosine, noise)
     # zero rows are the unconditional case that guidance needs (arXiv 2207.12598)
     condition = condition * (torch.rand(size, 1, generator=rng) >= config.condition_dropout)
     weights = torch.zeros(size)
@@ -167,12 +162,6 @@ def train_transformer(
     run = replace(run, seed=run.seed + config.seed)
     torch.manual_seed(run.seed)
     transformer = ImageTransformer(preset.transformer, meta["K"], meta["L"], meta["D"])
-    if config.centre:
-        if frozen.text_mean is None:
-            raise ClipgenError("centre takes the mean off text embeddings too: give train_transformer the mean of some")
-        transformer.image_mean.copy_(store.moments()[0])
-        transformer.text_mean.copy_(frozen.text_mean)
-    image_mean = transformer.image_mean.clone()
     transformer.to(device)
     frozen.vqgan.to(device).requires_grad_(False)
     frozen.clip.to(device)
@@ -197,7 +186,7 @@ def train_transformer(
         for step in steps:
             rows = batch_rows(len(store), config.batch_size, run.seed, step)
             rng = torch.Generator().manual_seed(training.step_seed(run.seed, step))
-            batch = make_batch(store.tokens(rows), store.embeds(rows), image_mean, config, rng)
+            batch = make_batch(store.tokens(rows), store.embeds(rows), config, rng)
             for places in distributed.microbatches(list(mine), model):
                 loss, scalars = training.checked_step(step_of(model, frozen, batch.part(places, device), config))
                 (loss / config.accumulate).backward()
@@ -216,7 +205,7 @@ def validation_losses(transformer: ImageTransformer, store: TokenStore, frozen: 
     for first in range(0, count, 100):
         part = slice(first, min(first + 100, count))
         tokens, embeds = store.tokens(part).to(device), store.embeds(part).to(device)
-        logits = transformer(centre(embeds, transformer.image_mean), tokens)
+        logits = transformer(embeds, tokens)
         nll += F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item() * len(tokens)
         if transformer.config.conditioning != "words":
             distance += embedding_loss(logits, embeds, frozen).sum().item()

@@ -6,10 +6,9 @@ Axes: B batch, L tokens of an image, T <= L of them, K codebook size, D CLIP dim
 One concrete sequence, N = 1: the transformer reads [c, t0, t1, ..., t(L-2)] and predicts [t0, t1, ..., t(L-1)], so
 token t(L-1) is predicted and never read. The unconditional case is the zero vector in place of an embedding.
 Blocks are pre-norm with learned positions, fused q/k/v, exact GELU and biases, the GPT of the released CLIP-GEN model.
-With `conditioning="adaln"` the embedding comes in by adaptive layer norm in every block instead (adaLN-Zero of DiT,
-arXiv 2212.09748), and the N inputs before the first token are learned. With "words" N text tokens (B, N) int64 take the
-embedding's place, for the supervised system of the comparison, and D is the size of their vocabulary. With `rope` queries
-and keys are turned by the row and column of their token as well, and with `qk_norm` they are of one length in every head.
+With `conditioning="words"` N text tokens (B, N) int64 take the embedding's place, for the supervised system of the
+comparison, and D is the size of their vocabulary. With `rope` queries and keys are turned by the row and column of their
+token as well, and with `qk_norm` they are of one length in every head.
 """
 
 from __future__ import annotations
@@ -82,16 +81,10 @@ def turned(x: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
     return torch.addcmul(x * cosine, x.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sine)
 
 
-def centre(embeds: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Take a modality's mean (D,) off unit vectors (B, D) and make them unit vectors again; a zero mean changes nothing."""
-    return F.normalize(embeds - mean, dim=-1) if bool(mean.any()) else embeds
-
-
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
-        self.modulation = nn.Linear(config.width, 6 * config.width) if config.conditioning == "adaln" else None
         self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.qkv, self.proj = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
         self.fc1, self.fc2 = nn.Linear(config.width, 4 * config.width), nn.Linear(4 * config.width, config.width)
@@ -99,20 +92,11 @@ class Block(nn.Module):
         self.q_norm, self.k_norm = qk_norm(per_head), qk_norm(per_head)  # arXiv 2302.05442
 
     def forward(
-        self,
-        x: torch.Tensor,
-        cache: KVCache | None = None,
-        layer: int = 0,
-        condition: torch.Tensor | None = None,
-        turn: torch.Tensor | None = None,
+        self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0, turn: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x: (B, T, E). condition: (B, 1, E), of adaptive layer norm only. turn: `rotations` of the T positions."""
-        if self.modulation is None:
-            x = x + self._attend(self.norm1(x), cache, layer, turn)
-            return x + self._feed(self.norm2(x))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
-        x = x + gate1 * self._attend(self.norm1(x) * (1 + scale1) + shift1, cache, layer, turn)
-        return x + gate2 * self._feed(self.norm2(x) * (1 + scale2) + shift2)
+        """x: (B, T, E). turn: `rotations` of the T positions."""
+        x = x + self._attend(self.norm1(x), cache, layer, turn)
+        return x + self._feed(self.norm2(x))
 
     def _attend(self, x: torch.Tensor, cache: KVCache | None, layer: int, turn: torch.Tensor | None) -> torch.Tensor:
         batch, length, width = x.shape
@@ -134,23 +118,16 @@ class Block(nn.Module):
 
 
 class ImageTransformer(nn.Module):
-    """Decoder-only transformer over image tokens given a CLIP embedding.
-
-    `image_mean` and `text_mean` (D,) are what `centre` takes off embeddings before they come in; zero, the usual case,
-    where the training did not.
-    """
+    """Decoder-only transformer over image tokens given a CLIP embedding."""
 
     def __init__(self, config: TransformerConfig, codebook_size: int, n_tokens: int, clip_dim: int):
         super().__init__()
         self.config, self.codebook_size, self.n_tokens, self.clip_dim = config, codebook_size, n_tokens, clip_dim
-        width, self.adaptive = config.width, config.conditioning == "adaln"
+        width = config.width
         if config.conditioning == "words":
             self.condition = nn.Embedding(clip_dim, width)
         else:
-            self.condition = nn.Linear(clip_dim, width if self.adaptive else config.condition_tokens * width)
-        self.start_tokens = nn.Parameter(torch.zeros(1, config.condition_tokens, width)) if self.adaptive else None
-        for name in ("image_mean", "text_mean"):
-            self.register_buffer(name, torch.zeros(clip_dim))
+            self.condition = nn.Linear(clip_dim, config.condition_tokens * width)
         self.register_buffer("rotations", rotations(config, n_tokens) if config.rope else None)
         self.token_embedding = nn.Embedding(codebook_size, width)
         self.positions = nn.Parameter(torch.zeros(1, config.condition_tokens + n_tokens - 1, width))
@@ -166,10 +143,6 @@ class ImageTransformer(nn.Module):
         for block in self.blocks:  # residual branches start smaller the deeper the stack (GPT-2)
             for layer in (block.proj, block.fc2):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
-            if block.modulation is not None:  # every gate is shut: a block begins as nothing (adaLN-Zero)
-                nn.init.zeros_(block.modulation.weight)
-        if self.start_tokens is not None:
-            nn.init.normal_(self.start_tokens, std=0.02)
         # unit-norm inputs have entries of about D^-0.5: this keeps the condition as loud as a token embedding
         nn.init.normal_(self.condition.weight, std=0.5)
 
@@ -190,16 +163,15 @@ class ImageTransformer(nn.Module):
             raise ClipgenError(f"{tokens.shape[1]} tokens for a transformer of {self.n_tokens}: use its own VQGAN")
         past_len = cache.length if cache is not None else 0
         x = self.token_embedding(tokens[:, max(past_len - first, 0) : -1])  # (B, new tokens, E)
-        condition = self.embed_condition(embeds).to(x.dtype)  # (B, N or 1, E)
         if past_len == 0:
-            x = torch.cat([self.start_tokens.expand(len(embeds), -1, -1) if self.adaptive else condition, x], dim=1)
+            x = torch.cat([self.embed_condition(embeds).to(x.dtype), x], dim=1)
         x = x + self.positions[:, past_len : past_len + x.shape[1]]
         turn = self.turn(past_len, x.shape[1])
         for layer, block in enumerate(self.blocks):
             if self.config.gradient_checkpointing and self.training and cache is None:
-                x = checkpoint(block, x, None, layer, condition, turn, use_reentrant=False)
+                x = checkpoint(block, x, None, layer, turn, use_reentrant=False)
             else:
-                x = block(x, cache, layer, condition, turn)
+                x = block(x, cache, layer, turn)
         if cache is not None:
             cache.length += x.shape[1]
         if past_len == 0:
@@ -211,7 +183,7 @@ class ImageTransformer(nn.Module):
         return None if self.rotations is None else self.rotations[:, first : first + count]
 
     def embed_condition(self, embeds: torch.Tensor) -> torch.Tensor:
-        """(B, N or 1, E) in the dtype of the weights; text tokens in place of embeddings stay whole numbers."""
+        """(B, N, E) in the dtype of the weights; text tokens in place of embeddings stay whole numbers."""
         embeds = embeds.to(self.condition.weight.dtype) if embeds.is_floating_point() else embeds
         return self.condition(embeds).view(len(embeds), -1, self.config.width)
 

@@ -317,13 +317,13 @@ class Workbench:
 
     @torch.inference_mode()
     def text_moments(self) -> torch.Tensor:
-        """Mean and deviation (2, D) of the embeddings of up to 10,000 captions of training images: unpaired text, for `centre` and `align`.
+        """Mean and deviation (2, D) of the embeddings of up to 10,000 captions of training images: unpaired text, for `align`.
 
         Raises ClipgenError: the images have no captions.
         """
         texts = [texts[0] for texts in self.images().captions if texts]
         if not texts:
-            cure = "put name.txt beside name.jpg, or do without align and centre"
+            cure = "put name.txt beside name.jpg, or do without align"
             raise ClipgenError(f"{self.images().root} has no captions to take moments of: {cure}")
         if len(texts) > 10_000:
             chosen = np.random.default_rng([self.seed, 41]).choice(len(texts), 10_000, replace=False)
@@ -394,8 +394,7 @@ class Workbench:
             return sheet
 
         with self._timed("transformer"):
-            text_mean = self.text_moments()[0] if preset.transformer_train.centre else None
-            frozen = train_transformer.Frozen(vqgan, self.clip, text_mean)
+            frozen = train_transformer.Frozen(vqgan, self.clip)
             if source := preset.shared.transformer:
                 folders = self.run.path / "transformer", source_place(source)[0] / "transformer"
                 folder = next(filter(Path.is_dir, folders), folders[1])

@@ -22,7 +22,7 @@ RECIPES = (
     Recipe("plain", "nothing", seeds=(0, 1)),
     Recipe("guided / 2", "sampling alone", sample={"guidance": 2.0}),
     Recipe("near and shifted", "of the nearest, moved", sample={"neighbours": 2, "align": "shift"}, text="unpaired"),
-    Recipe("centred", "means off", transformer_train={"centre": True}, text="unpaired"),
+    Recipe("half", "less noise", transformer_train={"noise_cos": 0.5}, text="unpaired"),
 )
 TABLE = Table("ablation", RECIPES, n_captions=8, n_oracle=4, columns=("caps", "fid_0"))
 COMMITTED = compare.TABLES
@@ -74,7 +74,7 @@ def test_rows_are_trained_once_evaluated_and_kept(wb, made, results):
     caps = [compare.metrics(read_json(table / f"plain-{seed}" / "summary.json"))["caps"] for seed in (0, 1)]
     assert made[0]["caps"]["mean"] == pytest.approx(sum(caps) / 2)
     trained = {path.parent.name for path in table.glob("*/checkpoints")}
-    assert trained == {"plain-0", "plain-1", "centred-0"}  # the others only sample otherwise
+    assert trained == {"plain-0", "plain-1", "half-0"}  # the others only sample otherwise
     lines = compare.table_text(made, TABLE.columns).splitlines()
     assert "±" in lines[1] and "±" not in lines[2]
     (table / "guided-2-0" / "summary.json").unlink()  # this row alone is made again, to the same numbers
@@ -87,7 +87,7 @@ def test_rows_are_trained_once_evaluated_and_kept(wb, made, results):
 def test_rows_of_another_recipe_or_run_are_not_mixed_in(wb, made, preset, vqgan, world, monkeypatch):
     guided, paired = replace(RECIPES[1], sample={"guidance": 3.0}), replace(RECIPES[0], text="paired")
     other = replace(TABLE, recipes=(RECIPES[0], guided, *RECIPES[2:]))
-    assert names(compare.run_table(wb, other, steps=2, only=["plain"])) == ["plain", "near and shifted", "centred"]
+    assert names(compare.run_table(wb, other, steps=2, only=["plain"])) == ["plain", "near and shifted", "half"]
     for base, table, steps, another in (
         (wb, other, 2, "sample.guidance"),
         (wb, replace(TABLE, n_captions=6), 2, "evaluate.n"),

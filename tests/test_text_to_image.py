@@ -106,20 +106,6 @@ def test_texts_are_moved_to_where_images_lie_and_images_are_not(vqgan, transform
     assert torch.equal(again(RED, seed=2), generator(RED, seed=2))
 
 
-def test_means_of_both_modalities_are_taken_off_also_at_the_ends_of_a_blend(generator, clip):
-    """A text loses the texts' mean, an image the images'."""
-    text, image = clip.texts([RED]), generator(BLUE)[0]
-    assert torch.equal(generator.condition(text, True), text)
-    means = 0.3 * text[0].flip(0), 0.5 * text[0].roll(1)
-    generator.transformer.text_mean.copy_(means[0])
-    generator.transformer.image_mean.copy_(means[1])
-    for is_text, mean in zip((True, False), means, strict=True):
-        expected = (text - mean) / (text - mean).norm()
-        assert torch.allclose(generator.condition(text, is_text), expected, atol=1e-6)
-    ends = generator.condition(text, True), generator.condition(clip.images(image), False)
-    assert_near(generator.blend(RED, image, [0.4], seed=6)[0], decoded(generator, slerp(*ends, 0.4), [6]))
-
-
 @pytest.mark.parametrize(
     "settings", [{}, {"candidates": 3}, {"batch_size": 2}, {"candidates": 2, "batch_size": 1, "top_k": 5}]
 )

@@ -75,7 +75,7 @@ def test_noise_meets_its_cosine():
 def test_condition_dropout_zeroes_whole_rows(preset):
     config = replace(preset.transformer_train, noise_cos=1.0, condition_dropout=0.1)
     embeds, rng = torch.ones(10_000, 4), torch.Generator().manual_seed(0)
-    kept = make_batch(torch.zeros(10_000, 1), embeds, torch.zeros(4), config, rng).condition
+    kept = make_batch(torch.zeros(10_000, 1), embeds, config, rng).condition
     assert set(kept.sum(1).tolist()) == {0.0, 4.0} and abs((kept[:, 0] == 0).float().mean().item() - 0.1) < 0.01
 
 
@@ -86,7 +86,7 @@ def batch_of(store, preset):
     def make(**changes):
         config = replace(preset.transformer_train, precision="no", embedding_share=0.25, **changes)
         rows, rng = slice(0, 16), torch.Generator().manual_seed(3)
-        return make_batch(store.tokens(rows), store.embeds(rows), torch.zeros(store.meta["D"]), config, rng), config
+        return make_batch(store.tokens(rows), store.embeds(rows), config, rng), config
 
     return make
 
@@ -211,17 +211,6 @@ KNOBS |= {"embedding_path": "gumbel", "embedding_form": "log", "beta2": 0.5, "wa
 @pytest.mark.parametrize("field", KNOBS)
 def test_each_knob_matters(plain, train, field):
     assert not same_weights(plain(3), train("changed", steps=3, **{field: KNOBS[field]}))
-
-
-def test_centring_takes_off_the_means_it_is_given(plain, train, store, vqgan, clip):
-    with pytest.raises(ClipgenError, match="mean off text embeddings"):
-        train("a", centre=True)
-    text_mean = clip.texts(["a red circle", "a blue star"]).mean(0)
-    centred, uncentred = train("b", frozen=Frozen(vqgan, clip, text_mean), steps=3, centre=True), plain(3)
-    assert torch.equal(centred.text_mean, text_mean)
-    assert torch.allclose(centred.image_mean, store.embeds(slice(None)).mean(0), atol=1e-6)
-    assert not torch.equal(uncentred.condition.weight, centred.condition.weight)
-    assert not uncentred.image_mean.any() and not uncentred.text_mean.any()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -10,9 +10,8 @@ from clipgen_lib.sample import CachedDecoder
 from clipgen_lib.transformer import ImageTransformer, KVCache, rotations, turned
 
 SMALL = TransformerConfig(layers=2, width=32, heads=2, condition_tokens=1)
-KINDS = [{}, {"conditioning": "adaln"}, {"rope": True}, {"qk_norm": True}, {"rope": True, "qk_norm": True}]
+KINDS = [{}, {"rope": True}, {"qk_norm": True}, {"rope": True, "qk_norm": True}]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
-either_conditioning = pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
 
 
 def build(**changes):
@@ -23,8 +22,6 @@ def build(**changes):
         for norm in (block.q_norm, block.k_norm):
             for parameter in norm.parameters():
                 torch.nn.init.normal_(parameter, 1.0, 0.5)
-        if block.modulation is not None:  # gates begin shut
-            torch.nn.init.normal_(block.modulation.weight, std=0.5)
     return model.eval()
 
 
@@ -82,18 +79,9 @@ def test_position_i_sees_only_what_comes_before(embeds, tokens):
     assert torch.equal(model(embeds, last), before)  # the last token is predicted, never read
 
 
-@either_conditioning
-def test_every_position_sees_the_condition(conditioning, embeds, tokens):
-    model = build(conditioning=conditioning, condition_tokens=2)
+def test_every_position_sees_the_condition(embeds, tokens):
+    model = build(condition_tokens=2)
     assert ((model(embeds, tokens) - model(embeds.flip(0), tokens)).abs().amax(-1)[0] > 1e-4).all()
-
-
-def test_adaptive_blocks_begin_as_nothing(embeds, tokens):
-    model = ImageTransformer(replace(SMALL, conditioning="adaln"), 20, 9, 8)
-    # no gate is open, the condition has no effect
-    assert torch.equal(model(embeds, tokens), model(embeds.flip(0), tokens))
-    model(embeds, tokens).pow(2).mean().backward()
-    assert model.blocks[0].modulation.weight.grad.abs().sum() > 0  # but the gates learn
 
 
 def test_mode_does_not_change_meaning(embeds, tokens):
@@ -101,11 +89,10 @@ def test_mode_does_not_change_meaning(embeds, tokens):
         assert torch.allclose(model.train()(embeds, tokens), model.eval()(embeds, tokens), atol=1e-6) == is_same
 
 
-@either_conditioning
-def test_gradient_checkpointing_gives_the_same_gradients(conditioning, embeds, tokens):
+def test_gradient_checkpointing_gives_the_same_gradients(embeds, tokens):
     gradients = []
     for checkpointing in (False, True):
-        model = build(conditioning=conditioning, gradient_checkpointing=checkpointing).train()
+        model = build(gradient_checkpointing=checkpointing).train()
         model(embeds, tokens).pow(2).mean().backward()
         gradients.append(model.blocks[0].qkv.weight.grad)
     assert torch.allclose(*gradients, atol=1e-7)

@@ -186,7 +186,7 @@ def build(make: Callable[[], nn.Module], family: Family, tensors: dict[str, torc
         renamed[name] = (tensor.reshape(shape) if fits else tensor).float().clone()  # each in its own memory
     if family.epsilon != EPSILON:
         renamed = rescale(renamed, (EPSILON / family.epsilon) ** 0.5)
-    unreleased = wanted.keys() & {"quantizer.idle", "image_mean", "text_mean"}  # zero is how they begin
+    unreleased = wanted.keys() & {"quantizer.idle"}  # zero is how they begin
     renamed |= {name: torch.zeros_like(wanted[name], device="cpu") for name in unreleased}
     try:
         module.load_state_dict(renamed, assign=True)
