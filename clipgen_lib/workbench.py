@@ -296,11 +296,14 @@ class Workbench:
 
     def _transformer(self, folder: Path, vqgan: VQGAN) -> ImageTransformer:
         """A transformer from a folder; trained with another VQGAN or CLIP it is a ClipgenError."""
-        transformer, now = ImageTransformer.load(folder, self.device), {"vqgan": module_hash(vqgan)}
-        now["clip"] = self.clip.weights_hash
+        transformer, now = ImageTransformer.load(folder, self.device), self._frozen(vqgan)
         if (then := runs.read_json(folder / "config.json").get("trained_with")) != now:
             raise ClipgenError(f"{folder} was trained with {then}, here is {now}: train it again")
         return transformer
+
+    def _frozen(self, vqgan: VQGAN) -> dict[str, str]:
+        """The hashes of what a transformer is trained with."""
+        return {"vqgan": module_hash(vqgan), "clip": self.clip.weights_hash}
 
     def bank_and_moments(self, sample: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What `neighbours` and `align` need beside the weights, each None where the setting is off.
@@ -343,14 +346,16 @@ class Workbench:
             found = f"{len(images)} images to train on and {len(val_images)} to test on"
             raise ClipgenError(f"{val_images.root} holds {found}: give at least 4 of each")
         next(ordered_batches(val_images, range(len(val_images)), 16))  # raises where there is not one to test on
-        named = named_step(step_of, train_vqgan.generator_step)
-        with self._timed("vqgan"):
+        named, is_kept = named_step(step_of, train_vqgan.generator_step), self._is_kept("vqgan")
+        with self._timed("vqgan", begun=is_kept):
             if source := self.preset.shared.vqgan:
                 vqgan = self.vqgan() if (self.run.path / "vqgan").is_dir() else load_vqgan(source)
                 if vqgan.config != self.preset.vqgan:
                     raise ClipgenError(f"the VQGAN of {source} has other sizes than when the run began: restore it")
                 vqgan = finish(self.run, "vqgan", vqgan, {})
                 named = {"source": source, "hash": module_hash(vqgan)}
+            elif is_kept:
+                vqgan, named = self.vqgan(), self.run.summary().get("vqgan", {})
             else:
                 vqgan = train_vqgan.train_vqgan(self.run, (images, val_images), preset, self.clip, step_of)
             data = {"name": images.name, "hash": images.hash, "n_train": len(images), "n_eval": len(val_images)}
@@ -393,7 +398,8 @@ class Workbench:
             Image.fromarray(sheet).save(self.run.file("previews", f"{step:06d}.png"))
             return sheet
 
-        with self._timed("transformer"):
+        is_kept = self._is_kept("transformer", trained_with=self._frozen(vqgan))
+        with self._timed("transformer", begun=is_kept):
             frozen = train_transformer.Frozen(vqgan, self.clip)
             if source := preset.shared.transformer:
                 folders = self.run.path / "transformer", source_place(source)[0] / "transformer"
@@ -403,6 +409,9 @@ class Workbench:
                 named = {"source": source, "hash": module_hash(trained)}
                 if distributed.is_main():
                     preview(trained, 0)
+            elif is_kept:
+                trained = self._transformer(self.run.path / "transformer", vqgan)
+                named = self.run.summary().get("transformer", {})
             else:
                 trained = train_transformer.train_transformer(self.run, stores, preset, frozen, preview, step_of)
                 named = named_step(step_of, train_transformer.transformer_step)
@@ -562,19 +571,29 @@ class Workbench:
             self._record(export=entry)
         return entry
 
+    def _is_kept(self, stage: str, **facts: object) -> bool:
+        """Whether a training of these facts is done and its checkpoints were deleted since: it would begin anew."""
+        folder, has_checkpoint = self.run.path / stage, any(self.run.path.glob(f"checkpoints/{stage}-*"))
+        is_kept = folder.is_dir() and not has_checkpoint and not getattr(self.preset.shared, stage)
+        is_kept = is_kept and facts.items() <= runs.read_json(folder / "config.json").items()
+        distributed.tell(
+            f"{folder} is kept as it is, without a checkpoint to go on from: delete it to train anew" * is_kept
+        )
+        return is_kept
+
     def _record(self, **entries: object) -> None:
         """Put entries into summary.json; in a launch only the first process does."""
         if distributed.is_main():
             self.run.add_to_summary(**entries)
 
     @contextmanager
-    def _timed(self, step: str, resumable: bool = True) -> Iterator[None]:
+    def _timed(self, step: str, resumable: bool = True, begun: bool = False) -> Iterator[None]:
         """The run kept to this process, or launch, for a step, and the step's wall seconds put into summary.json.
 
-        The parts of an interrupted and resumed step add up.
+        The parts of an interrupted and resumed step add up; a training that has not `begun` drops what was recorded after it.
         """
         start, refused = time.perf_counter(), ""
-        begun = step not in OF_EARLIER or any(self.run.path.glob(f"checkpoints/{step}-*"))
+        begun = begun or step not in OF_EARLIER or any(self.run.path.glob(f"checkpoints/{step}-*"))
         resumable = resumable and (begun or getattr(self.preset.shared, step) and (self.run.path / step).is_dir())
         with ExitStack() as stack:
             try:

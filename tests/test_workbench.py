@@ -224,6 +224,7 @@ def test_a_notice_only_for_the_shapes_clip_on_photos(wb):
 def test_a_training_that_begins_anew_drops_what_later_steps_recorded(wb):
     of_others = {"oracle": 1, "export": 2, "transformer": 3, "classifier": 4, "seed": 0, "seconds": {"vqgan": 1e9}}
     wb.run.add_to_summary(**of_others)
+    shutil.rmtree(wb.run.path / "vqgan")
     wb.train_vqgan()
     summary = wb.run.summary()
     assert set(summary) == {"run", "seed", "classifier", "seconds", "parameters", "vqgan", "data"}
@@ -234,6 +235,21 @@ def test_a_training_that_begins_anew_drops_what_later_steps_recorded(wb):
     assert wb.run.summary()["oracle"] == 1
     wb.train_transformer()
     assert "oracle" not in wb.run.summary() and {"vqgan", "data", "transformer"} <= set(wb.run.summary())
+
+
+def test_a_training_whose_checkpoints_were_deleted_is_kept(wb, capsys):
+    shutil.rmtree(wb.run.path / "vqgan")
+    wb.train_vqgan()
+    wb.extract()
+    wb.train_transformer()
+    wb.run.add_to_summary(oracle=1)
+    before, weights = wb.run.summary(), [module_hash(wb.vqgan()), module_hash(wb.generator().transformer)]
+    shutil.rmtree(wb.run.path / "checkpoints")
+    wb.train_vqgan()
+    wb.train_transformer()
+    assert weights == [module_hash(wb.vqgan()), module_hash(wb.generator().transformer)]
+    assert wb.run.summary() | {"seconds": 0} == before | {"seconds": 0}
+    assert capsys.readouterr().err.count("is kept as it is, without a checkpoint to go on from") == 2
 
 
 def test_one_process_at_a_time_writes_a_run(wb):
