@@ -39,7 +39,7 @@ NEEDS = {
     "smoke": Need(0.2, 1.5, 1.2e11),
     "laptop": Need(2.0, 1.6, 1.0e14),
     "reference": Need(6.2, 2.3, 1.4e15),
-    "fashion": Need(2.5, 1.7, 1.1e14),
+    "fashion": Need(2.5, 2.0, 3.8e14),
     "gpu64": Need(116.0, 19.1, 3.2e18),
     "coco": Need(408.6, 53.0, 4.7e19),
     "imagenet": Need(408.6, 53.0, 2.1e20),

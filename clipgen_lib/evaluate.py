@@ -29,7 +29,7 @@ from .metrics.classifier import Classifier, accuracy
 from .metrics.distances import frechet_distance, reconstruction_scores  # noqa: F401 (the first by others)
 from .metrics.features import DEFINITIONS, FeatureNetwork, feature_network, lpips_network
 from .metrics.memorisation import descriptions, memorisation
-from .metrics.statistics import Moments, fid_by_radius, open_reference, set_scores, set_statistics  # noqa: F401 (one by others)
+from .metrics.statistics import Moments, fid_by_radius, open_reference, saved_statistics, set_scores, set_statistics  # noqa: F401 (one by others)
 from .runtime import distributed
 from .runtime.checkpoints import MissingWeights, module_hash
 from .runtime.runs import ClipgenError, progress, read_json, versions, write_atomic, write_json
@@ -178,16 +178,17 @@ def _distances(
     """FID-k and so on, with the protocol card: everything that decides a number beside the images' content."""
     network, device = by.networks(config.protocol, by.clip), by.clip.device
     radii = config.blur if config.blur_sets == "both" else (0,)
-    scored = set_statistics(_batches(images, config.batch_size, device), network, radii)
+    scored, place = saved_statistics(images, network, radii, config.batch_size, device)
     counts, described, real, rfid = {"the scored set": _count(images)}, {"file": "statistics"}, reference, {}
     if isinstance(reference, ImageSet):
-        real = set_statistics(_batches(reference, config.batch_size, device), network, config.blur)
+        real, _ = saved_statistics(reference, network, config.blur, config.batch_size, device)
         n = _count(reference)
         counts |= {"the reference": n, "half of the reference": n // 2}
         described = {"name": reference.name, "split": reference.split, "n": n, "codec": codec(reference.names)}
     if provenance.reconstruct:
         batches = _batches(reference, config.batch_size, device, provenance.reconstruct)
         rfid = fid_by_radius(set_statistics(batches, network, radii), real)
+    place.unlink(missing_ok=True)  # the reference's stay, for the next set that is scored
     listed = provenance.captions
     digest = hashlib.sha256(listed.encode()).hexdigest()[:16]
     card = {

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import Config, Count, TransformerConfig, checked_dataclass, from_dict
 from .runtime.checkpoints import load_weights
-from .runtime.kernels import attend
+from .runtime.kernels import attend, dropout
 from .runtime.runs import ClipgenError
 
 
@@ -108,13 +108,12 @@ class Block(nn.Module):
             q = q.to(k.dtype)
             if length > 1 and cache.length > 0:  # several new positions behind old ones
                 mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        dropout = self.dropout if self.training else 0.0
-        h = attend(q, k, v, attn_mask=mask, is_causal=length > 1 and mask is None, dropout_p=dropout)
-        h = self.proj(h.transpose(1, 2).reshape(batch, length, width).to(x.dtype))
-        return F.dropout(h, self.dropout, self.training)
+        share = self.dropout if self.training else 0.0
+        h = attend(q, k, v, attn_mask=mask, is_causal=length > 1 and mask is None, dropout_p=share)
+        return dropout(self.proj(h.transpose(1, 2).reshape(batch, length, width).to(x.dtype)), share)
 
     def _feed(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+        return dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout if self.training else 0.0)
 
 
 class ImageTransformer(nn.Module):

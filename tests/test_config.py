@@ -84,7 +84,7 @@ def test_presets_build_on_each_other():
     smoke, laptop, reference, fashion, _, coco, imagenet = map(load_preset, NAMES)
     assert laptop.vqgan.codebook_size == 512 and laptop.transformer_train.steps == 4_500
     assert replace(reference.vqgan, codebook_size=512, restart_after=40) == laptop.vqgan
-    assert replace(fashion.vqgan, codebook_size=512, restart_after=40, local=True) == laptop.vqgan
+    assert replace(fashion.vqgan, patch=4, codebook_size=512, restart_after=40, local=True) == laptop.vqgan
     assert fashion.sample == laptop.sample
     assert replace(smoke.vqgan, channels=64, codebook_size=512) == laptop.vqgan
     assert imagenet.vqgan == coco.vqgan and imagenet.transformer == coco.transformer

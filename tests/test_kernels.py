@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.optim.muon import zeropower_via_newtonschulz
 
 from clipgen_lib.config import OptimConfig
-from clipgen_lib.runtime.kernels import PackedLinear, attend, has_bf16, nll_from_hidden, packs
+from clipgen_lib.runtime.kernels import PackedLinear, attend, dropout, has_bf16, nll_from_hidden, packs
 from clipgen_lib.runtime.muon import COEFFICIENTS, orthogonalised
 from clipgen_lib.training import autocast
 
@@ -71,7 +71,7 @@ def test_attention_under_autograd_drops_weights():
     torch.manual_seed(1)
     dropped = attend(q.requires_grad_(), k, v, dropout_p=0.5)
     torch.manual_seed(1)
-    weights = F.dropout((q @ k.transpose(-1, -2) / 2).softmax(-1).flatten(0, 1), 0.5).view(2, 3, 5, 5)
+    weights = dropout((q @ k.transpose(-1, -2) / 2).softmax(-1).flatten(0, 1), 0.5).view(2, 3, 5, 5)
     assert torch.allclose(dropped, weights @ v, atol=1e-6) and (weights == 0).any()
 
 
@@ -111,3 +111,22 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_agree_with_thos
     steps = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in COEFFICIENTS]
     theirs = torch.stack([zeropower_via_newtonschulz(x, 3, steps, dtype=torch.float32) for x in matrices])
     assert (found - theirs).abs().max() < rounding
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_its_share_and_passes_gradients(p):
+    torch.manual_seed(0)
+    x = torch.ones(1_001, 999, requires_grad=True)
+    y = dropout(x, p)
+    y.sum().backward()
+    assert abs((y == 0).float().mean().item() - p) < 0.004 and abs(y.mean().item() - 1) < 0.02
+    assert torch.equal(x.grad, y.detach()) and len(y.unique()) == 2  # what is kept is scaled, alike in both directions
+    kept = (y.detach() > 0).float()
+    assert abs(torch.corrcoef(torch.stack([kept[:, :-1].flatten(), kept[:, 1:].flatten()]))[0, 1].item()) < 0.005
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, p), y)  # a function of the global generator
+
+
+def test_dropout_of_nothing_and_of_all():
+    x = torch.randn(5, 7)
+    assert torch.equal(dropout(x, 0.0), x) and not dropout(x, 1.0).any()

@@ -1,3 +1,5 @@
+import os
+import signal
 import zipfile
 
 import numpy as np
@@ -6,7 +8,8 @@ import torch
 from conftest import Identity, StandIn, normal
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from clipgen_lib.data.images import blur, eight_bit
+from clipgen_lib.data.datasets import open_folder
+from clipgen_lib.data.images import blur, eight_bit, png
 from clipgen_lib.metrics.distances import frechet_distance
 from clipgen_lib.metrics.features import FeatureNetwork
 from clipgen_lib.metrics.statistics import (
@@ -15,10 +18,11 @@ from clipgen_lib.metrics.statistics import (
     fid_by_radius,
     frechet_over_n,
     read_statistics,
+    saved_statistics,
     set_scores,
     set_statistics,
 )
-from clipgen_lib.runtime.runs import ClipgenError
+from clipgen_lib.runtime.runs import ClipgenError, Stopped
 
 
 def fed(statistics, *parts):
@@ -93,6 +97,42 @@ def test_one_pass_over_a_set_gives_what_its_parts_give():
     x[1, 0, 3, 3] = torch.nan
     with pytest.raises(ClipgenError, match="NaN or infinite pixels"):
         set_statistics([x], network(), (0,))
+
+
+def test_scoring_is_resumed_after_a_signal_and_not_done_twice(tmp_path):
+    x = torch.rand(23, 3, 20, 20, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    for i, image in enumerate(x):
+        (tmp_path / f"{i:02d}.png").write_bytes(png(image))
+    (tmp_path / "07.png").write_text("no image")
+    calls, stand_in = [], StandIn()
+
+    def stopping(images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stand_in(images)
+
+    def statistics():
+        inputs = FeatureNetwork("inception", stopping, "stand-in", "0"), (0, 2), 5, torch.device("cpu")
+        return saved_statistics(open_folder(tmp_path), *inputs)[0]
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM in scoring"):
+        statistics()
+    assert calls == [5, 5, 4, 4]  # each image at two radii
+    resumed = statistics()
+    assert calls[4:] == [5, 5, 5, 5, 3, 3]
+    whole = set_statistics(x[[i for i in range(23) if i != 7]].split(22), network(), (0, 2))
+    for k in (0, 2):
+        assert np.allclose(resumed.moments(k).mu, whole.moments(k).mu, atol=1e-6)
+        assert np.allclose(resumed.moments(k).sigma, whole.moments(k).sigma, atol=1e-6)
+    assert torch.allclose(resumed.sample.compute(), whole.sample.compute(), atol=1e-6)
+    images = open_folder(tmp_path)
+    again, _ = saved_statistics(images, FeatureNetwork("inception", stopping, "s", "0"), (0, 2), 5, torch.device("cpu"))
+    assert len(calls) == 10 and list(images.skipped) == ["07.png"]  # nothing was scored
+    assert np.array_equal(again.moments(2).sigma, resumed.moments(2).sigma)
+    (tmp_path / "08.png").write_bytes(png(x[7]))  # another image of that name
+    statistics()
+    assert len(calls) == 20
 
 
 MU, SIGMA = np.zeros(4), np.eye(4)

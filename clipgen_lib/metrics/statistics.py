@@ -4,6 +4,9 @@ In: batches of images and a feature network. Out: sums in float64 that do not gr
 (KID, precision, recall, density, coverage, Inception Score, FID over N) looks at a sample of at most SAMPLE rows, chosen by seed.
 """
 
+import hashlib
+import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,10 +16,13 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
+from ..data.batches import ordered_batches
 from ..data.datasets import ImageSet, open_folder, open_images
 from ..data.folders import list_folder
-from ..data.images import blur, eight_bit
-from ..runtime.runs import ClipgenError, reading, shortened
+from ..data.images import blur, eight_bit, to_float
+from ..runtime.checkpoints import load_checkpoint, save_checkpoint
+from ..runtime.distributed import tell
+from ..runtime.runs import MADE_DATA, ClipgenError, progress, reading, shortened, stoppable, versions
 from .distances import (
     cmmd,
     frechet_distance,
@@ -33,6 +39,7 @@ from .intervals import wilson
 SAMPLE = 10_000  # rows of features that are kept of a set
 RESAMPLES = 20  # for the interval of a distance: their standard deviation is then known to a sixth
 MOST_FEATURES = 8_192  # of statistics in a file
+SAVE_EVERY = 5_000  # images
 
 
 class Moments(NamedTuple):
@@ -83,18 +90,18 @@ class FeatureSample:
 
     def __init__(self, size: int = SAMPLE):
         self.size, self.n = size, 0
-        self.kept: list[tuple[float, int, torch.Tensor]] = []  # (key, number, row) in order
+        self.keys, self.rows = torch.empty(0, dtype=torch.float64), torch.empty(0)
 
     def update(self, features: torch.Tensor) -> None:
         """features: (B, d)."""
-        for row in features.detach().cpu().float():
-            self.kept.append((np.random.default_rng([0, 29, self.n]).random(), self.n, row.clone()))
-            self.n += 1
-        self.kept = sorted(self.kept)[: self.size]
+        keys = [np.random.default_rng([0, 29, self.n + i]).random() for i in range(len(features))]
+        keys, self.n = torch.cat([self.keys, torch.tensor(keys, dtype=torch.float64)]), self.n + len(features)
+        order = keys.argsort()[: self.size]
+        self.keys, self.rows = keys[order], torch.cat([self.rows, features.detach().cpu().float()])[order]
 
     def compute(self) -> torch.Tensor:
         """The rows that were kept, (min(N, size), d) float32, in random order."""
-        return torch.stack([row for _, _, row in self.kept])
+        return self.rows
 
 
 def read_statistics(path: Path, protocol: str = "") -> Moments:
@@ -180,21 +187,67 @@ class SetStatistics(NamedTuple):
         first, second = self.halves[k]
         return (first + second).compute()
 
+    @classmethod
+    def empty(cls, network: FeatureNetwork, radii: Iterable[int]) -> Self:
+        """Of no image yet."""
+        return cls({k: (GaussianStatistics(), GaussianStatistics()) for k in radii}, FeatureSample(), network)
 
-@torch.inference_mode()
-def set_statistics(batches: Iterable[torch.Tensor], network: FeatureNetwork, radii: Iterable[int]) -> SetStatistics:
-    """Statistics of images (B, 3, H, W) in [-1, 1], rounded to 8 bits first, at every blur radius at once."""
-    halves = {k: (GaussianStatistics(), GaussianStatistics()) for k in radii}
-    sample, n = FeatureSample(), 0
-    for images in map(eight_bit, batches):
-        for k, (first, second) in halves.items():
-            features = network(blur(images, k)).cpu()
+    @torch.inference_mode()
+    def update(self, images: torch.Tensor) -> None:
+        """Take images (B, 3, H, W) in [-1, 1], rounded to 8 bits first, at every blur radius at once."""
+        images = eight_bit(images)
+        for k, (first, second) in self.halves.items():
+            features, n = self.network(blur(images, k)).cpu(), first.n + second.n
             first.update(features[n % 2 :: 2])
             second.update(features[(n + 1) % 2 :: 2])
             if k == 0:
-                sample.update(features)
-        n += len(images)
-    return SetStatistics(halves, sample, network)
+                self.sample.update(features)
+
+
+def set_statistics(batches: Iterable[torch.Tensor], network: FeatureNetwork, radii: Iterable[int]) -> SetStatistics:
+    """Statistics of all images of the batches, as `SetStatistics.update` takes them."""
+    found = SetStatistics.empty(network, radii)
+    for images in batches:
+        found.update(images)
+    return found
+
+
+def saved_statistics(
+    images: ImageSet, network: FeatureNetwork, radii: Iterable[int], batch_size: int, device: torch.device
+) -> tuple[SetStatistics, Path]:
+    """Statistics of a set of files, and where they are saved: taken from there, or resumed, where the same were asked for before.
+
+    The same are those of the same files (names, sizes, times), network, radii, batch size and versions of packages. Raises
+    Stopped after a signal.
+    """
+    times = [] if images.table else [os.stat(images.root / name).st_mtime_ns for name in images.names]
+    facts = [images.hash, times, network.protocol, network.weights_hash, list(radii), batch_size, versions()]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    path, found = MADE_DATA / "cache" / "statistics" / f"{digest}.safetensors", SetStatistics.empty(network, radii)
+    parts, saved = [*(part for pair in found.halves.values() for part in pair), found.sample], 0
+    if path.exists():
+        state, meta = load_checkpoint(path)
+        saved, images.skipped = meta["rows"], images.skipped | meta["skipped"]
+        for part, values in zip(parts, state["parts"], strict=True):
+            vars(part).update(values)
+
+    def save(rows: int) -> None:
+        try:
+            save_checkpoint(path, {"parts": list(map(vars, parts))}, {"rows": rows, "skipped": images.skipped})
+        except ClipgenError as error:  # what was scored is worth more than its copy
+            tell(f"statistics of {images.name} are not kept ({error})")
+
+    chosen, workers = range(saved, len(images)), 0 if device.type == "cpu" else 4
+    with stoppable() as stop, progress(len(images), f"scoring {images.name}", initial=saved) as bar:
+        for rows, batch in ordered_batches(images, chosen, batch_size, workers):
+            found.update(to_float(batch).to(device))
+            bar.update(len(rows))
+            if (done := rows[-1] + 1) - saved >= SAVE_EVERY:
+                save(saved := done)
+            stop.raise_if_asked(lambda done=done: save(done), f"in scoring {images.name}")
+    if chosen:
+        save(len(images))
+    return found, path
 
 
 def fid_by_radius(scored: SetStatistics, reference: SetStatistics | Moments) -> dict[str, float]:
