@@ -362,3 +362,7 @@ def test_a_source_has_one_name_from_anywhere(results, tmp_path, monkeypatch):
     }.items():
         assert {named_sources(SharedConfig(other)).vqgan for other in others} == {name}
     assert named_sources(SharedConfig(store="a,b=1")) == SharedConfig("a,b=1", "a,b=1")
+    (results / "fashion").mkdir()  # as in a clone, without weights
+    assert named_sources(SharedConfig("fashion")).vqgan == "data/fashion_generator"
+    (results / "fashion" / "vqgan").mkdir()
+    assert named_sources(SharedConfig("fashion")).vqgan == "fashion"

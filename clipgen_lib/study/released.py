@@ -255,12 +255,16 @@ def placed(text: str, *bases: Path) -> tuple[Path, str]:
 
 
 def source_place(source: str) -> tuple[Path, str]:
-    """Where a source lies, and its name: of a run its own, of `shapes`, another folder or RELEASE=FILE as by `placed`."""
+    """Where a source lies, and its name: of a run its own, of `shapes`, another folder or RELEASE=FILE as by `placed`.
+
+    A run that has its weights goes before a generator of the project of that name.
+    """
     release, _, file = source.partition("=")
     if release in _VQGANS:
         path, name = placed(file, ROOT)
         return path, f"{release}={name}"
-    return placed(str(PRETRAINED.get(source, source)), runs.RESULTS, ROOT)
+    is_run = os.path.isdir(runs.RESULTS / source / "vqgan")
+    return placed(source if is_run else str(PRETRAINED.get(source, source)), runs.RESULTS, ROOT)
 
 
 def named_sources(shared: SharedConfig) -> SharedConfig:
