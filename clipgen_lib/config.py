@@ -368,10 +368,22 @@ def changed(preset: Preset, parts: dict[str, dict]) -> Preset:
 PRESETS = ("smoke", "laptop", "reference", "fashion", "gpu64", "coco", "imagenet")  # files of the folder presets/
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as it is, but for a key that stands in a mapping twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if doubled := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(
+                f"{doubled[0]!r} stands twice among the keys that begin in line {node.start_mark.line + 1}"
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _read_preset(path: Path) -> Preset:
     """A preset from a YAML file: fields of its parts, in place of those of the preset that it names as `base`."""
     with reading(path, "check its name", "correct it", "is no preset"):
-        parts = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        parts = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
         base = parts.pop("base", None)
         is_file = str(base).endswith((".yaml", ".yml"))
         base = load_preset(str(path.parent / base) if is_file else base) if base else Preset()

@@ -180,6 +180,11 @@ def test_a_file_of_ones_own_is_a_preset(tmp_path):
     for content, sentence in (
         ("base: lap", "unknown preset 'lap'"),
         ("[", "is no preset"),
+        (
+            "base: laptop\nsample:\n  top_k: 1\n  top_k: 2",
+            "is no preset .'top_k' stands twice among the keys that begin in line 3",
+        ),
+        ("sample: {top_k: 1}\nsample: {top_p: 0.5}", "'sample' stands twice among the keys that begin in line 1"),
         ("vqgan: 3", "part vqgan of a preset is 3"),
     ):
         path.write_text(content)
