@@ -196,7 +196,7 @@ def test_training_reads_no_caption(tmp_path):
     (save(tmp_path / "photos", *files) / "train" / "metadata.jsonl").write_text('{"file_name": ')
     root = save(coco(tmp_path / "coco", ["a.png", "b.png"]), "val2017/a.png", "val2017/b.png")
     opened = {
-        "metadata.jsonl cannot be read": open_images(tmp_path / "photos", "train", 8),
+        r"metadata.jsonl cannot be read .line 1 is no JSON object.": open_images(tmp_path / "photos", "train", 8),
         "captions_val2017.json is missing": open_images(root, "val", 8),
     }
     (root / "annotations" / "captions_val2017.json").unlink()

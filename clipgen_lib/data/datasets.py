@@ -305,16 +305,22 @@ def _metadata(path: Path) -> list[dict]:
     """The entries of metadata.jsonl or metadata.csv. Raises ClipgenError where it cannot be read."""
     try:
         lines, is_csv = io.StringIO(read_text(path)), path.suffix == ".csv"
-        entries = list(csv.DictReader(lines, strict=True)) if is_csv else [json.loads(x) for x in lines if x.strip()]
-        if not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError("a line is not an object")
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        entries = list(csv.DictReader(lines, strict=True)) if is_csv else [_json_entry(*pair) for pair in numbered]
         if some := next((number for number, entry in enumerate(entries, 2) if None in entry), 0):
             raise ValueError(f"entry {some - 1} has more columns than the header: put captions with commas into quotes")
         if entries and not any("file_name" in entry for entry in entries):
             raise ValueError(f"it has no column file_name but {shortened(', '.join(map(str, entries[0])), 80)}")
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise ClipgenError(f"{path} cannot be read ({reason(error)}): restore it") from None
     return entries
+
+
+def _json_entry(number: int, line: str) -> dict:
+    with suppress(ValueError, RecursionError):
+        if isinstance(entry := json.loads(line), dict):
+            return entry
+    raise ValueError(f"line {number} is no JSON object")
 
 
 def _archives(root: Path) -> dict[str, list[str]]:
