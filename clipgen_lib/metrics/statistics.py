@@ -9,6 +9,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -22,7 +23,7 @@ from ..data.folders import list_folder
 from ..data.images import blur, eight_bit, to_float
 from ..runtime.checkpoints import load_checkpoint, save_checkpoint
 from ..runtime.distributed import tell
-from ..runtime.runs import MADE_DATA, ClipgenError, progress, reading, shortened, stoppable, versions
+from ..runtime.runs import MADE_DATA, ClipgenError, held, progress, reading, shortened, stoppable, versions
 from .distances import (
     cmmd,
     frechet_distance,
@@ -225,6 +226,8 @@ def saved_statistics(
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path, found = MADE_DATA / "cache" / "statistics" / f"{digest}.safetensors", SetStatistics.empty(network, radii)
     parts, saved = [*(part for pair in found.halves.values() for part in pair), found.sample], 0
+    with suppress(ClipgenError, OSError), held(path.parent, "statistics", wait=True):
+        pass  # sweeps what killed processes have left; where nothing can be written, nothing is kept
     if path.exists():
         state, meta = load_checkpoint(path)
         saved, images.skipped = meta["rows"], images.skipped | meta["skipped"]
@@ -233,8 +236,9 @@ def saved_statistics(
 
     def save(rows: int) -> None:
         try:
-            save_checkpoint(path, {"parts": list(map(vars, parts))}, {"rows": rows, "skipped": images.skipped})
-        except ClipgenError as error:  # what was scored is worth more than its copy
+            with held(path.parent, "statistics", wait=True):
+                save_checkpoint(path, {"parts": list(map(vars, parts))}, {"rows": rows, "skipped": images.skipped})
+        except (ClipgenError, OSError) as error:  # what was scored is worth more than its copy
             tell(f"statistics of {images.name} are not kept ({error})")
 
     chosen, workers = range(saved, len(images)), 0 if device.type == "cpu" else 4
