@@ -16,7 +16,7 @@ from clipgen_lib.runtime.checkpoints import save_weights
 from clipgen_lib.runtime.runs import ROOT, ClipgenError, open_run, read_json
 from clipgen_lib.study import baselines, compare
 from clipgen_lib.study.compare import Recipe, Table
-from clipgen_lib.workbench import Workbench
+from clipgen_lib.workbench import Workbench, begun_with
 
 RECIPES = (
     Recipe("plain", "nothing", seeds=(0, 1)),
@@ -175,15 +175,26 @@ def test_a_val_split_without_classes_is_one_sentence(preset, class_folders, tmp_
         Workbench(open_run("r", tmp_path), preset, str(data)).train_classifier()
 
 
+def committed_row(folder, recipe, seed):
+    """The result of a row, with its recipe: a run, or of an earlier version a file, where `train` is now `transformer_train`."""
+    name = compare.row_name(recipe, seed)
+    if not (folder / name).is_dir():
+        path = folder / "rows" / f"{name}.json"
+        return read_json(path) if path.exists() else None
+    preset = begun_with(folder / name / "config.json").preset
+    assert preset.name == f"fashion, {recipe.system}" + ", paired" * (recipe.text == "paired")
+    parts = {part.removeprefix("transformer_"): asdict(getattr(preset, part)) for part in compare.PLAIN}
+    return compare.result_of(folder / name) | {"recipe": parts}
+
+
 @pytest.mark.parametrize("name", COMMITTED)
 def test_committed_tables_are_those_of_their_rows_and_in_the_text(name):
-    """Its rows are of an earlier version: `train` is now `transformer_train`. A block of the text is some lines of its table."""
+    """A block of the text is some lines of its table."""
     folder, recipes = ROOT / "results" / name, COMMITTED[name].recipes
     entries = compare.read_table(folder, recipes)
     assert entries == json.loads((folder / "table.json").read_text()) and len(entries) == len(recipes)
     for entry, recipe in zip(entries, recipes, strict=True):
-        paths = [folder / "rows" / f"{compare.row_name(recipe, seed)}.json" for seed in recipe.seeds]
-        rows = [read_json(path) for path in paths if path.exists()]
+        rows = list(filter(None, (committed_row(folder, recipe, seed) for seed in recipe.seeds)))
         facts = {"name": recipe.name, "description": recipe.description, "text": recipe.text}
         assert entry == facts | compare.mean_and_std(rows)
         assert {row["recipe"].get("system", recipe.system) for row in rows} == {recipe.system}
