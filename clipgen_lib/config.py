@@ -369,7 +369,7 @@ PRESETS = ("smoke", "laptop", "reference", "fashion", "gpu64", "coco", "imagenet
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML as it is, but for a key that stands in a mapping twice, of which the first would be lost."""
+    """`yaml.safe_load`, but for a key that stands in a mapping twice, of which the first would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -383,7 +383,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _read_preset(path: Path) -> Preset:
     """A preset from a YAML file: fields of its parts, in place of those of the preset that it names as `base`."""
     with reading(path, "check its name", "correct it", "is no preset"):
-        parts = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
+        parts = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data() or {}
         base = parts.pop("base", None)
         is_file = str(base).endswith((".yaml", ".yml"))
         base = load_preset(str(path.parent / base) if is_file else base) if base else Preset()
